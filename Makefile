@@ -1,0 +1,68 @@
+# Every target works in a fresh clone: .venv is made when there is none, and installed into when setup.py has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# One thread per worker: several workers with several threads each only wait for one another.
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+# torch is installed first and by itself, so that its build is chosen here and not by a dependency. The default wheel for
+# Linux carries CUDA and takes several GB. On a machine without a GPU, point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL at
+# PyTorch's CPU wheels, or name a build: make demo TORCH="torch==2.13.0+cpu", with a GPU TORCH="torch==2.13.0+cu130".
+# A torch that is already in .venv stays.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH ?= torch==2.13.0
+else
+TORCH ?= torch
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all style quality clean
+.NOTPARALLEL: # two pips in one environment get in each other's way
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(VENV)/.installed-dev ## Make .venv with the package, editable, and the tools for tests, style and plots
+
+demo: $(VENV)/.installed-base ## Compress the embedded teacher and print the comparison (about 5 minutes on 2 cores)
+	$(BIN)/python recipes/demo.py --config recipes/configs/demo.yaml
+
+test: $(VENV)/.installed-test ## Run the fast tests; more for pytest in PYTEST_ARGS="-k retrieval"
+	$(PYTEST)
+
+test-all: $(VENV)/.installed-test ## Run every test, with those marked slow, distributed and recipes
+	$(PYTEST) -m ""
+
+style: $(VENV)/.installed-quality ## Format, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.installed-quality ## Check lint and format without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## Remove caches, build products and the demo's output; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache demo-output
+	find clipmap_hf recipes tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed-torch: | $(VENV)/.made
+	$(BIN)/python -m pip show --quiet torch 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed-base: setup.py pyproject.toml | $(VENV)/.installed-torch
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+# The extra of the same name: test, quality, plots or dev.
+$(VENV)/.installed-%: setup.py pyproject.toml | $(VENV)/.installed-torch
+	$(BIN)/python -m pip install -e ".[$*]"
+	touch $@

@@ -1,0 +1,232 @@
+"""`ClipMapCompressor`: a teacher, the operators that map it, and the student they make, behind one object."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPProcessor, PreTrainedModel
+
+from clipmap_hf.config import PRESETS, ClipMapConfig
+from clipmap_hf.evaluation.cost import CostReport, model_cost
+from clipmap_hf.hub.card import render_card
+from clipmap_hf.hub.folder import write_student_folder
+from clipmap_hf.hub.push import push_folder
+from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.models import load_model, load_processor
+
+
+__all__ = ["ClipMapCompressor"]
+
+MAP_FOLDER = "map"
+MAP_CONFIG, MAP_WEIGHTS = "clipmap_config.json", "clipmap.safetensors"
+
+
+class ClipMapCompressor(nn.Module):
+    """
+    Compresses a CLIP model by mapping its weights into a smaller one.
+
+    ```python
+    compressor = ClipMapCompressor.from_pretrained("openai/clip-vit-base-patch16", student="small")
+    print(compressor.cost())
+    compressor.save_pretrained("out")  # CLIPModel.from_pretrained("out") loads the student
+    ```
+
+    Args:
+        teacher: The model to compress.
+        config: The student's size and how the operators start.
+        processor: The teacher's tokenizer and image processor; the student uses the same.
+        teacher_id: Hub id or folder of the teacher, to find it again.
+        teacher_revision: Its commit on the Hub.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        config: ClipMapConfig,
+        processor: CLIPProcessor,
+        teacher_id: str,
+        teacher_revision: str | None = None,
+    ):
+        super().__init__()
+        self.mapper = WeightMapper(teacher, config)
+        self.teacher_config = teacher.config
+        self.processor = processor
+        self.teacher_id = os.path.abspath(teacher_id) if os.path.isdir(teacher_id) else teacher_id
+        self.teacher_revision = teacher_revision
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        student: str | ClipMapConfig | None = None,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "pil",
+        **kwargs: Any,
+    ) -> "ClipMapCompressor":
+        """
+        With `student`, starts to compress the CLIP model at `source` (which may itself be a compressed one). Without,
+        goes on with the map that lies in `source/map`; the teacher's id and revision come from there.
+
+        Args:
+            source: Hub id or folder.
+            student: A key of `PRESETS`, or a `ClipMapConfig`.
+            revision: Branch, tag or commit of `source` on the Hub.
+            dtype: The teacher's weights are cast to it when loaded; the mapping itself is always fp32.
+            backend: Of the image processor, `pil` or `torchvision`.
+            kwargs: Passed to every download (`token`, `cache_dir`, `local_files_only`, …).
+
+        Raises:
+            ValueError: If `student` is unknown, does not fit the teacher, or is missing where there is no map; if
+                weights do not fit their config.
+            OSError: If a file is missing or the Hub cannot be reached.
+        """
+        source = os.fspath(source)
+        if student is not None:
+            config = _as_config(student)
+            return cls._from_teacher(source, config, revision, dtype, backend, kwargs)
+        found = _map_file(source, MAP_CONFIG, revision, kwargs)
+        if found is None:
+            raise ValueError(
+                f"{source!r} holds no {MAP_FOLDER}/{MAP_CONFIG}, so there is no mapping to go on with. To start one, say "
+                f"what to make: student= one of {sorted(PRESETS)}, or a ClipMapConfig."
+            )
+        content = _read_map_config(found)
+        compressor = cls._from_teacher(
+            content["teacher"], content["map"], content["teacher_revision"], dtype, backend, kwargs
+        )
+        weights = _map_file(source, MAP_WEIGHTS, revision, kwargs)
+        if weights is None:
+            raise OSError(f"{source!r} has {MAP_FOLDER}/{MAP_CONFIG} but no {MAP_FOLDER}/{MAP_WEIGHTS}.")
+        _load_operators(compressor.mapper, weights)
+        return compressor
+
+    @classmethod
+    def _from_teacher(cls, source, config, revision, dtype, backend, kwargs) -> "ClipMapCompressor":
+        teacher = load_model(source, revision=revision, dtype=dtype, **kwargs)
+        processor = load_processor(source, revision=revision, backend=backend, **kwargs)
+        commit = getattr(teacher.config, "_commit_hash", None) or revision  # a branch may move, a commit does not
+        return cls(teacher, config, processor, source, commit)
+
+    @property
+    def config(self) -> ClipMapConfig:
+        """The student's size and how its operators started."""
+        return self.mapper.config
+
+    def forward(self, **inputs: torch.Tensor):
+        """The student's `CLIPOutput` for `input_ids`, `attention_mask` and `pixel_values`."""
+        return self.mapper(**inputs)
+
+    def cost(self) -> CostReport:
+        """Parameters, MACs per tower and bytes of teacher and student; prints as a table."""
+        return CostReport(
+            {"teacher": model_cost(self.teacher_config), "student": model_cost(self.mapper.student_config)}
+        )
+
+    def export(self) -> PreTrainedModel:
+        """The student as it stands, an ordinary `CLIPModel`."""
+        return self.mapper.export()
+
+    def save_pretrained(self, folder: str | os.PathLike, *, include_map: bool = True) -> None:
+        """
+        Writes the student (loadable by plain transformers) and, in `map/`, what is needed to go on mapping.
+
+        Args:
+            folder: Made if needed.
+            include_map: Whether to write `map/`, which is several times the student's size.
+        """
+        folder = Path(folder)
+        card = render_card(
+            self.teacher_id,
+            str(self.cost()),
+            method="Its weights are mapped from the teacher's by learned operators (CLIP-Map), without distillation.",
+        )
+        write_student_folder(folder, self.export(), self.processor, card)
+        if include_map:
+            self._write_map(folder / MAP_FOLDER)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        include_map: bool = False,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload compressed CLIP",
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """The same folder as `save_pretrained`, to the Hub; arguments as in transformers, and as in `push_folder`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, include_map=include_map)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                token=token,
+            )
+
+    def _write_map(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.mapper.state_dict().items()}
+        save_file(tensors, folder / MAP_WEIGHTS, metadata={"format": "pt"})
+        content = {
+            "teacher": self.teacher_id,
+            "teacher_revision": self.teacher_revision,
+            "map": self.config.to_dict(),
+        }
+        (folder / MAP_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _as_config(student: str | ClipMapConfig) -> ClipMapConfig:
+    if isinstance(student, ClipMapConfig):
+        return student
+    if student not in PRESETS:
+        raise ValueError(f"student={student!r} is unknown; it must be one of {sorted(PRESETS)} or a ClipMapConfig.")
+    return PRESETS[student]
+
+
+def _map_file(source: str, name: str, revision: str | None, kwargs: dict[str, Any]) -> Path | None:
+    """A file of the map, `None` if `source` has none; a Hub that cannot be asked is an error, not an absence."""
+    if os.path.isdir(source):
+        path = Path(source, MAP_FOLDER, name)
+        return path if path.exists() else None
+    try:
+        return Path(hf_hub_download(source, f"{MAP_FOLDER}/{name}", revision=revision, **kwargs))
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"{MAP_FOLDER}/{name} of {source!r} is not cached, and the Hub cannot be reached.") from error
+    except EntryNotFoundError:
+        return None
+
+
+def _read_map_config(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    expected = {"teacher", "teacher_revision", "map"}
+    if set(content) != expected:
+        raise ValueError(f"{path} must have the keys {sorted(expected)}, got {sorted(content)}.")
+    return {**content, "map": ClipMapConfig.from_dict(content["map"])}
+
+
+def _load_operators(mapper: WeightMapper, path: Path) -> None:
+    tensors, expected = load_file(path), mapper.state_dict()
+    wrong = sorted(
+        name
+        for name in tensors.keys() | expected.keys()
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit the map's config; tensors missing, unknown or of another shape: {wrong}."
+        )
+    mapper.load_state_dict(tensors, strict=True)

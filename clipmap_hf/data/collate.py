@@ -1,0 +1,133 @@
+"""From undecoded pairs to a model batch: decode, augment or preprocess, draw a caption, tokenize."""
+
+import io
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from clipmap_hf.data.augment import Augmentation
+
+
+__all__ = ["BadRowError", "PairCollator", "caption_text", "decode_image"]
+
+logger = logging.getLogger(__name__)
+
+_BAD_IMAGE = (
+    OSError,
+    UnidentifiedImageError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)  # what Pillow raises
+
+
+class BadRowError(ValueError):
+    """A row that cannot become a training pair; the message says why."""
+
+
+def decode_image(image: dict[str, Any] | Image.Image) -> Image.Image:
+    """
+    Decodes an undecoded `datasets` image (`{"bytes", "path"}`) to RGB; transparency becomes white.
+
+    Raises:
+        BadRowError: If it is missing, truncated or not an image.
+    """
+    try:
+        if not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except (*_BAD_IMAGE, TypeError) as error:
+        raise BadRowError(f"undecodable image: {error}") from error
+
+
+def caption_text(caption: str | Sequence[str], rng: random.Random | None = None) -> str:
+    """
+    A caption as one string. A list (keywords) is joined by commas, with `rng` in random order and random number.
+
+    Raises:
+        BadRowError: If there is no text.
+    """
+    if isinstance(caption, (list, tuple)):
+        words = [word for word in caption if isinstance(word, str) and word.strip()]
+        if rng is not None and words:
+            words = rng.sample(words, k=rng.randint(1, len(words)))
+        caption = ", ".join(words)
+    if not isinstance(caption, str) or not caption.strip():
+        raise BadRowError(f"no caption: {caption!r}")
+    return caption
+
+
+@dataclass
+class PairCollator:
+    """
+    Turns rows of a `PairDataset` into `pixel_values (batch, 3, size, size)`, `input_ids` and `attention_mask`
+    `(batch, length)`, and the number of `bad_rows` that were left out.
+
+    Args:
+        tokenizer: The model's tokenizer; captions are truncated to its `model_max_length`.
+        image_processor: The model's image processor. Without `augmentation` it does all preprocessing; with one, it
+            gives size, mean and standard deviation.
+        caption_columns: Columns of the captions.
+        caption_sampling: `first` takes the first column, `random` draws one per example.
+        augmentation: Applied to training images; `None` in evaluation.
+        seed: With a row's `key`, seeds its augmentation and caption, independent of batch, process and worker.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    caption_columns: Sequence[str] = ("caption",)
+    caption_sampling: Literal["first", "random"] = "first"
+    augmentation: Augmentation | None = None
+    seed: int = 0
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        images, captions, bad = [], [], []
+        for row in rows:
+            rng = random.Random(f"{self.seed}-{row.get('key')}")
+            try:
+                image, caption = decode_image(row["image"]), self._caption(row, rng)
+            except BadRowError as error:
+                bad.append(str(error))
+                continue
+            images.append(image if self.augmentation is None else self.augmentation(image, self.size, rng))
+            captions.append(caption)
+        for reason in bad:
+            logger.warning("Row left out: %s", reason)
+        if not images:
+            raise BadRowError(f"None of the {len(rows)} rows of this batch can be used; the last: {bad[-1]}")
+        tokens = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        return {
+            "pixel_values": self._pixels(images),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "bad_rows": len(bad),
+        }
+
+    @property
+    def size(self) -> int:
+        """Side of the square crop, in pixels."""
+        size = self.image_processor.crop_size if self.image_processor.do_center_crop else self.image_processor.size
+        return size["height"]
+
+    def _caption(self, row: dict[str, Any], rng: random.Random) -> str:
+        if self.caption_sampling == "first":
+            return caption_text(row[self.caption_columns[0]], rng if self.augmentation else None)
+        filled = [row[column] for column in self.caption_columns if row[column]]  # not every row has keywords
+        return caption_text(rng.choice(filled) if filled else "", rng)
+
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        if self.augmentation is None:
+            return self.image_processor(images, return_tensors="pt")["pixel_values"]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (batch, size, size, 3)
+        mean, std = (torch.tensor(x) for x in (self.image_processor.image_mean, self.image_processor.image_std))
+        return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,88 @@
+"""Image–text retrieval: recall@k both ways, in chunks, with several captions per image allowed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from clipmap_hf.features import encode_images, encode_texts
+
+
+__all__ = ["embed_pairs", "evaluate_retrieval", "recall_at_k"]
+
+
+def recall_at_k(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    image_of_text: torch.Tensor | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    chunk_size: int = 1024,
+) -> dict[str, float]:
+    """
+    Share of queries with a match among the `k` nearest. An image with several captions counts as found when any of
+    them is. Ties (and NaN) count against the model, so a constant embedding scores zero.
+
+    Args:
+        image_embeds: Normalized embeddings `(images, dim)`.
+        text_embeds: Normalized embeddings `(texts, dim)`.
+        image_of_text: The image of each text `(texts,)`; text `i` belongs to image `i` by default.
+        ks: Cut-offs.
+        chunk_size: Queries compared at a time; memory is `chunk_size * max(images, texts)`.
+
+    Returns:
+        `{"image_to_text_recall@1": …, "text_to_image_recall@1": …, …}`, between 0 and 1.
+
+    Raises:
+        ValueError: If `image_of_text` does not fit the embeddings, or an image has no text.
+    """
+    images, texts = len(image_embeds), len(text_embeds)
+    if image_of_text is None:
+        image_of_text = torch.arange(texts, device=text_embeds.device)
+    if len(image_of_text) != texts or set(image_of_text.tolist()) != set(range(images)):
+        raise ValueError(
+            f"image_of_text must name one of {images} images for each of {texts} texts and leave no image out; "
+            f"got {len(image_of_text)} entries for {len(set(image_of_text.tolist()))} images."
+        )
+    image_ids = torch.arange(images, device=image_embeds.device)
+    ranks = {
+        "image_to_text": _ranks(image_embeds, text_embeds, image_ids, image_of_text, chunk_size),
+        "text_to_image": _ranks(text_embeds, image_embeds, image_of_text, image_ids, chunk_size),
+    }
+    return {f"{way}_recall@{k}": (rank < k).float().mean().item() for way, rank in ranks.items() for k in ks}
+
+
+def _ranks(
+    queries: torch.Tensor, keys: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, chunk_size: int
+) -> torch.Tensor:
+    """How many wrong keys score at least as high as the best right one, per query: shape `(queries,)`."""
+    ranks = []
+    for chunk, ids in zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True):
+        scores = chunk @ keys.T  # (chunk, keys)
+        right = ids[:, None] == key_ids[None, :]
+        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append((~(scores < best) & ~right).sum(dim=1))  # a NaN is never below
+    return torch.cat(ranks)
+
+
+@torch.no_grad()
+def embed_pairs(model: nn.Module, batches: Iterable[Mapping]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalized image and text embeddings, each `(pairs, dim)` on the CPU, of collated batches; in eval mode."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    image_embeds, text_embeds = [], []
+    for batch in batches:
+        image_embeds.append(encode_images(model, batch["pixel_values"].to(device)).cpu())
+        text_embeds.append(
+            encode_texts(model, batch["input_ids"].to(device), batch["attention_mask"].to(device)).cpu()
+        )
+    model.train(training)
+    return torch.cat(image_embeds), torch.cat(text_embeds)
+
+
+def evaluate_retrieval(
+    model: nn.Module, batches: Iterable[Mapping], ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """`recall_at_k` of a `CLIPModel` on collated pairs, plus `mean_recall` over all cut-offs and both ways."""
+    recall = recall_at_k(*embed_pairs(model, batches), ks=ks)
+    return {**recall, "mean_recall": sum(recall.values()) / len(recall)}

@@ -1,0 +1,127 @@
+"""Zero-shot classification: class embeddings from prompt templates, accuracy@1 and @5, mean per-class recall."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clipmap_hf.features import encode_images, encode_texts
+
+
+__all__ = ["DEFAULT_TEMPLATES", "evaluate_zero_shot", "zero_shot_classifier", "zero_shot_metrics"]
+
+# Prompts of OpenAI's notebook "Prompt_Engineering_for_ImageNet": the plain one and its seven best.
+DEFAULT_TEMPLATES = (
+    "a photo of a {}.",
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
+
+@torch.no_grad()
+def zero_shot_classifier(
+    model: nn.Module,
+    tokenizer: Any,
+    classnames: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    batch_size: int = 256,
+) -> torch.Tensor:
+    """
+    One normalized embedding per class: the mean of its prompts' normalized embeddings, as in CLIP §3.1.4.
+
+    Args:
+        model: A `CLIPModel`; runs in eval mode on its own device.
+        tokenizer: Its tokenizer; prompts are truncated to `model_max_length`.
+        classnames: Names of the classes, in the order of the labels.
+        templates: Prompts with `{}` where the name goes.
+        batch_size: Prompts encoded at a time.
+
+    Returns:
+        Class embeddings of shape `(classes, projection_dim)`, fp32, on the CPU.
+
+    Raises:
+        ValueError: If there are no classes or templates, or a template has no `{}`.
+    """
+    if isinstance(classnames, str) or not len(classnames):
+        raise ValueError(f"classnames={classnames!r} must be a list of at least one class name.")
+    if isinstance(templates, str) or not len(templates):
+        raise ValueError(f"templates={templates!r} must be a list of at least one prompt with '{{}}' for the class.")
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"Template {template!r} has no '{{}}'; write one where the class name goes.")
+    prompts = [template.replace("{}", name) for name in classnames for template in templates]
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    embeds = []
+    for start in range(0, len(prompts), batch_size):
+        tokens = tokenizer(prompts[start : start + batch_size], padding=True, truncation=True, return_tensors="pt")
+        embeds.append(encode_texts(model, tokens["input_ids"].to(device), tokens["attention_mask"].to(device)).cpu())
+    model.train(training)
+    mean = torch.cat(embeds).unflatten(0, (len(classnames), len(templates))).mean(dim=1)
+    return F.normalize(mean, dim=-1)
+
+
+def zero_shot_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """
+    Accuracy of class scores. Ties (and NaN) count against the model, so constant scores are never right at 1.
+
+    Args:
+        logits: Scores `(images, classes)`; only their order within a row matters.
+        labels: Class index of each image `(images,)`, int64.
+
+    Returns:
+        `accuracy@1`, `accuracy@5` (`@classes` where there are fewer than five) and `mean_per_class_recall` over the
+        classes that occur, each between 0 and 1.
+
+    Raises:
+        ValueError: If there are no images, or the labels do not fit the scores.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
+        raise ValueError(
+            f"Expected logits (images, classes) and labels (images,) of at least one image; "
+            f"got shapes {tuple(logits.shape)} and {tuple(labels.shape)}."
+        )
+    classes = logits.shape[1]
+    outside = labels[(labels < 0) | (labels >= classes)].unique().tolist()
+    if outside:
+        raise ValueError(f"Labels {outside[:10]} are outside 0 … {classes - 1}, the range of the {classes} classes.")
+    right = logits.gather(1, labels[:, None])
+    is_label = torch.arange(classes, device=labels.device) == labels[:, None]
+    ranks = (~(logits < right) & ~is_label).sum(dim=1)  # wrong classes that score at least as high
+    hits = (ranks == 0).float()
+    per_class = [hits[labels == label].mean().item() for label in labels.unique()]
+    return {
+        "accuracy@1": hits.mean().item(),
+        "accuracy@5": (ranks < min(5, classes)).float().mean().item(),
+        "mean_per_class_recall": sum(per_class) / len(per_class),
+    }
+
+
+@torch.no_grad()
+def evaluate_zero_shot(model: nn.Module, batches: Iterable[Mapping], classifier: torch.Tensor) -> dict[str, float]:
+    """
+    `zero_shot_metrics` of a `CLIPModel` on labeled images.
+
+    Args:
+        model: A `CLIPModel`; runs in eval mode on its own device.
+        batches: Yield `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)`.
+        classifier: Class embeddings `(classes, projection_dim)` of `zero_shot_classifier`.
+
+    Raises:
+        ValueError: If there are no batches, or a label is not a class of `classifier`.
+    """
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    logits, labels = [torch.empty(0, len(classifier))], [torch.empty(0, dtype=torch.long)]
+    for batch in batches:
+        logits.append(encode_images(model, batch["pixel_values"].to(device)).cpu() @ classifier.cpu().T)
+        labels.append(torch.as_tensor(batch["labels"]).cpu())
+    model.train(training)
+    return zero_shot_metrics(torch.cat(logits), torch.cat(labels))

@@ -1,0 +1,26 @@
+"""CLIP families: one table of axes each."""
+
+from transformers import PretrainedConfig
+
+from clipmap_hf.families.base import Family, TensorRule, TensorSpec
+from clipmap_hf.families.clip import CLIP
+
+
+__all__ = ["CLIP", "FAMILIES", "Family", "TensorRule", "TensorSpec", "family_for"]
+
+FAMILIES = {model_type: family for family in (CLIP,) for model_type in family.model_types}
+
+
+def family_for(config: PretrainedConfig) -> Family:
+    """
+    The family of a model.
+
+    Raises:
+        ValueError: If no table describes its `model_type`.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"Models of type {config.model_type!r} are not supported; supported are {sorted(FAMILIES)}. To support "
+            "another, add its table of axes under clipmap_hf/families."
+        )
+    return FAMILIES[config.model_type]

@@ -1,0 +1,48 @@
+"""The axes of `CLIPModel`; MetaCLIP 2 has the same."""
+
+from clipmap_hf.families.base import Family, TensorRule
+
+
+__all__ = ["CLIP"]
+
+_LAYER = r"(?P<tower>vision|text)_model\.encoder\.layers\.(?P<layer>\d+)\."
+
+CLIP = Family(
+    name="clip",
+    model_types=("clip", "metaclip_2"),
+    spaces={
+        "residual": "hidden_size",
+        "patch": "hidden_size",
+        "query": "hidden_size",
+        "key": "hidden_size",
+        "value": "hidden_size",
+        "ffn": "intermediate_size",
+    },
+    shared_spaces={"embed": "projection_dim"},
+    layer_spaces=frozenset({"query", "key", "value", "ffn"}),
+    rules=(
+        TensorRule(_LAYER + r"self_attn\.q_proj\.weight", ("query", "residual.in")),
+        TensorRule(_LAYER + r"self_attn\.q_proj\.bias", ("query",)),
+        TensorRule(_LAYER + r"self_attn\.k_proj\.weight", ("key", "residual.in")),
+        TensorRule(_LAYER + r"self_attn\.k_proj\.bias", ("key",)),
+        TensorRule(_LAYER + r"self_attn\.v_proj\.weight", ("value", "residual.in")),
+        TensorRule(_LAYER + r"self_attn\.v_proj\.bias", ("value",)),
+        TensorRule(_LAYER + r"self_attn\.out_proj\.weight", ("residual", "value.in")),
+        TensorRule(_LAYER + r"self_attn\.out_proj\.bias", ("residual",)),
+        TensorRule(_LAYER + r"mlp\.fc1\.weight", ("ffn", "residual.in")),
+        TensorRule(_LAYER + r"mlp\.fc1\.bias", ("ffn",)),
+        TensorRule(_LAYER + r"mlp\.fc2\.weight", ("residual", "ffn.in")),
+        TensorRule(_LAYER + r"mlp\.fc2\.bias", ("residual",)),
+        TensorRule(_LAYER + r"layer_norm[12]\.(weight|bias)", ("residual",)),
+        TensorRule(r"(?P<tower>vision)_model\.embeddings\.patch_embedding\.weight", ("patch", None, None, None)),
+        TensorRule(r"(?P<tower>vision)_model\.embeddings\.class_embedding", ("patch",)),
+        TensorRule(r"(?P<tower>vision)_model\.embeddings\.position_embedding\.weight", (None, "patch")),
+        TensorRule(r"(?P<tower>vision)_model\.(pre_layrnorm|post_layernorm)\.(weight|bias)", ("residual",)),
+        TensorRule(r"(?P<tower>text)_model\.embeddings\.token_embedding\.weight", (None, "residual"), lookup=True),
+        TensorRule(r"(?P<tower>text)_model\.embeddings\.position_embedding\.weight", (None, "residual")),
+        TensorRule(r"(?P<tower>text)_model\.final_layer_norm\.(weight|bias)", ("residual",)),
+        TensorRule(r"visual_projection\.weight", ("embed", "residual.in"), tower="vision"),
+        TensorRule(r"text_projection\.weight", ("embed", "residual.in"), tower="text"),
+        TensorRule(r"logit_scale", ()),
+    ),
+)

@@ -1,0 +1,46 @@
+"""The only reader of CLIP's outputs: normalized embeddings and the logit scale, in fp32."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+__all__ = ["ClipFeatures", "encode_images", "encode_texts"]
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """
+    What every loss and metric reads.
+
+    Args:
+        image_embeds: Normalized image embeddings of shape `(images, projection_dim)`, fp32.
+        text_embeds: Normalized text embeddings of shape `(texts, projection_dim)`, fp32.
+        logit_scale: The reciprocal temperature (not its logarithm), a scalar.
+    """
+
+    image_embeds: torch.Tensor
+    text_embeds: torch.Tensor
+    logit_scale: torch.Tensor
+
+    @classmethod
+    def from_output(cls, output, logit_scale: torch.Tensor) -> "ClipFeatures":
+        """Reads a `CLIPOutput` (whose embeddings are normalized) and the model's logarithmic `logit_scale`."""
+        return cls(output.image_embeds.float(), output.text_embeds.float(), logit_scale.float().exp())
+
+    def logits_per_image(self) -> torch.Tensor:
+        """Scaled cosine similarities of shape `(images, texts)`."""
+        return self.logit_scale * self.image_embeds @ self.text_embeds.T
+
+
+def encode_images(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Normalized fp32 embeddings `(batch, projection_dim)` of `pixel_values` `(batch, 3, height, width)`."""
+    return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output.float(), dim=-1)
+
+
+def encode_texts(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Normalized fp32 embeddings `(batch, projection_dim)` of token ids and mask `(batch, length)`."""
+    features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+    return F.normalize(features.pooler_output.float(), dim=-1)

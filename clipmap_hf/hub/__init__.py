@@ -1,0 +1,1 @@
+"""The student folder: its files, its model card, and its way to the Hub."""

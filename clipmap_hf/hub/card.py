@@ -1,0 +1,47 @@
+"""The model card of a student, rendered from the template beside it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+__all__ = ["render_card"]
+
+_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+
+
+def render_card(
+    teacher: str,
+    cost_table: str,
+    *,
+    method: str,
+    results: Mapping[str, Mapping[str, float]] | None = None,
+    recipe: str | None = None,
+) -> ModelCard:
+    """
+    Args:
+        teacher: Hub id or folder of the teacher; only an id becomes `base_model`.
+        cost_table: Sizes of teacher and student as a Markdown table.
+        method: One sentence on how the weights came to be.
+        results: `{model: {metric: value between 0 and 1}}`, measured by this run.
+        recipe: The resolved arguments as YAML.
+    """
+    is_local = os.path.isdir(teacher)
+    data = ModelCardData(
+        base_model=None if is_local else teacher,
+        base_model_relation=None if is_local else "finetune",
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "clipmap_hf", "model-compression"],
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        teacher=os.path.basename(os.path.normpath(teacher)) if is_local else teacher,
+        method=method,
+        cost_table=cost_table,
+        results=results or {},
+        recipe=recipe,
+    )

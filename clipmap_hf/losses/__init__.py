@@ -1,0 +1,9 @@
+"""Losses: pure functions of `(student, teacher)` features, one a file."""
+
+from clipmap_hf.losses.affinity import affinity_loss
+from clipmap_hf.losses.contrastive import contrastive_loss
+
+
+__all__ = ["LOSSES", "affinity_loss", "contrastive_loss"]
+
+LOSSES = {"affinity": affinity_loss, "contrastive": contrastive_loss}

@@ -1,0 +1,27 @@
+"""Which teacher layers the student's layers start from."""
+
+import torch
+
+
+__all__ = ["DEPTH_RULES", "interval_front", "one_hot_depth", "spread"]
+
+
+def interval_front(teacher_layers: int, student_layers: int) -> list[int]:
+    """TinyCLIP's rule, which the paper starts from: every (teacher // student)-th layer from the front."""
+    step = teacher_layers // student_layers
+    return list(range(0, student_layers * step, step))
+
+
+def spread(teacher_layers: int, student_layers: int) -> list[int]:
+    """Evenly spaced layers, first and last included; a single layer is the last."""
+    if student_layers == 1:
+        return [teacher_layers - 1]
+    return [round(i * (teacher_layers - 1) / (student_layers - 1)) for i in range(student_layers)]
+
+
+DEPTH_RULES = {"interval_front": interval_front, "spread": spread}
+
+
+def one_hot_depth(layers: list[int], teacher_layers: int) -> torch.Tensor:
+    """The depth operator `(len(layers), teacher_layers)` that copies the listed layers."""
+    return torch.nn.functional.one_hot(torch.tensor(layers), teacher_layers).float()

@@ -1,0 +1,184 @@
+"""From frozen teacher tensors and trained operators to the weights of a smaller CLIP of the same class."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+
+from clipmap_hf.config import ClipMapConfig, student_config
+from clipmap_hf.families import Family, TensorSpec, family_for
+from clipmap_hf.mapping.depth import DEPTH_RULES, one_hot_depth
+from clipmap_hf.mapping.initializers import INITIALIZERS
+from clipmap_hf.mapping.operators import Operator, mix_depth, project_axes
+
+
+__all__ = ["WeightMapper", "operator_shapes"]
+
+# A.3: what reads the residual stream, or the values, does so through the operator that writes them.
+_TIES = {"residual.in": "residual", "value.in": "value", "patch": "residual"}
+
+
+class WeightMapper(nn.Module):
+    """
+    Maps a teacher's weights into a smaller model: along each axis by the operator of the space it lives in, then over
+    depth by a mixing matrix (CLIP-Map Eq. 2–4, A.3). Only the operators are parameters; the teacher's tensors are
+    buffers that no state dict holds.
+
+    Args:
+        teacher: The model to compress; its tensors are copied in fp32.
+        config: The student's size and how the operators start.
+
+    Raises:
+        ValueError: If the teacher is of no known family, the sizes do not fit it, or a name in `config` is unknown.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, config: ClipMapConfig):
+        super().__init__()
+        self.config = config
+        self.family = family_for(teacher.config)
+        self.student_config = student_config(teacher.config, config)
+        self.logit_scale = nn.Parameter(teacher.logit_scale.detach().float().clone(), requires_grad=False)
+        tensors = {name: tensor.detach().float() for name, tensor in teacher.state_dict().items()}
+        self.kinds = _stack(self, tensors, self.family.specs(tensors, teacher.config))
+        self.operators = nn.ModuleDict(self._initial_operators(teacher.config))
+        # The skeleton lends its forward pass; its own weights are never read, so it stays out of the registry.
+        self.__dict__["skeleton"] = AutoModel.from_config(self.student_config).requires_grad_(False)
+
+    def forward(self, **inputs: torch.Tensor):
+        """
+        The student's `CLIPOutput` for `input_ids`, `attention_mask`, `pixel_values`; gradients reach the operators
+        only. In training, just the rows of the token table that the batch looks up are mapped.
+        """
+        weights = self.materialize(inputs.get("input_ids") if self.training else None)
+        return functional_call(self.skeleton, weights, args=(), kwargs=inputs)
+
+    def materialize(self, token_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """
+        The student's weights under their state-dict names, in fp32 whatever the autocast.
+
+        Args:
+            token_ids: If given, rows of the token table that are not among them stay zero (cheaper in training).
+        """
+        with torch.autocast(self.logit_scale.device.type, enabled=False):
+            operators = {name: operator() for name, operator in self.operators.items()}
+            weights = {}
+            for index, spec in enumerate(self.kinds):
+                mapped = self._map(getattr(self, f"teacher_{index}"), spec, operators, token_ids)
+                if spec.layer is None:
+                    weights[spec.kind] = mapped.contiguous()
+                else:
+                    weights |= {spec.name(layer): tensor for layer, tensor in enumerate(mapped)}
+        return {**weights, "logit_scale": self.logit_scale}
+
+    @torch.no_grad()
+    def export(self) -> PreTrainedModel:
+        """The student as an ordinary model of the teacher's class, in eval mode."""
+        student = AutoModel.from_config(self.student_config)
+        student.load_state_dict(self.materialize(), strict=True)
+        return student.to(self.logit_scale.device).eval()
+
+    def _map(
+        self,
+        tensor: torch.Tensor,
+        spec: TensorSpec,
+        operators: Mapping[str, torch.Tensor],
+        token_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        rank = len(spec.rule.axes)
+        along = {
+            axis - rank: operators[name]
+            for axis, space in enumerate(spec.rule.axes)
+            if (name := self._operator_name(space, spec.tower)) in operators
+        }
+        if spec.rule.lookup and token_ids is not None and token_ids.numel() < len(tensor):
+            rows = token_ids.unique()
+            mapped = project_axes(tensor[rows], along)
+            return mapped.new_zeros(len(tensor), mapped.shape[1]).index_copy(0, rows, mapped)
+        mapped = project_axes(tensor, along)
+        return mapped if spec.layer is None else mix_depth(mapped, operators[self._depth_name(spec)])
+
+    def _operator_name(self, space: str | None, tower: str | None) -> str | None:
+        return None if space is None else _operator_name(self.family, space, tower, self.config.tie_ffn)
+
+    def _depth_name(self, spec: TensorSpec) -> str:
+        if self.config.depth_per == "tower":
+            return f"{spec.tower}_depth"
+        module = spec.kind.split("*.")[1].rpartition(".")[0]  # weight and bias of a module share theirs
+        return f"{spec.tower}_depth_{module.split('.')[-1]}"
+
+    def _initial_operators(self, teacher: PretrainedConfig) -> dict[str, Operator]:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        initialize = _named(INITIALIZERS, "initializer", self.config.initializer)
+        shapes = operator_shapes(self.family, self.kinds, teacher, self.student_config, self.config.tie_ffn)
+        initial = {name: initialize(shape, generator) for name, shape in shapes.items()}
+        choose_layers = _named(DEPTH_RULES, "depth", self.config.depth)
+        for spec in self.kinds:
+            if spec.layer is not None:
+                depths = [getattr(c, f"{spec.tower}_config").num_hidden_layers for c in (teacher, self.student_config)]
+                initial[self._depth_name(spec)] = one_hot_depth(choose_layers(*depths), depths[0])
+        to_zero = self.config.decay_towards == "zero"
+        return {name: Operator(value, decay_to_zero=to_zero) for name, value in initial.items()}
+
+    def _apply(self, fn: Callable, *args, **kwargs):
+        self.skeleton._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+    def train(self, mode: bool = True):
+        self.skeleton.train(mode)
+        return super().train(mode)
+
+
+def operator_shapes(
+    family: Family,
+    kinds: list[TensorSpec],
+    teacher: PretrainedConfig,
+    student: PretrainedConfig,
+    tie_ffn: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """
+    The width operators that a mapping needs, in the order of the table: `(small, big)`, or `(layers, small, big)` for
+    a space that is private to a layer. A joint embedding that keeps its size has no operator.
+    """
+    shapes = {}
+    for spec in kinds:
+        for space in filter(None, spec.rule.axes):
+            small, big = (family.size(space, spec.tower, config) for config in (student, teacher))
+            if space in family.shared_spaces and small == big:
+                continue
+            layered = space.removesuffix(".in") in family.layer_spaces
+            layers = (getattr(teacher, f"{spec.tower}_config").num_hidden_layers,) if layered else ()
+            shapes[_operator_name(family, space, spec.tower, tie_ffn)] = (*layers, small, big)
+    return shapes
+
+
+def _operator_name(family: Family, space: str, tower: str | None, tie_ffn: bool) -> str:
+    if tie_ffn and space == "ffn.in":
+        space = "ffn"
+    space = _TIES.get(space, space).replace(".", "_")
+    return space if space in family.shared_spaces else f"{tower}_{space}"
+
+
+def _stack(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]
+) -> list[TensorSpec]:
+    """Registers the teacher's tensors, stacked over layers, as `teacher_{i}`; returns what the i-th is."""
+    groups = defaultdict(dict)
+    for name, spec in specs.items():
+        if spec.rule.axes:  # the logit scale is no weight to map
+            groups[spec.kind][spec.layer] = (spec, tensors[name])
+    kinds = []
+    for layers in groups.values():
+        spec = next(iter(layers.values()))[0]
+        stacked = layers[None][1] if spec.layer is None else torch.stack([layers[i][1] for i in sorted(layers)])
+        module.register_buffer(f"teacher_{len(kinds)}", stacked.clone(), persistent=False)
+        kinds.append(spec)
+    return kinds
+
+
+def _named(functions: Mapping[str, Callable], what: str, name: str) -> Callable:
+    if name not in functions:
+        raise ValueError(f"{what}={name!r} is unknown; allowed are {sorted(functions)}.")
+    return functions[name]

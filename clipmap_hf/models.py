@@ -1,0 +1,61 @@
+"""Loading CLIP models, configs and processors, strictly: what is missing or does not fit is an error, never random."""
+
+import torch
+from transformers import AutoConfig, AutoModel, CLIPProcessor, PretrainedConfig, PreTrainedModel
+
+
+__all__ = ["load_config", "load_model", "load_processor"]
+
+
+def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig:
+    """The config of a CLIP model folder or Hub id."""
+    return AutoConfig.from_pretrained(source, revision=revision)
+
+
+def load_model(
+    source: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **kwargs
+) -> PreTrainedModel:
+    """
+    A CLIP model from a folder or Hub id, in eval mode; safetensors only.
+
+    Args:
+        source: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Weights are cast to it; fp32 for mapping, whatever the checkpoint holds.
+        kwargs: Passed to `from_pretrained` (`token`, `cache_dir`, `local_files_only`, …).
+
+    Raises:
+        OSError: If a file is missing or the Hub cannot be reached.
+        ValueError: If the checkpoint lacks a tensor, holds one too many, or one of another shape.
+    """
+    model, info = AutoModel.from_pretrained(
+        source,
+        revision=revision,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below with the rest instead of as a traceback
+        **kwargs,
+    )
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "not part of the model": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(str(entry) for entry in info["mismatched_keys"]),
+    }
+    found = "; ".join(f"{what}: {names}" for what, names in problems.items() if names)
+    if found:
+        raise ValueError(f"The weights in {source!r} do not fit its config.json. Tensors {found}.")
+    return model.eval()
+
+
+def load_processor(source: str, *, revision: str | None = None, backend: str = "pil", **kwargs) -> CLIPProcessor:
+    """
+    Tokenizer and image processor of a CLIP model.
+
+    Args:
+        source: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        backend: `pil` (the reference resizing) or `torchvision` (faster, slightly different pixels).
+        kwargs: Passed to `from_pretrained`.
+    """
+    return CLIPProcessor.from_pretrained(source, revision=revision, backend=backend, **kwargs)

@@ -1,0 +1,242 @@
+"""What a recipe can be told: flat dataclasses, read from `--config file.yaml` and the command line (which wins)."""
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+__all__ = [
+    "DataArguments",
+    "DistillationArguments",
+    "MappingArguments",
+    "RunArguments",
+    "StageArguments",
+    "StudentArguments",
+    "TeacherArguments",
+    "parse_arguments",
+    "save_arguments",
+]
+
+
+@dataclass
+class RunArguments:
+    """Where a run writes and how it runs."""
+
+    output_dir: str = field(
+        metadata={"help": "Folder of the result; `metrics.jsonl` and `arguments.yaml` go there too."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of weights, data order and augmentation."})
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(
+        default="no", metadata={"help": "Autocast of forward passes."}
+    )
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment images."})
+    log_every: int = field(default=10, metadata={"help": "Steps between lines in `metrics.jsonl`."})
+    eval_every: int | None = field(
+        default=None, metadata={"help": "Steps between evaluations on `eval_data`; by default only at the end."}
+    )
+    log_with: str | None = field(
+        default=None, metadata={"help": "An experiment tracker of Accelerate, e.g. `tensorboard` or `wandb`."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Where the image–text pairs come from and how they are read."""
+
+    train_data: str = field(
+        metadata={"help": "Hub id, image folder, or path or glob of parquet files or webdataset tars."}
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "Pairs to measure retrieval on; same forms."})
+    train_split: str = field(default="train", metadata={"help": "Split of `train_data`."})
+    eval_split: str = field(
+        default="train", metadata={"help": "Split of `eval_data` (plain files have only `train`)."}
+    )
+    image_column: str = field(
+        default="image", metadata={"help": "Column of the images (`jpg`, `png` … in webdatasets)."}
+    )
+    caption_column: list[str] = field(
+        default_factory=lambda: ["caption"],
+        metadata={"help": "Columns of the captions: strings, or lists of strings (keywords). The first is evaluated."},
+    )
+    caption_sampling: Literal["first", "random"] = field(
+        default="first", metadata={"help": "Train on the first caption column, or on one drawn per example."}
+    )
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.9, 1.0], metadata={"help": "Area range of the random resized crop."}
+    )
+    flip: float = field(default=0.0, metadata={"help": "Probability of a horizontal flip."})
+    rotation: float = field(default=0.0, metadata={"help": "Largest random rotation, in degrees."})
+    color_jitter: float = field(default=0.0, metadata={"help": "Largest change of brightness, contrast, saturation."})
+    grayscale: float = field(default=0.0, metadata={"help": "Probability of dropping all color."})
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "Share of undecodable rows at which the run stops; fewer are skipped."}
+    )
+    image_backend: Literal["pil", "torchvision"] = field(
+        default="pil", metadata={"help": "Backend of the image processor in evaluation."}
+    )
+
+
+@dataclass
+class TeacherArguments:
+    """The model to compress."""
+
+    teacher: str = field(metadata={"help": "Hub id or folder of a CLIPModel."})
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub teacher."})
+
+
+@dataclass
+class StudentArguments:
+    """The size of the student and how its operators start; the words of `ClipMapConfig`."""
+
+    student: str | None = field(default=None, metadata={"help": "A preset: base, small or tiny."})
+    vision_hidden_size: int | None = field(default=None, metadata={"help": "Width of the vision tower."})
+    vision_intermediate_size: int | None = field(default=None, metadata={"help": "FFN width of the vision tower."})
+    vision_num_hidden_layers: int | None = field(default=None, metadata={"help": "Depth of the vision tower."})
+    vision_num_attention_heads: int | None = field(default=None, metadata={"help": "Heads of the vision tower."})
+    text_hidden_size: int | None = field(default=None, metadata={"help": "Width of the text tower."})
+    text_intermediate_size: int | None = field(default=None, metadata={"help": "FFN width of the text tower."})
+    text_num_hidden_layers: int | None = field(default=None, metadata={"help": "Depth of the text tower."})
+    text_num_attention_heads: int | None = field(default=None, metadata={"help": "Heads of the text tower."})
+    projection_dim: int | None = field(default=None, metadata={"help": "Joint embedding; the teacher's by default."})
+    initializer: str | None = field(default=None, metadata={"help": "Start of the operators (default: diagonal)."})
+    depth: str | None = field(
+        default=None, metadata={"help": "Teacher layers to start from (default: interval_front)."}
+    )
+    depth_per: str | None = field(default=None, metadata={"help": "One depth matrix per `tower` (default) or `kind`."})
+    tie_ffn: bool | None = field(default=None, metadata={"help": "Tie fc2's input operator to fc1's output operator."})
+    decay_towards: str | None = field(
+        default=None,
+        metadata={"help": "Weight decay pulls operators to their `initial` value (default) or to `zero`."},
+    )
+
+
+@dataclass
+class StageArguments:
+    """The numbers of one training stage. Defaults: Tables 8 and 9 of the paper where they agree."""
+
+    epochs: float = field(
+        default=1.0, metadata={"help": "Passes over the training data; ignored when `steps` is set."}
+    )
+    steps: int | None = field(default=None, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=256, metadata={"help": "Pairs per optimizer step."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.2, metadata={"help": "Decoupled decay of matrices."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Linear warm-up: steps, or a share of all if below 1."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second beta."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Global gradient norm to clip at."})
+    logit_scale: float = field(default=50.0, metadata={"help": "Reciprocal of the temperature, student and teacher."})
+    learn_logit_scale: bool = field(default=False, metadata={"help": "Train the scale from there, clamped at 100."})
+
+
+@dataclass
+class MappingArguments(StageArguments):
+    """The mapping stage (Table 8): only the operators are trained, on the contrastive loss."""
+
+    learning_rate: float = field(default=8e-4, metadata={"help": "Peak learning rate."})
+
+
+@dataclass
+class DistillationArguments(StageArguments):
+    """The retraining stage (Table 9): all student weights are trained against the teacher."""
+
+    distillation_weight: float = field(
+        default=1.0, metadata={"help": "λ of Eq. 13: the share of the affinity loss; the rest is contrastive."}
+    )
+
+
+def parse_arguments(
+    *dataclass_types: type,
+    stages: dict[str, type] | None = None,
+    other_stages: dict[str, type] | None = None,
+    description: str | None = None,
+    argv: list[str] | None = None,
+) -> tuple:
+    """
+    Reads dataclasses from the command line and from `--config file.yaml`; the command line wins.
+
+    Args:
+        dataclass_types: Flat dataclasses whose fields become `--options` and top-level YAML keys.
+        stages: `{name: dataclass}` whose fields become `--{name}_{option}` and keys of the YAML section `name:`.
+        other_stages: Sections that the same YAML may hold for another recipe; their keys are checked, then left alone.
+        description: Shown by `--help`.
+        argv: Arguments instead of `sys.argv[1:]`.
+
+    Returns:
+        One instance per dataclass type, then one per stage.
+
+    Raises:
+        ValueError: If the YAML file has a key that no dataclass knows.
+    """
+    from transformers import HfArgumentParser  # seconds to import on a cold disk, and only needed here
+
+    stages = stages or {}
+    prefixed = [_with_prefix(name, stage) for name, stage in stages.items()]
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path, help="YAML file with values for these options; the command line wins")
+    config, argv = finder.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if config.config is not None:
+        known = {f.name for one in [*dataclass_types, *prefixed] for f in dataclasses.fields(one)}
+        argv = _yaml_options(config.config, known, {**stages, **(other_stages or {})}, stages) + argv
+    parser = HfArgumentParser(
+        [*dataclass_types, *prefixed], description=description, parents=[finder], allow_abbrev=False
+    )
+    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    plain, staged = parsed[: len(dataclass_types)], parsed[len(dataclass_types) :]
+    return *plain, *(
+        stage(**{f.name: getattr(values, f"{name}_{f.name}") for f in dataclasses.fields(stage)})
+        for (name, stage), values in zip(stages.items(), staged, strict=False)  # a namespace with `config` comes last
+    )
+
+
+def save_arguments(path: Path, *arguments: Any, **stages: Any) -> None:
+    """Writes resolved arguments as YAML that `--config` reads back; `stages` become sections under their names."""
+    content = {key: value for one in arguments for key, value in dataclasses.asdict(one).items()}
+    content |= {name: dataclasses.asdict(one) for name, one in stages.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _yaml_options(path: Path, known: set[str], sections: dict[str, type], own: dict[str, type]) -> list[str]:
+    """The file's values as command-line options, so that both are converted and checked by one parser."""
+    content = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
+    options = []
+    for key, value in content.items():
+        if key in sections:
+            allowed = {f.name for f in dataclasses.fields(sections[key])}
+            _check_known(path, value or {}, allowed, f" in section {key!r}")
+            if key in own:
+                for name, inner in (value or {}).items():
+                    options += _option(f"{key}_{name}", inner)
+        else:
+            _check_known(path, {key}, known | set(sections), "")
+            options += _option(key, value)
+    return options
+
+
+def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
+    unknown = sorted(set(map(str, keys)) - allowed)
+    if unknown:
+        raise ValueError(f"{path}: unknown keys {unknown}{where}; allowed are {sorted(allowed)}.")
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def _with_prefix(name: str, stage: type) -> type:
+    """A copy of the dataclass `stage` (whose fields are scalars) with every field renamed `{name}_{field}`."""
+    fields = [
+        (f"{name}_{f.name}", f.type, field(default=f.default, metadata=f.metadata)) for f in dataclasses.fields(stage)
+    ]
+    return dataclasses.make_dataclass(f"{name.title()}{stage.__name__}", fields, namespace={"__module__": __name__})

@@ -1,0 +1,65 @@
+"""
+All of it: map a teacher into a smaller CLIP, distil that, evaluate it, write it.
+
+    python recipes/compress.py --teacher openai/clip-vit-base-patch16 --student small --train_data 'shards/*.tar' \
+        --image_column jpg --caption_column txt --eval_data test.parquet --output_dir small
+    accelerate launch recipes/compress.py --config recipes/configs/small.yaml --train_data … --output_dir small
+
+The mapped student and its map are written to `mapped/` inside the output folder. With `--mapping_steps 0`, the student
+is distilled from the operators' start: with `diagonal`, that is TinyCLIP's manual inheritance.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from clipmap_hf.training.arguments import (
+    DataArguments,
+    DistillationArguments,
+    MappingArguments,
+    RunArguments,
+    StudentArguments,
+    TeacherArguments,
+    parse_arguments,
+    save_arguments,
+)
+
+
+def main() -> None:
+    data, teacher, student, run, mapping, distillation = parse_arguments(
+        DataArguments,
+        TeacherArguments,
+        StudentArguments,
+        RunArguments,
+        stages={"mapping": MappingArguments, "distillation": DistillationArguments},
+        description=__doc__,
+    )
+    from clipmap_hf.compressor import ClipMapCompressor
+    from clipmap_hf.models import load_model
+    from clipmap_hf.runs import run_distillation, run_mapping
+    from clipmap_hf.training.setup import map_config
+
+    arguments_file = Path(run.output_dir) / "arguments.yaml"
+    save_arguments(arguments_file, data, teacher, student, run, mapping=mapping, distillation=distillation)
+    compressor = ClipMapCompressor.from_pretrained(
+        teacher.teacher, map_config(student), revision=teacher.teacher_revision, backend=data.image_backend
+    )
+    print(compressor.cost())
+    mapped = dataclasses.replace(run, output_dir=str(Path(run.output_dir) / "mapped"))
+    run_mapping(compressor, mapping, mapped, data)
+    model, processor = compressor.export(), compressor.processor
+    del compressor  # the operators are on disk, and larger than both models
+    result = run_distillation(
+        model,
+        load_model(teacher.teacher, revision=teacher.teacher_revision),
+        processor,
+        distillation,
+        run,
+        data,
+        teacher_id=teacher.teacher,
+        recipe=arguments_file.read_text(),
+    )
+    print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))
+
+
+if __name__ == "__main__":
+    main()

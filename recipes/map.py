@@ -1,0 +1,47 @@
+"""
+The mapping stage alone: learns operators that map a teacher's weights into a smaller CLIP, and writes the student
+with its map. Without a size, goes on with the map in the folder that `--teacher` names.
+
+    python recipes/map.py --teacher openai/clip-vit-base-patch16 --student small --train_data 'shards/*.tar' \
+        --image_column jpg --caption_column txt --output_dir mapped
+    accelerate launch recipes/map.py --config recipes/configs/small.yaml --train_data … --output_dir mapped
+"""
+
+from pathlib import Path
+
+from clipmap_hf.training.arguments import (
+    DataArguments,
+    DistillationArguments,
+    MappingArguments,
+    RunArguments,
+    StudentArguments,
+    TeacherArguments,
+    parse_arguments,
+    save_arguments,
+)
+
+
+def main() -> None:
+    data, teacher, student, run, mapping = parse_arguments(
+        DataArguments,
+        TeacherArguments,
+        StudentArguments,
+        RunArguments,
+        stages={"mapping": MappingArguments},
+        other_stages={"distillation": DistillationArguments},
+        description=__doc__,
+    )
+    from clipmap_hf.compressor import ClipMapCompressor
+    from clipmap_hf.runs import run_mapping
+    from clipmap_hf.training.setup import map_config
+
+    save_arguments(Path(run.output_dir) / "arguments.yaml", data, teacher, student, run, mapping=mapping)
+    compressor = ClipMapCompressor.from_pretrained(
+        teacher.teacher, map_config(student), revision=teacher.teacher_revision, backend=data.image_backend
+    )
+    print(compressor.cost())
+    run_mapping(compressor, mapping, run, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Tiny models, tokenizers and pairs, built in memory; no network."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import copy
+import io
+import random
+import string
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.utils import logging
+
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+datasets.disable_progress_bars()
+
+IMAGE_SIZE = 32
+CONTEXT_LENGTH = 16
+PROJECTION_DIM = 32
+COLORS = ("red", "green", "blue", "black", "orange", "purple")
+SHAPES = ("circle", "square", "bar", "pie")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def dataset_cache(tmp_path_factory):
+    """Keeps what `load_dataset` caches out of the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> CLIPTokenizer:
+    """A character-level tokenizer; bos, eos and pad are the last ids, pad being eos as in OpenAI's."""
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    tokens = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=CONTEXT_LENGTH)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_tokenizer):
+    """A factory: `tiny_config(vision={…}, text={…}, projection_dim=…)` overrides single values."""
+
+    def build(
+        vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, projection_dim: int = PROJECTION_DIM
+    ) -> CLIPConfig:
+        vision_config = {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 8,
+            "projection_dim": projection_dim,
+        }
+        text_config = {
+            "hidden_size": 48,
+            "intermediate_size": 192,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "max_position_embeddings": CONTEXT_LENGTH,
+            "vocab_size": len(tiny_tokenizer),
+            "bos_token_id": tiny_tokenizer.bos_token_id,
+            "eos_token_id": tiny_tokenizer.eos_token_id,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+            "projection_dim": projection_dim,
+        }
+        return CLIPConfig(
+            vision_config=vision_config | (vision or {}),
+            text_config=text_config | (text or {}),
+            projection_dim=projection_dim,
+        )
+
+    return build
+
+
+def randomize(model: CLIPModel, seed: int = 0) -> CLIPModel:
+    """Draws every weight, gains and biases included, so that a tensor mapped wrongly cannot hide behind 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name == "logit_scale":
+            parameter.data.fill_(2.0)
+        elif "norm" in name and name.endswith("weight"):
+            parameter.data = 1 + 0.2 * noise
+        elif parameter.ndim == 1:
+            parameter.data = 0.1 * noise
+        elif "embedding" in name and "patch" not in name:
+            parameter.data = 0.5 * noise
+        else:
+            parameter.data = noise / parameter[0].numel() ** 0.5
+    return model
+
+
+@pytest.fixture(scope="session")
+def shared_teacher(tiny_config) -> CLIPModel:
+    return randomize(CLIPModel(tiny_config())).eval()
+
+
+@pytest.fixture
+def tiny_teacher(shared_teacher) -> CLIPModel:
+    """A `CLIPModel` of about 310,000 random parameters in eval mode; each test gets its own."""
+    return copy.deepcopy(shared_teacher)
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_tokenizer) -> CLIPProcessor:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return CLIPProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, do_center_crop=False), tokenizer=tiny_tokenizer
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs() -> list[dict[str, Any]]:
+    """24 rows of `image` (PIL, 40 × 32), `caption` and `keywords`: every color in every shape, at random places."""
+    rng = random.Random(0)
+    return [
+        {"image": _draw(color, shape, rng), "caption": f"{color} {shape}", "keywords": [color, shape, "drawing"]}
+        for color in COLORS
+        for shape in SHAPES
+    ]
+
+
+def _draw(color: str, shape: str, rng: random.Random) -> Image.Image:
+    image = Image.new("RGB", (40, 32), "white")
+    draw = ImageDraw.Draw(image)
+    left, top = rng.randint(0, 20), rng.randint(0, 12)
+    box = (left, top, left + 18, top + 18)
+    if shape == "circle":
+        draw.ellipse(box, fill=color)
+    elif shape == "square":
+        draw.rectangle(box, fill=color)
+    elif shape == "bar":
+        draw.rectangle((left, top, left + 18, top + 5), fill=color)
+    else:
+        draw.pieslice(box, 0, 270, fill=color)
+    return image
+
+
+@pytest.fixture(scope="session")
+def pairs_parquet(tiny_pairs, tmp_path_factory) -> Path:
+    """A parquet file of `tiny_pairs`."""
+    columns = {name: [row[name] for row in tiny_pairs] for name in tiny_pairs[0]}
+    path = tmp_path_factory.mktemp("parquet") / "pairs.parquet"
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_tar(tiny_pairs, tmp_path_factory) -> Path:
+    """A webdataset tar of `tiny_pairs`: `000.png`, `000.txt`, …"""
+    path = tmp_path_factory.mktemp("tar") / "pairs.tar"
+    with tarfile.open(path, "w") as tar:
+        for index, row in enumerate(tiny_pairs):
+            png = io.BytesIO()
+            row["image"].save(png, "PNG")
+            for extension, content in (("png", png.getvalue()), ("txt", row["caption"].encode())):
+                member = tarfile.TarInfo(f"{index:03d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(shared_teacher, tiny_processor, tmp_path_factory) -> Path:
+    """A folder with the tiny teacher and its processor; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("teacher")
+    shared_teacher.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_batch(tiny_pairs, tiny_processor) -> dict[str, torch.Tensor]:
+    """Eight pairs as `input_ids` and `attention_mask` `(8, length)`, some padded, and `pixel_values` `(8, 3, 32, 32)`."""
+    rows = tiny_pairs[::3]
+    captions, images = [row["caption"] for row in rows], [row["image"] for row in rows]
+    return dict(tiny_processor(text=captions, images=images, padding=True, return_tensors="pt"))

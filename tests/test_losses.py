@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clipmap_hf.features import ClipFeatures
+from clipmap_hf.losses import LOSSES, affinity_loss, contrastive_loss
+
+
+def features_of_logits(logits: list[list[float]], scale: float = 1.0) -> ClipFeatures:
+    """Features whose `logits_per_image` are `scale * logits` (not normalized, which no loss asks for)."""
+    rows = torch.tensor(logits)
+    return ClipFeatures(torch.eye(len(rows)), rows.T, torch.tensor(scale))
+
+
+def random_features(seed: int, dim: int = 8, scale: float = 5.0) -> ClipFeatures:
+    generator = torch.Generator().manual_seed(seed)
+    embeds = [F.normalize(torch.randn(6, dim, generator=generator), dim=-1).requires_grad_() for _ in range(2)]
+    return ClipFeatures(*embeds, torch.tensor(scale))
+
+
+def log_softmax(values: list[float], index: int) -> float:
+    return values[index] - math.log(sum(math.exp(value) for value in values))
+
+
+def test_contrastive_loss_of_two_pairs_by_hand():
+    # logits [[2, 2], [0, 0]]: texts of an image cannot be told apart; both texts prefer image 0
+    loss = contrastive_loss(features_of_logits([[1.0, 1.0], [0.0, 0.0]], scale=2.0))
+    image_to_text = math.log(2)
+    text_to_image = -(log_softmax([2, 0], 0) + log_softmax([2, 0], 1)) / 2
+    assert loss.item() == pytest.approx((image_to_text + text_to_image) / 2, abs=1e-6)
+
+
+def test_affinity_loss_of_two_pairs_by_hand():
+    student, teacher = features_of_logits([[1.0, 0.0], [0.0, 0.0]]), features_of_logits([[0.0, 0.0], [3.0, 0.0]])
+    loss = affinity_loss(student, teacher)
+    high = 1 / (1 + math.exp(-3))  # the teacher's softmax of (3, 0)
+    # image 0: teacher undecided, student (1, 0); image 1: teacher (high, 1 - high), student undecided
+    image_to_text = -(log_softmax([1, 0], 0) + log_softmax([1, 0], 1)) / 2 + math.log(2)
+    # text 0: teacher (1 - high, high) over the images, student (1, 0); text 1: both undecided
+    text_to_image = -((1 - high) * log_softmax([1, 0], 0) + high * log_softmax([1, 0], 1)) + math.log(2)
+    assert loss.item() == pytest.approx((image_to_text / 2 + text_to_image / 2) / 2, abs=1e-6)
+
+
+def test_affinity_equals_contrastive_when_the_teacher_is_certain():
+    student, certain = random_features(0), features_of_logits(torch.eye(6).tolist(), scale=1000.0)
+    torch.testing.assert_close(affinity_loss(student, certain), contrastive_loss(student), atol=1e-6, rtol=0)
+
+
+def test_affinity_is_minimal_where_student_equals_teacher():
+    teacher = random_features(0)
+    student = random_features(0)
+    best = affinity_loss(student, teacher)
+    best.backward()
+    torch.testing.assert_close(student.image_embeds.grad, torch.zeros(6, 8), atol=1e-6, rtol=0)
+    torch.testing.assert_close(student.text_embeds.grad, torch.zeros(6, 8), atol=1e-6, rtol=0)
+    assert all(affinity_loss(random_features(seed), teacher) > best + 0.01 for seed in range(1, 6))
+
+
+def test_affinity_reads_each_models_own_scale():
+    student, teacher = random_features(0), random_features(1)
+    sharper = ClipFeatures(teacher.image_embeds, teacher.text_embeds, torch.tensor(50.0))
+    assert abs(affinity_loss(student, sharper) - affinity_loss(student, teacher)) > 0.01
+
+
+def test_contrastive_loss_needs_no_teacher():
+    student = random_features(0)
+    assert contrastive_loss(student) == contrastive_loss(student, random_features(1))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_gradient_reaches_only_the_student(name):
+    student, teacher = random_features(0), random_features(1)
+    LOSSES[name](student, teacher).backward()
+    assert student.image_embeds.grad.abs().max() > 1e-4 and student.text_embeds.grad.abs().max() > 1e-4
+    assert teacher.image_embeds.grad is None and teacher.text_embeds.grad is None
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_learned_logit_scale_gets_a_gradient(name):
+    embeds, scale = random_features(0), torch.tensor(5.0, requires_grad=True)
+    LOSSES[name](ClipFeatures(embeds.image_embeds, embeds.text_embeds, scale), random_features(1)).backward()
+    assert scale.grad.abs() > 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_order_of_the_pairs_does_not_matter(name):
+    student, teacher = random_features(0), random_features(1)
+    order = [3, 1, 5, 0, 4, 2]
+    shuffled = [ClipFeatures(f.image_embeds[order], f.text_embeds[order], f.logit_scale) for f in (student, teacher)]
+    torch.testing.assert_close(LOSSES[name](*shuffled), LOSSES[name](student, teacher), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_images_and_texts_are_treated_alike(name):
+    student, teacher = random_features(0), random_features(1)
+    swapped = [ClipFeatures(f.text_embeds, f.image_embeds, f.logit_scale) for f in (student, teacher)]
+    torch.testing.assert_close(LOSSES[name](*swapped), LOSSES[name](student, teacher), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_student_and_teacher_may_differ_in_width(name):
+    loss = LOSSES[name](random_features(0, dim=4), random_features(1, dim=16))
+    assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()

@@ -1,0 +1,113 @@
+import io
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from clipmap_hf.data.pairs import PairDataset, load_pairs
+
+
+def opened(image: dict) -> Image.Image:
+    return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+
+
+def assert_same_pairs(pairs, expected: list[dict], caption_column: str = "caption") -> None:
+    assert pairs[caption_column] == [row["caption"] for row in expected]
+    assert [opened(image).tobytes() for image in pairs["image"]] == [row["image"].tobytes() for row in expected]
+
+
+@pytest.fixture
+def image_folder(tiny_pairs, tmp_path):
+    """Images beside a `metadata.jsonl` that lists them with their captions."""
+    lines = []
+    for index, row in enumerate(tiny_pairs):
+        row["image"].save(tmp_path / f"{index:02d}.png")
+        lines.append(json.dumps({"file_name": f"{index:02d}.png", "caption": row["caption"]}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_parquet_file(pairs_parquet, tiny_pairs):
+    pairs = load_pairs(str(pairs_parquet))
+    assert pairs.column_names == ["image", "caption"]
+    assert_same_pairs(pairs, tiny_pairs)
+
+
+def test_several_caption_columns_and_keyword_lists(pairs_parquet, tiny_pairs):
+    pairs = load_pairs(str(pairs_parquet), caption_columns=["keywords", "caption"])
+    assert pairs.column_names == ["image", "keywords", "caption"]
+    assert pairs["keywords"] == [row["keywords"] for row in tiny_pairs]
+
+
+def test_glob_of_parquet_files_in_order_of_their_names(pairs_parquet, tiny_pairs, tmp_path):
+    first = load_pairs(str(pairs_parquet)).select(range(3))
+    second = load_pairs(str(pairs_parquet)).select(range(3, 5))
+    second.to_parquet(tmp_path / "b.parquet")
+    first.to_parquet(tmp_path / "a.parquet")
+    assert_same_pairs(load_pairs(str(tmp_path / "*.parquet")), tiny_pairs[:5])
+
+
+def test_webdataset_tar(pairs_tar, tiny_pairs):
+    pairs = load_pairs(str(pairs_tar), image_column="png", caption_columns=["txt"])
+    assert pairs.column_names == ["image", "txt"]
+    assert_same_pairs(pairs, tiny_pairs, "txt")
+
+
+def test_glob_of_webdataset_tars(pairs_tar, tmp_path):
+    for name in ("0.tar", "1.tar"):
+        shutil.copy(pairs_tar, tmp_path / name)
+    assert len(load_pairs(str(tmp_path / "*.tar"), image_column="png", caption_columns=["txt"])) == 48
+
+
+def test_image_folder_with_metadata(image_folder, tiny_pairs):
+    assert_same_pairs(load_pairs(str(image_folder)), tiny_pairs)
+
+
+def test_images_stay_undecoded(pairs_parquet, pairs_tar, image_folder):
+    for source, columns in (
+        (pairs_parquet, {}),
+        (pairs_tar, {"image_column": "png", "caption_columns": ["txt"]}),
+        (image_folder, {}),
+    ):
+        image = load_pairs(str(source), **columns)[0]["image"]
+        assert set(image) == {"bytes", "path"}
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"No file matches .*nothing-\*\.parquet"):
+        load_pairs(str(tmp_path / "nothing-*.parquet"))
+
+
+@pytest.mark.parametrize("make", [False, True], ids=["missing", "empty"])
+def test_a_folder_without_images_is_named(tmp_path, make):
+    folder = tmp_path / "no-images-here"
+    if make:
+        folder.mkdir()
+    with pytest.raises((ValueError, OSError), match="no-images-here"):
+        load_pairs(str(folder))
+
+
+def test_a_file_of_another_kind_is_an_error(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("image,caption\n")
+    with pytest.raises(ValueError, match=r"pairs\.csv' is neither a folder nor one of \['\.parquet', '\.tar'\]"):
+        load_pairs(str(path))
+
+
+def test_missing_columns_are_named_beside_those_there_are(pairs_parquet):
+    with pytest.raises(ValueError, match=r"no column \['photo', 'text'\]; it has \['image', 'caption', 'keywords'\]"):
+        load_pairs(str(pairs_parquet), image_column="photo", caption_columns=["caption", "text"])
+
+
+def test_a_missing_split_of_a_folder_is_named(image_folder):
+    with pytest.raises(ValueError, match="test"):
+        load_pairs(str(image_folder), split="test")
+
+
+def test_dataset_gives_rows_with_the_epoch_in_their_key(pairs_parquet, tiny_pairs):
+    dataset = PairDataset(load_pairs(str(pairs_parquet)))
+    assert len(dataset) == len(tiny_pairs)
+    assert dataset[5]["key"] == (0, 5) and dataset[5]["caption"] == tiny_pairs[5]["caption"]
+    dataset.set_epoch(3)
+    assert dataset[5]["key"] == (3, 5)

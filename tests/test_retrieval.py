@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clipmap_hf.evaluation.retrieval import embed_pairs, evaluate_retrieval, recall_at_k
+
+
+def random_embeds(count: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_recall_of_hand_made_ranks():
+    # Rows: images; columns: texts. The right text of the images ranks 0, 1, 2; the right image of the texts 0, 2, 2.
+    scores = torch.tensor([[0.9, 0.5, 0.3], [0.8, 0.4, 0.2], [0.7, 0.6, 0.1]])
+    recall = recall_at_k(torch.eye(3), scores.T, ks=(1, 2, 3))
+    assert recall == pytest.approx(
+        {
+            "image_to_text_recall@1": 1 / 3,
+            "image_to_text_recall@2": 2 / 3,
+            "image_to_text_recall@3": 1.0,
+            "text_to_image_recall@1": 1 / 3,
+            "text_to_image_recall@2": 1 / 3,
+            "text_to_image_recall@3": 1.0,
+        }
+    )
+
+
+def test_recall_equals_a_plain_sort():
+    images, texts = random_embeds(40, seed=1), random_embeds(40, seed=2)
+    order = (images @ texts.T).argsort(dim=1, descending=True).tolist()
+    expected = sum(i in row[:5] for i, row in enumerate(order)) / 40
+    recall = recall_at_k(images, texts, ks=(5,))
+    assert 0 < expected < 1
+    assert recall["image_to_text_recall@5"] == pytest.approx(expected)
+
+
+def test_a_constant_embedding_scores_zero():
+    constant = F.normalize(torch.ones(20, 8), dim=-1)
+    assert set(recall_at_k(constant, constant).values()) == {0.0}
+
+
+def test_nan_embeddings_score_zero():
+    nan = torch.full((20, 8), torch.nan)
+    assert set(recall_at_k(nan, nan).values()) == {0.0}
+
+
+def test_an_image_is_found_by_any_of_its_captions():
+    images = torch.eye(2)
+    texts = torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.8, 0.5], [0.1, 0.4]])  # captions 0 and 2 are image 0's
+    recall = recall_at_k(images, texts, torch.tensor([0, 1, 0, 1]), ks=(1, 2))
+    # image 0's best text is its caption 0; image 1's best is caption 2 (not its), then caption 3 (its)
+    assert recall["image_to_text_recall@1"] == 0.5
+    assert recall["image_to_text_recall@2"] == 1.0
+    assert recall["text_to_image_recall@1"] == 1.0
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 30])
+def test_chunks_change_nothing(chunk_size):
+    images, texts = random_embeds(10, seed=3), random_embeds(30, seed=4)
+    owner = torch.arange(30) % 10
+    assert recall_at_k(images, texts, owner, chunk_size=chunk_size) == recall_at_k(images, texts, owner)
+
+
+@pytest.mark.parametrize("owner", [[0, 1], [0, 1, 1], [0, 1, 3], [0, 1, 2, 0]], ids=str)
+def test_captions_that_do_not_fit_the_images_are_an_error(owner):
+    with pytest.raises(ValueError, match="image_of_text must name one of 3 images for each of 3 texts"):
+        recall_at_k(torch.eye(3), torch.eye(3), torch.tensor(owner))
+
+
+def test_embed_pairs_gives_the_models_embeddings_and_restores_its_mode(tiny_teacher, tiny_batch):
+    with torch.no_grad():
+        expected = tiny_teacher(**tiny_batch)
+    tiny_teacher.train()
+    halves = [{name: value[part] for name, value in tiny_batch.items()} for part in (slice(0, 3), slice(3, 8))]
+    images, texts = embed_pairs(tiny_teacher, halves)
+    assert tiny_teacher.training and not images.requires_grad
+    torch.testing.assert_close(images, expected.image_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(texts, expected.text_embeds, atol=1e-6, rtol=0)
+
+
+def test_mean_recall_averages_all_cut_offs_and_both_ways(tiny_teacher, tiny_batch):
+    metrics = evaluate_retrieval(tiny_teacher, [tiny_batch], ks=(1, 3))
+    recall = recall_at_k(*embed_pairs(tiny_teacher, [tiny_batch]), ks=(1, 3))
+    assert metrics == recall | {"mean_recall": pytest.approx(sum(recall.values()) / 4)}
+    assert metrics["mean_recall"] > 0
