@@ -164,8 +164,9 @@ def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> Pretrain
     """
     student = copy.deepcopy(teacher)
     projection_dim = teacher.projection_dim if config.projection_dim is None else config.projection_dim
-    if not 1 <= projection_dim <= teacher.projection_dim:
-        raise ValueError(f"projection_dim={projection_dim} must be from 1 to the teacher's {teacher.projection_dim}.")
+    largest = teacher.projection_dim
+    if not isinstance(projection_dim, int) or not 1 <= projection_dim <= largest:
+        raise ValueError(f"projection_dim={projection_dim!r} must be an integer from 1 to the teacher's {largest}.")
     for name in ("vision", "text"):
         tower = getattr(student, f"{name}_config")
         size = getattr(config, name).resolve(tower, name)

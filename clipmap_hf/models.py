@@ -57,5 +57,17 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
         revision: Branch, tag or commit on the Hub.
         backend: `pil` (the reference resizing) or `torchvision` (faster, slightly different pixels).
         kwargs: Passed to `from_pretrained`.
+
+    Raises:
+        OSError: If a file is missing or the Hub cannot be reached.
+        ValueError: If `backend` cannot be had.
     """
-    return CLIPProcessor.from_pretrained(source, revision=revision, backend=backend, **kwargs)
+    processor = CLIPProcessor.from_pretrained(source, revision=revision, backend=backend, **kwargs)
+    if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):  # made up without files
+        raise OSError(f"{source!r} holds no tokenizer; add its `tokenizer.json`, or `vocab.json` and `merges.txt`.")
+    if processor.image_processor.backend != backend:  # transformers falls back with a warning
+        raise ValueError(
+            f"backend={backend!r} is not available, only {processor.image_processor.backend!r}; install torchvision, or "
+            "choose backend='pil'."
+        )
+    return processor

@@ -48,12 +48,13 @@ def main() -> None:
     run_mapping(compressor, mapping, mapped, data)
     model, processor = compressor.export(), compressor.processor
     del compressor  # the operators are on disk, and larger than both models
+    unseen_order = dataclasses.replace(run, seed=run.seed + 1)  # or the stage would begin with the mapping's batches
     result = run_distillation(
         model,
         load_model(teacher.teacher, revision=teacher.teacher_revision),
         processor,
         distillation,
-        run,
+        unseen_order,
         data,
         teacher_id=teacher.teacher,
         recipe=arguments_file.read_text(),

@@ -116,6 +116,13 @@ def tiny_teacher(shared_teacher) -> CLIPModel:
     return copy.deepcopy(shared_teacher)
 
 
+@pytest.fixture
+def model_with_dropout(tiny_config) -> CLIPModel:
+    """A tiny model in training mode whose forward passes differ from those in eval mode."""
+    dropout = {"attention_dropout": 0.5}
+    return randomize(CLIPModel(tiny_config(vision=dropout, text=dropout))).train()
+
+
 @pytest.fixture(scope="session")
 def tiny_processor(tiny_tokenizer) -> CLIPProcessor:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -186,7 +193,7 @@ def teacher_folder(shared_teacher, tiny_processor, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny_batch(tiny_pairs, tiny_processor) -> dict[str, torch.Tensor]:
-    """Eight pairs as `input_ids` and `attention_mask` `(8, length)`, some padded, and `pixel_values` `(8, 3, 32, 32)`."""
+    """Eight pairs: `input_ids` and `attention_mask` `(8, length)`, some padded, `pixel_values` `(8, 3, 32, 32)`."""
     rows = tiny_pairs[::3]
     captions, images = [row["caption"] for row in rows], [row["image"] for row in rows]
     return dict(tiny_processor(text=captions, images=images, padding=True, return_tensors="pt"))

@@ -21,7 +21,8 @@ def pixels(image: Image.Image) -> np.ndarray:
 WHOLE = {"scale": (1.0, 1.0), "ratio": (1.25, 1.25)}  # all of `image`
 
 
-def test_the_whole_image_is_just_resized(image):
+def test_the_whole_image_is_just_resized_bicubically():
+    image = Image.effect_noise((100, 80), 80).convert("RGB")
     result = random_resized_crop(image, 20, rng=random.Random(0), **WHOLE)
     expected = image.resize((20, 20), Image.Resampling.BICUBIC)
     assert np.abs(pixels(result) - pixels(expected)).max() <= 1
@@ -35,6 +36,17 @@ def test_the_crop_covers_the_asked_share_of_the_area(image, scale):
         side = (8000 * scale) ** 0.5
         assert width == pytest.approx(side, abs=3)
         assert height == pytest.approx(min(side, 80), abs=3)
+
+
+def test_the_crop_falls_anywhere(image):
+    crops = [
+        pixels(random_resized_crop(image, 10, (0.1, 0.1), (1.0, 1.0), random.Random(seed))) for seed in range(100)
+    ]
+    left, top = np.array([crop[0, 0, 0] for crop in crops]), np.array([crop[0, 0, 1] for crop in crops])
+    side = 800**0.5
+    assert left.min() < 7 and left.max() > 100 - side - 7
+    assert top.min() < 7 and top.max() > 80 - side - 7
+    assert abs(np.corrcoef(left, top)[0, 1]) < 0.3
 
 
 def test_the_aspect_ratio_is_width_over_height(image):
@@ -54,8 +66,9 @@ FULL = Augmentation(scale=(0.5, 1.0), flip=0.5, rotation=20, color_jitter=0.4, g
 
 def test_equal_random_states_give_equal_pixels_and_others_do_not(image):
     before = pixels(image)
-    results = [pixels(FULL(image, 16, random.Random(seed))) for seed in (1, 1, 2)]
-    assert (results[0] == results[1]).all() and (results[0] != results[2]).any()
+    for seed in range(20):
+        results = [pixels(FULL(image, 16, random.Random(state))) for state in (seed, seed, seed + 1)]
+        assert (results[0] == results[1]).all() and (results[0] != results[2]).any()
     assert (pixels(image) == before).all()
 
 

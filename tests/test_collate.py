@@ -100,7 +100,9 @@ def test_a_path_is_opened(tmp_path):
 
 WHOLE = encoded(Image.effect_noise((64, 64), 50), "PNG")["bytes"]
 JPEG = encoded(Image.effect_noise((64, 64), 50), "JPEG")["bytes"]
+LARGE = encoded(Image.effect_noise((512, 512), 50), "PNG")["bytes"]
 BAD_IMAGES = {
+    "broken chunk": {"bytes": b"IDAT".join(LARGE.split(b"IDAT")[:2]) + bytes(4) + LARGE[-1000:], "path": None},
     "truncated png": {"bytes": WHOLE[: len(WHOLE) // 2], "path": None},
     "truncated jpeg": {"bytes": JPEG[: len(JPEG) // 2], "path": None},
     "header only": {"bytes": WHOLE[:30], "path": None},

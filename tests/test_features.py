@@ -37,6 +37,16 @@ def test_padding_does_not_change_a_text(tiny_teacher, tiny_tokenizer):
     torch.testing.assert_close(embeds[0], embeds[1], atol=1e-5, rtol=0)
 
 
+def test_masked_tokens_are_not_read(tiny_teacher, tiny_tokenizer):
+    tokens = tiny_tokenizer(["red bar", "rod bar"], return_tensors="pt")  # they differ in the third token
+    with torch.no_grad():
+        open_ = encode_texts(tiny_teacher, **tokens)
+        tokens["attention_mask"][:, 2] = 0
+        masked = encode_texts(tiny_teacher, **tokens)
+    assert (open_[0] - open_[1]).abs().max() > 1e-3
+    torch.testing.assert_close(masked[0], masked[1], atol=1e-6, rtol=0)
+
+
 def test_features_of_a_half_precision_model_are_fp32(tiny_teacher, tiny_batch):
     model = tiny_teacher.bfloat16()
     batch = tiny_batch | {"pixel_values": tiny_batch["pixel_values"].bfloat16()}

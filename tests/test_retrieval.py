@@ -78,6 +78,11 @@ def test_embed_pairs_gives_the_models_embeddings_and_restores_its_mode(tiny_teac
     torch.testing.assert_close(texts, expected.text_embeds, atol=1e-6, rtol=0)
 
 
+def test_embed_pairs_runs_without_dropout(model_with_dropout, tiny_batch):
+    first, second = (embed_pairs(model_with_dropout, [tiny_batch]) for _ in range(2))
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
 def test_mean_recall_averages_all_cut_offs_and_both_ways(tiny_teacher, tiny_batch):
     metrics = evaluate_retrieval(tiny_teacher, [tiny_batch], ks=(1, 3))
     recall = recall_at_k(*embed_pairs(tiny_teacher, [tiny_batch]), ks=(1, 3))

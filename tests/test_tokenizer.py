@@ -57,6 +57,10 @@ def test_equal_texts_give_equal_tokenizers(tokenizer):
     assert train_clip_tokenizer(iter(TEXTS), vocab_size=560).get_vocab() == tokenizer.get_vocab()
 
 
+def test_case_does_not_matter_to_what_is_learned(tokenizer):
+    assert train_clip_tokenizer([text.upper() for text in TEXTS], vocab_size=560).get_vocab() == tokenizer.get_vocab()
+
+
 def test_the_saved_tokenizer_loads_as_a_stock_one(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)

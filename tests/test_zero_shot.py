@@ -40,6 +40,15 @@ def test_classifier_leaves_mode_and_gradients_alone(tiny_teacher, tiny_tokenizer
     assert classifier.shape == (3, tiny_teacher.config.projection_dim)
 
 
+def test_classifier_and_evaluation_run_without_dropout(model_with_dropout, tiny_tokenizer, tiny_batch):
+    first, second = (zero_shot_classifier(model_with_dropout, tiny_tokenizer, CLASSES) for _ in range(2))
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    pixels = tiny_batch["pixel_values"]
+    classifier = encode_images(model_with_dropout.eval(), pixels).detach()
+    batches = [{"pixel_values": pixels, "labels": torch.arange(8)}]
+    assert evaluate_zero_shot(model_with_dropout.train(), batches, classifier)["accuracy@1"] == 1.0
+
+
 def test_braces_elsewhere_in_a_template_are_kept(tiny_teacher, tiny_tokenizer):
     classifier = zero_shot_classifier(tiny_teacher, tiny_tokenizer, ["owl"], ["{x} {}"])
     expected = zero_shot_classifier(tiny_teacher, tiny_tokenizer, ["{x} owl"], ["{}"])

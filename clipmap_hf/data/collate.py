@@ -41,12 +41,14 @@ def decode_image(image: dict[str, Any] | Image.Image) -> Image.Image:
     try:
         if not isinstance(image, Image.Image):
             image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        if image.mode.startswith("I;16"):  # Pillow would clip to 255, that is turn nearly everything white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except (*_BAD_IMAGE, TypeError) as error:
+    except (*_BAD_IMAGE, AttributeError, TypeError) as error:  # the last two: neither bytes nor path
         raise BadRowError(f"undecodable image: {error}") from error
 
 

@@ -87,7 +87,7 @@ def cost_table(costs: Mapping[str, Cost]) -> str:
 
 def _vision_macs(model: PreTrainedModel) -> int:
     config = model.config.vision_config
-    image = torch.empty(1, config.num_channels, config.image_size, config.image_size, dtype=model.dtype)
+    image = torch.empty(1, config.num_channels, config.image_size, config.image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.get_image_features(pixel_values=image)
     return counter.get_total_flops() // 2

@@ -1,0 +1,109 @@
+"""The demo's outcome: one table as JSON and Markdown, and a page of what the models retrieve."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from clipmap_hf.data.collate import decode_image
+from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.demo.page import retrieval_page
+from clipmap_hf.evaluation.cost import model_cost
+from clipmap_hf.evaluation.retrieval import embed_pairs, recall_at_k
+from clipmap_hf.training.arguments import DataArguments
+from clipmap_hf.training.setup import evaluation_batches
+
+
+__all__ = ["Contestant", "write_report"]
+
+SHOWN_PAIRS = 12
+
+
+@dataclass
+class Contestant:
+    """
+    A model of the comparison.
+
+    Args:
+        model: A `CLIPModel`.
+        pairs: Training pairs it saw, repetitions counted; `None` for a model that was given.
+        seconds: Time of its training.
+    """
+
+    model: nn.Module
+    pairs: int | None = None
+    seconds: float | None = None
+
+
+def write_report(folder: Path, contestants: Mapping[str, Contestant], data: DataArguments, processor: Any) -> str:
+    """
+    Evaluates all models on `data.eval_data`, writes `results.json`, `results.md` and `index.html`, and returns the
+    table as Markdown.
+
+    Args:
+        folder: Where to.
+        contestants: Models by name; the first two are shown on the page.
+        data: Names the evaluation pairs.
+        processor: Tokenizer and image processor of all models.
+    """
+    batches = list(evaluation_batches(data, processor))
+    embeddings = {name: embed_pairs(one.model, batches) for name, one in contestants.items()}
+    results = {name: _measure(one, *embeddings[name]) for name, one in contestants.items()}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    rows = [_row(name, values) for name, values in results.items()]
+    table = _markdown(rows)
+    (folder / "results.md").write_text(table + "\n")
+    pairs = load_pairs(
+        data.eval_data, split=data.eval_split, image_column=data.image_column, caption_columns=data.caption_column[:1]
+    )
+    page = retrieval_page(
+        "CLIP-Map on emoji of an unseen style",
+        rows,
+        [decode_image(image) for image in pairs["image"]],
+        pairs[data.caption_column[0]],
+        dict(list(embeddings.items())[:2]),
+        picks=range(0, len(pairs), -(-len(pairs) // SHOWN_PAIRS)),
+    )
+    (folder / "index.html").write_text(page)
+    return table
+
+
+def _measure(contestant: Contestant, image_embeds, text_embeds) -> dict[str, float | int | None]:
+    cost = model_cost(contestant.model.config)
+    return {
+        **recall_at_k(image_embeds, text_embeds),
+        "parameters": cost.parameters,
+        "parameters_without_token_embedding": cost.parameters_without_token_embedding,
+        "vision_macs": cost.vision_macs,
+        "text_macs": cost.text_macs,
+        "bytes": cost.bytes,
+        "training_pairs": contestant.pairs,
+        "seconds": contestant.seconds,
+    }
+
+
+def _row(name: str, values: Mapping[str, float | int | None]) -> dict[str, str]:
+    recall = {
+        f"R@{k} i→t / t→i": " / ".join(
+            f"{100 * values[f'{way}_recall@{k}']:.1f}" for way in ("image_to_text", "text_to_image")
+        )
+        for k in (1, 5, 10)
+    }
+    trained = values["training_pairs"] is not None
+    return {
+        "model": name,
+        **recall,
+        "parameters (M)": f"{values['parameters'] / 1e6:.2f}",
+        "MACs (M)": f"{values['vision_macs'] / 1e6:.2f} + {values['text_macs'] / 1e6:.2f}",
+        "file (MB)": f"{values['bytes'] / 1e6:.2f}",
+        "training pairs": str(values["training_pairs"]) if trained else "",
+        "seconds": f"{values['seconds']:.0f}" if trained else "",
+    }
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

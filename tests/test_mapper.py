@@ -1,0 +1,417 @@
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_config
+from clipmap_hf.families import CLIP
+from clipmap_hf.mapping.depth import DEPTH_RULES, interval_front
+from clipmap_hf.mapping.initializers import INITIALIZERS
+from clipmap_hf.mapping.mapper import WeightMapper, operator_shapes
+from clipmap_hf.training.trainer import parameter_groups
+
+
+SMALL = ClipMapConfig(
+    vision=TowerConfig(hidden_size=32, num_hidden_layers=2), text=TowerConfig(hidden_size=32, num_hidden_layers=2)
+)
+VARIANTS = {
+    "default": SMALL,
+    "tied ffn": dataclasses.replace(SMALL, tie_ffn=True),
+    "depth per kind": dataclasses.replace(SMALL, depth_per="kind"),
+    "smaller embedding": dataclasses.replace(SMALL, projection_dim=16),
+    "odd ffn": dataclasses.replace(SMALL, vision=TowerConfig(48, 100, 3), text=TowerConfig(16, 33, 1)),
+}
+
+
+def perturbed(mapper: WeightMapper, scale: float = 0.05) -> WeightMapper:
+    """Moves every operator away from its start, as training does."""
+    generator = torch.Generator().manual_seed(1)
+    for operator in mapper.operators.values():
+        operator.delta.data += scale * torch.randn(operator.delta.shape, generator=generator)
+    return mapper
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, atol=0, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def outputs(model, batch) -> dict[str, torch.Tensor]:
+    output = model(**batch)
+    return {
+        "image_embeds": output.image_embeds,
+        "text_embeds": output.text_embeds,
+        "logits_per_image": output.logits_per_image,
+        "vision": output.vision_model_output.last_hidden_state,
+        "text": output.text_model_output.last_hidden_state,
+    }
+
+
+# What the mapped weights are
+
+
+@pytest.mark.parametrize("depth", DEPTH_RULES)
+def test_same_size_with_diagonal_operators_is_the_teacher(tiny_teacher, tiny_batch, depth):
+    assert (tiny_batch["attention_mask"] == 0).any()  # padded captions are among them
+    mapper = WeightMapper(tiny_teacher, ClipMapConfig(depth=depth)).eval()
+    with torch.no_grad():
+        mapped, expected = outputs(mapper, tiny_batch), outputs(tiny_teacher, tiny_batch)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(mapped[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("student_layers", [(2, 2), (3, 1), (4, 3)], ids=str)
+def test_diagonal_with_interval_front_is_leading_slices_of_the_listed_layers(tiny_teacher, student_layers):
+    config = ClipMapConfig(vision=TowerConfig(32, 96, student_layers[0]), text=TowerConfig(16, 40, student_layers[1]))
+    mapped = WeightMapper(tiny_teacher, config).export().state_dict()
+    teacher, sizes = tiny_teacher.state_dict(), {"vision": (32, 96), "text": (16, 40)}
+    layers = {"vision": interval_front(4, student_layers[0]), "text": interval_front(3, student_layers[1])}
+    expected = {}
+    for tower, (width, ffn) in sizes.items():
+        model = f"{tower}_model."
+        for mine, theirs in enumerate(layers[tower]):
+            new, old = (f"{model}encoder.layers.{layer}." for layer in (mine, theirs))
+            for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"):
+                expected[f"{new}{name}.weight"] = teacher[f"{old}{name}.weight"][:width, :width]
+                expected[f"{new}{name}.bias"] = teacher[f"{old}{name}.bias"][:width]
+            for name in ("layer_norm1.weight", "layer_norm1.bias", "layer_norm2.weight", "layer_norm2.bias"):
+                expected[new + name] = teacher[old + name][:width]
+            expected[f"{new}mlp.fc1.weight"] = teacher[f"{old}mlp.fc1.weight"][:ffn, :width]
+            expected[f"{new}mlp.fc1.bias"] = teacher[f"{old}mlp.fc1.bias"][:ffn]
+            expected[f"{new}mlp.fc2.weight"] = teacher[f"{old}mlp.fc2.weight"][:width, :ffn]
+            expected[f"{new}mlp.fc2.bias"] = teacher[f"{old}mlp.fc2.bias"][:width]
+        norms = {"vision": ("pre_layrnorm", "post_layernorm"), "text": ("final_layer_norm",)}[tower]
+        for name in (f"{norm}.{part}" for norm in norms for part in ("weight", "bias")):
+            expected[model + name] = teacher[model + name][:width]
+        embeddings = {"vision": ("position_embedding",), "text": ("position_embedding", "token_embedding")}[tower]
+        for name in (f"{model}embeddings.{table}.weight" for table in embeddings):
+            expected[name] = teacher[name][:, :width]
+        projection = {"vision": "visual_projection.weight", "text": "text_projection.weight"}[tower]
+        expected[projection] = teacher[projection][:, :width]
+    for name in ("vision_model.embeddings.class_embedding", "vision_model.embeddings.patch_embedding.weight"):
+        expected[name] = teacher[name][:32]
+    assert_same(mapped, {name: expected.get(name, teacher[name]) for name in mapped})
+    assert set(mapped) - set(expected) == {"logit_scale"}
+
+
+def test_diagonal_keeps_whole_heads(tiny_teacher):
+    """TinyCLIP's view of the same: the first heads of queries, keys and values, complete."""
+    mapped = WeightMapper(tiny_teacher, SMALL).export().state_dict()
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        name = f"vision_model.encoder.layers.0.self_attn.{projection}.weight"
+        heads = tiny_teacher.state_dict()[name].view(4, 16, 64)  # (heads, head width, width)
+        torch.testing.assert_close(mapped[name].view(2, 16, 32), heads[:2, :, :32], atol=0, rtol=0)
+
+
+def test_spread_ends_with_the_teachers_last_layer(tiny_teacher):
+    mapped = WeightMapper(tiny_teacher, dataclasses.replace(SMALL, depth="spread")).export().state_dict()
+    teacher = tiny_teacher.state_dict()
+    for tower, last in (("vision", 3), ("text", 2)):
+        name = f"{tower}_model.encoder.layers.{{}}.mlp.fc1.bias"
+        torch.testing.assert_close(mapped[name.format(0)], teacher[name.format(0)][:128], atol=0, rtol=0)
+        torch.testing.assert_close(mapped[name.format(1)], teacher[name.format(last)][:128], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("tie_ffn", [False, True], ids=["untied", "tied"])
+def test_a_mapped_layer_follows_the_papers_equations(tiny_teacher, tie_ffn):
+    mapper = perturbed(WeightMapper(tiny_teacher, dataclasses.replace(SMALL, tie_ffn=tie_ffn)))
+    mapped, teacher = mapper.export().state_dict(), tiny_teacher.state_dict()
+    ops = {name: operator().detach() for name, operator in mapper.operators.items()}
+    res, depth = ops["vision_residual"], ops["vision_depth"]
+    reads = ops["vision_ffn" if tie_ffn else "vision_ffn_in"]
+    equations = {
+        "self_attn.q_proj.weight": lambda w, i: ops["vision_query"][i] @ w @ res.T,
+        "self_attn.k_proj.weight": lambda w, i: ops["vision_key"][i] @ w @ res.T,
+        "self_attn.v_proj.weight": lambda w, i: ops["vision_value"][i] @ w @ res.T,
+        "self_attn.out_proj.weight": lambda w, i: res @ w @ ops["vision_value"][i].T,
+        "mlp.fc1.weight": lambda w, i: ops["vision_ffn"][i] @ w @ res.T,
+        "mlp.fc2.weight": lambda w, i: res @ w @ reads[i].T,
+        "self_attn.v_proj.bias": lambda b, i: ops["vision_value"][i] @ b,
+        "self_attn.out_proj.bias": lambda b, i: res @ b,
+        "mlp.fc1.bias": lambda b, i: ops["vision_ffn"][i] @ b,
+        "layer_norm2.weight": lambda b, i: res @ b,
+    }
+    for tensor, narrowed in equations.items():
+        name = f"vision_model.encoder.layers.{{}}.{tensor}"
+        for layer in range(2):
+            expected = sum(depth[layer, i] * narrowed(teacher[name.format(i)], i) for i in range(4))
+            torch.testing.assert_close(mapped[name.format(layer)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_and_projections_follow_the_papers_equations(tiny_teacher):
+    mapper = perturbed(WeightMapper(tiny_teacher, dataclasses.replace(SMALL, projection_dim=16)))
+    mapped, teacher = mapper.export().state_dict(), tiny_teacher.state_dict()
+    vision, text, embed = (mapper.operators[name]().detach() for name in ("vision_residual", "text_residual", "embed"))
+    patches = "vision_model.embeddings.patch_embedding.weight"
+    expected = {
+        patches: torch.einsum("dD,Dcij->dcij", vision, teacher[patches]),
+        "vision_model.embeddings.class_embedding": vision @ teacher["vision_model.embeddings.class_embedding"],
+        "visual_projection.weight": embed @ teacher["visual_projection.weight"] @ vision.T,
+        "text_projection.weight": embed @ teacher["text_projection.weight"] @ text.T,
+    }
+    for table in (
+        "vision_model.embeddings.position_embedding.weight",
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight",
+    ):
+        expected[table] = teacher[table] @ (vision if table.startswith("vision") else text).T
+    for name, tensor in expected.items():
+        torch.testing.assert_close(mapped[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+# The mapped forward pass and the export are one
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mapped_forward_equals_exported_model(tiny_teacher, tiny_batch, variant):
+    mapper = perturbed(WeightMapper(tiny_teacher, VARIANTS[variant])).eval()
+    exported = mapper.export()
+    assert type(exported) is CLIPModel and not exported.training
+    with torch.no_grad():
+        assert_same(outputs(mapper, tiny_batch), outputs(exported, tiny_batch))
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["at the start", "trained"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mapped_forward_in_training_equals_exported_model(tiny_teacher, tiny_batch, variant, moved):
+    assert tiny_batch["input_ids"].numel() < tiny_teacher.config.text_config.vocab_size  # the token rows are looked up
+    mapper = WeightMapper(tiny_teacher, VARIANTS[variant]).train()
+    if moved:
+        mapper = perturbed(mapper)
+    with torch.no_grad():
+        mapped, expected = outputs(mapper, tiny_batch), outputs(mapper.export(), tiny_batch)
+    # A product over few rows may add up in another order than one over the whole table; selecting cannot.
+    tolerance = 1e-5 if moved else 0
+    for name, tensor in expected.items():
+        torch.testing.assert_close(mapped[name], tensor, atol=tolerance, rtol=tolerance)
+
+
+def test_in_training_only_rows_that_are_looked_up_are_mapped(tiny_teacher):
+    mapper = perturbed(WeightMapper(tiny_teacher, SMALL))
+    table = "text_model.embeddings.token_embedding.weight"
+    whole, some = mapper.materialize()[table], mapper.materialize(torch.tensor([[5, 3], [5, 9]]))[table]
+    rows = torch.tensor([3, 5, 9])
+    torch.testing.assert_close(some[rows], whole[rows], atol=1e-6, rtol=1e-6)
+    some[rows] = 0
+    torch.testing.assert_close(some, torch.zeros_like(whole), atol=0, rtol=0)
+
+
+def test_looking_up_or_mapping_the_token_table_gives_the_same_gradients(tiny_teacher, tiny_batch):
+    gradients = []
+    for repeats in (1, 2):  # twice the batch has more tokens than the vocabulary, so the whole table is mapped
+        mapper = perturbed(WeightMapper(tiny_teacher, SMALL)).train()
+        batch = {name: torch.cat([tensor] * repeats) for name, tensor in tiny_batch.items()}
+        (mapper(**batch).text_embeds[:, 0].sum() / repeats).backward()
+        gradients.append(mapper.operators["text_residual"].delta.grad)
+    assert 2 * tiny_batch["input_ids"].numel() > tiny_teacher.config.text_config.vocab_size
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_autocast_leaves_the_mapping_in_fp32(tiny_teacher, tiny_batch):
+    mapper = perturbed(WeightMapper(tiny_teacher, SMALL)).eval()
+    plain = mapper.materialize()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(mapper.materialize(), plain)
+        assert mapper(**tiny_batch).image_embeds.dtype == torch.bfloat16  # the forward pass itself is cast
+    assert {tensor.dtype for tensor in plain.values()} == {torch.float32}
+
+
+def test_half_precision_teachers_are_mapped_in_fp32(tiny_teacher):
+    mapper = WeightMapper(tiny_teacher.half(), SMALL)
+    assert {tensor.dtype for tensor in mapper.materialize().values()} == {torch.float32}
+
+
+# What is trained, and what is saved
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_operators_are_trained(tiny_teacher, tiny_batch, variant):
+    mapper = WeightMapper(tiny_teacher, VARIANTS[variant])
+    trainable = {name for name, parameter in mapper.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"operators.{name}.delta" for name in mapper.operators}
+    output = mapper(**tiny_batch)
+    (output.image_embeds[:, 0].sum() + output.text_embeds[:, 0].sum()).backward()
+    assert {name for name, p in mapper.named_parameters() if p.grad is not None} == trainable
+    assert not any(buffer.requires_grad for buffer in mapper.buffers())
+    assert all(p.grad is None and not p.requires_grad for p in mapper.skeleton.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_entries_off_the_diagonal_have_gradients_at_the_start(tiny_teacher, tiny_batch, variant):
+    mapper = WeightMapper(tiny_teacher, VARIANTS[variant])
+    output = mapper(**tiny_batch)
+    (output.image_embeds[:, 0].sum() + output.text_embeds[:, 0].sum()).backward()
+    sizes = {"vision": (4, VARIANTS[variant].vision), "text": (3, VARIANTS[variant].text)}
+    kept = {tower: interval_front(layers, size.num_hidden_layers) for tower, (layers, size) in sizes.items()}
+    for name, operator in mapper.operators.items():
+        value, gradient = operator().detach(), operator.delta.grad
+        if value.ndim == 3:  # a teacher layer that no student layer starts from has no gradient yet
+            layers = kept[name.split("_")[0]]
+            value, gradient = value[layers], gradient[layers]
+        assert (gradient[value == 0] != 0).float().mean() > 0.99, name
+
+
+def test_operators_are_those_of_the_spaces(tiny_teacher):
+    shapes = {name: tuple(operator().shape) for name, operator in WeightMapper(tiny_teacher, SMALL).operators.items()}
+    vision = dict.fromkeys(("query", "key", "value"), (4, 32, 64)) | {"ffn": (4, 128, 256)}
+    text = dict.fromkeys(("query", "key", "value"), (3, 32, 48)) | {"ffn": (3, 128, 192)}
+    expected = {f"vision_{space}": shape for space, shape in vision.items()}
+    expected |= {f"text_{space}": shape for space, shape in text.items()}
+    expected |= {"vision_ffn_in": (4, 128, 256), "text_ffn_in": (3, 128, 192)}
+    expected |= {"vision_residual": (32, 64), "text_residual": (32, 48)}
+    assert shapes == expected | {"vision_depth": (2, 4), "text_depth": (2, 3)}
+
+
+def test_tie_ffn_leaves_one_ffn_operator(tiny_teacher):
+    operators = WeightMapper(tiny_teacher, VARIANTS["tied ffn"]).operators
+    untied = WeightMapper(tiny_teacher, SMALL).operators
+    assert set(untied) - set(operators) == {"vision_ffn_in", "text_ffn_in"}
+
+
+def test_depth_per_kind_has_a_matrix_for_each_module_of_a_layer(tiny_teacher):
+    operators = WeightMapper(tiny_teacher, VARIANTS["depth per kind"]).operators
+    modules = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "layer_norm1", "layer_norm2")
+    expected = {f"{tower}_depth_{module}" for tower in ("vision", "text") for module in modules}
+    assert {name for name in operators if "depth" in name} == expected
+
+
+def test_depth_per_kind_mixes_each_kind_on_its_own(tiny_teacher):
+    mapper = WeightMapper(tiny_teacher, VARIANTS["depth per kind"])
+    before = mapper.export().state_dict()
+    mapper.operators["vision_depth_fc1"].delta.data[0, 3] = 0.5
+    after = mapper.export().state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"vision_model.encoder.layers.0.mlp.fc1.{part}" for part in ("weight", "bias")}
+
+
+def test_a_smaller_joint_embedding_is_one_operator_for_both_towers(tiny_teacher):
+    mapper = WeightMapper(tiny_teacher, VARIANTS["smaller embedding"])
+    assert mapper.operators["embed"]().shape == (16, 32)
+    before = mapper.export().state_dict()
+    mapper.operators["embed"].delta.data[3, 20] = 0.5
+    after = mapper.export().state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"visual_projection.weight", "text_projection.weight"}
+
+
+def test_a_joint_embedding_that_keeps_its_size_has_no_operator(tiny_teacher):
+    for config in (SMALL, dataclasses.replace(SMALL, projection_dim=32)):
+        assert "embed" not in WeightMapper(tiny_teacher, config).operators
+
+
+@pytest.mark.parametrize("decay_towards", ["initial", "zero"])
+def test_weight_decay_without_gradient_pulls_where_it_was_told(tiny_teacher, decay_towards):
+    mapper = WeightMapper(tiny_teacher, dataclasses.replace(SMALL, decay_towards=decay_towards))
+    before = {name: operator().detach().clone() for name, operator in mapper.operators.items()}
+    optimizer = torch.optim.AdamW(parameter_groups(mapper, weight_decay=0.2), lr=0.01)
+    for _ in range(5):
+        for operator in mapper.operators.values():
+            operator.delta.grad = torch.zeros_like(operator.delta)
+        optimizer.step()
+    for name, start in before.items():
+        shrinks = decay_towards == "zero" and "depth" not in name
+        expected = start * (1 - 0.01 * 0.2) ** 5 if shrinks else start
+        tolerance = 1e-6 if shrinks else 0
+        torch.testing.assert_close(mapper.operators[name]().detach(), expected, atol=tolerance, rtol=0)
+
+
+def test_the_teacher_is_in_no_state_dict_and_not_trained(tiny_teacher):
+    mapper = WeightMapper(tiny_teacher, SMALL)
+    saved = {f"operators.{name}.{part}" for name in mapper.operators for part in ("initial", "delta")}
+    assert set(mapper.state_dict()) == saved | {"logit_scale"}
+    assert {name for name, _ in mapper.named_parameters()} == {name for name in saved if "delta" in name} | {
+        "logit_scale"
+    }
+    teacher_entries = sum(t.numel() for name, t in mapper.named_buffers() if name.startswith("teacher_"))
+    assert teacher_entries == tiny_teacher.num_parameters() - 1
+
+
+def test_the_mapper_keeps_no_memory_of_the_teacher(tiny_teacher):
+    mapper = WeightMapper(tiny_teacher, SMALL)
+    before = mapper.export().state_dict()
+    for parameter in tiny_teacher.parameters():
+        parameter.data.zero_()
+    assert_same(mapper.export().state_dict(), before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_dict_restores_the_student(tiny_teacher, variant):
+    mapper = perturbed(WeightMapper(tiny_teacher, VARIANTS[variant]))
+    mapper.logit_scale.data.fill_(math.log(50))
+    state = copy.deepcopy(mapper.state_dict())
+    other = WeightMapper(tiny_teacher, VARIANTS[variant])
+    other.load_state_dict(state, strict=True)
+    assert_same(other.export().state_dict(), mapper.export().state_dict())
+
+
+def test_logit_scale_is_the_teachers(tiny_teacher):
+    tiny_teacher.logit_scale.data.fill_(3.5)
+    assert WeightMapper(tiny_teacher, SMALL).export().logit_scale.item() == 3.5
+
+
+def test_moving_a_mapper_moves_all_of_it(tiny_teacher, tiny_batch):
+    mapper = perturbed(WeightMapper(tiny_teacher, SMALL)).eval().to(torch.float64)
+    assert {p.dtype for p in mapper.skeleton.parameters()} == {torch.float64}
+    batch = {**tiny_batch, "pixel_values": tiny_batch["pixel_values"].double()}
+    single = perturbed(WeightMapper(tiny_teacher, SMALL)).eval()
+    with torch.no_grad():
+        double, expected = mapper(**batch).image_embeds, single(**tiny_batch).image_embeds
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), expected, atol=1e-5, rtol=0)
+    assert {p.device.type for p in mapper.to("meta").skeleton.parameters()} == {"meta"}
+
+
+def test_train_and_eval_reach_the_skeleton(tiny_teacher):
+    mapper = WeightMapper(tiny_teacher, SMALL)
+    assert not mapper.eval().skeleton.training
+    assert mapper.train().skeleton.training
+
+
+# How operators start
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_every_initializer_starts_every_width_operator(tiny_teacher, tiny_batch, name):
+    config = dataclasses.replace(SMALL, initializer=name, projection_dim=16)
+    mapper, again = WeightMapper(tiny_teacher, config).eval(), WeightMapper(tiny_teacher, config)
+    assert_same(again.state_dict(), mapper.state_dict())
+    assert all(operator().any() for operator in mapper.operators.values())
+    with torch.no_grad():
+        assert mapper(**tiny_batch).image_embeds.isfinite().all()
+    other = WeightMapper(tiny_teacher, dataclasses.replace(config, seed=1))
+    same = {key: torch.equal(operator(), other.operators[key]()) for key, operator in mapper.operators.items()}
+    for key, equal in same.items():  # depth starts one-hot whatever the initializer
+        assert equal == (name == "diagonal" or "depth" in key), key
+
+
+def test_unknown_names_are_errors_that_list_the_allowed(tiny_teacher):
+    with pytest.raises(ValueError, match=r"initializer='svd' is unknown; allowed are \['diagonal', 'kaiming'"):
+        WeightMapper(tiny_teacher, ClipMapConfig(initializer="svd"))
+    with pytest.raises(ValueError, match=r"depth='last' is unknown; allowed are \['interval_front', 'spread'\]"):
+        WeightMapper(tiny_teacher, ClipMapConfig(depth="last"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "tie_ffn", "count"),
+    [
+        ("base", False, 275_907_856),
+        ("small", False, 137_954_216),
+        ("tiny", False, 68_977_072),
+        ("small", True, 75_039_656),
+    ],
+)
+def test_operator_counts_of_the_papers_presets(preset, tie_ffn, count):
+    teacher = CLIPConfig(vision_config={"patch_size": 16})
+    with torch.device("meta"):
+        tensors = CLIPModel(teacher).state_dict()
+    kinds = list({spec.kind: spec for spec in CLIP.specs(tensors, teacher).values()}.values())
+    student = student_config(teacher, PRESETS[preset])
+    width = sum(math.prod(shape) for shape in operator_shapes(CLIP, kinds, teacher, student, tie_ffn).values())
+    towers = [(student.vision_config, teacher.vision_config), (student.text_config, teacher.text_config)]
+    depth = sum(6 * small.num_hidden_layers * big.num_hidden_layers for small, big in towers)  # q, k, v, o, fc1, fc2
+    assert width + depth == count
