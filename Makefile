@@ -10,12 +10,12 @@ PYTEST_ARGS ?=
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
-# torch is installed first and by itself, so that its build is chosen here and not by a dependency. The default wheel for
-# Linux carries CUDA and takes several GB. On a machine without a GPU, point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL at
-# PyTorch's CPU wheels, or name a build: make demo TORCH="torch==2.13.0+cpu", with a GPU TORCH="torch==2.13.0+cu130".
+# torch is installed first and by itself, so that its build is chosen here and not by a dependency. Without a GPU, the CPU
+# build is taken from wherever pip is told to look (PIP_EXTRA_INDEX_URL may name PyTorch's CPU wheels); where there is
+# none, the default wheel for Linux, which carries CUDA and takes several GB, does as well. TORCH= names another build.
 # A torch that is already in .venv stays.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.13.0+cpu
 else
 TORCH ?= torch
 endif
@@ -55,7 +55,8 @@ $(VENV)/.made:
 	touch $@
 
 $(VENV)/.installed-torch: | $(VENV)/.made
-	$(BIN)/python -m pip show --quiet torch 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip show --quiet torch 2>/dev/null || \
+		$(BIN)/python -m pip install "$(TORCH)" || $(BIN)/python -m pip install torch==2.13.0
 	touch $@
 
 $(VENV)/.installed-base: setup.py pyproject.toml | $(VENV)/.installed-torch

@@ -96,8 +96,8 @@ class ClipMapCompressor(nn.Module):
         found = _map_file(source, MAP_CONFIG, revision, kwargs)
         if found is None:
             raise ValueError(
-                f"{source!r} holds no {MAP_FOLDER}/{MAP_CONFIG}, so there is no mapping to go on with. To start one, say "
-                f"what to make: student= one of {sorted(PRESETS)}, or a ClipMapConfig."
+                f"{source!r} holds no {MAP_FOLDER}/{MAP_CONFIG}, so there is no mapping to go on with. To start one, "
+                f"say what to make: student= one of {sorted(PRESETS)}, or a ClipMapConfig."
             )
         content = _read_map_config(found)
         compressor = cls._from_teacher(

@@ -79,12 +79,12 @@ class ClipMapConfig:
     Args:
         vision: Size of the vision tower.
         text: Size of the text tower.
-        projection_dim: Width of the joint embedding; the teacher's by default, so that the student's embeddings live in
-            the teacher's space.
-        initializer: How the width operators start: a key of `INITIALIZERS` (`diagonal` is Eq. 9).
+        projection_dim: Width of the joint embedding; the teacher's by default, so that the student's embeddings
+            live in the teacher's space.
+        initializer: How the width operators start, a key of `INITIALIZERS` (`diagonal` is Eq. 9).
         depth: Which teacher layers the depth operators start from: a key of `DEPTH_RULES`.
         depth_per: One depth matrix per `tower` (the paper) or per tensor `kind`.
-        tie_ffn: Whether `fc2` reads through the transposed operator that `fc1` writes with. A.3 does not list this tie.
+        tie_ffn: Whether `fc2` reads through the transposed operator that `fc1` writes with. A.3 lists no such tie.
         decay_towards: What weight decay pulls an operator to. `initial` keeps the inheritance; `zero` is the literal
             AdamW on the operators, which at the paper's settings decays the inheritance itself away.
         seed: Of random initializers.
@@ -142,7 +142,7 @@ def _preset(vision_width: int, vision_depth: int, text_width: int, text_depth: i
     )
 
 
-# The paper's three students of ViT-B/16 (Table 6; its rows for tiny and base are interchanged misprints, see Table 12).
+# The paper's three students of ViT-B/16 (Table 6; its rows for tiny and base are misprints, see Table 12).
 PRESETS = {
     "base": _preset(512, 12, 512, 6),
     "small": _preset(256, 10, 256, 3),
@@ -152,8 +152,8 @@ PRESETS = {
 
 def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> PretrainedConfig:
     """
-    The student's config: a copy of the teacher's with other sizes, so that everything else (activation, token ids,
-    image size, epsilon) is kept.
+    The student's config: a copy of the teacher's with other sizes; everything else (activation, token ids, image
+    size, epsilon) is kept.
 
     Args:
         teacher: The teacher's config.

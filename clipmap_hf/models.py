@@ -67,7 +67,7 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
         raise OSError(f"{source!r} holds no tokenizer; add its `tokenizer.json`, or `vocab.json` and `merges.txt`.")
     if processor.image_processor.backend != backend:  # transformers falls back with a warning
         raise ValueError(
-            f"backend={backend!r} is not available, only {processor.image_processor.backend!r}; install torchvision, or "
-            "choose backend='pil'."
+            f"backend={backend!r} is not available, only {processor.image_processor.backend!r}; "
+            "install torchvision, or choose backend='pil'."
         )
     return processor

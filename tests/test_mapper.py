@@ -221,9 +221,21 @@ def test_autocast_leaves_the_mapping_in_fp32(tiny_teacher, tiny_batch):
     assert {tensor.dtype for tensor in plain.values()} == {torch.float32}
 
 
-def test_half_precision_teachers_are_mapped_in_fp32(tiny_teacher):
+def test_half_precision_teachers_are_mapped_and_exported_in_fp32(tiny_teacher):
+    tiny_teacher.config.dtype = torch.float16
     mapper = WeightMapper(tiny_teacher.half(), SMALL)
     assert {tensor.dtype for tensor in mapper.materialize().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in mapper.export().state_dict().values()} == {torch.float32}
+
+
+def test_what_becomes_of_an_export_does_not_reach_the_mapper(tiny_teacher, tmp_path):
+    mapper = WeightMapper(tiny_teacher, SMALL)
+    student = mapper.export().half()
+    student.save_pretrained(tmp_path)  # writes the precision into the model's config
+    student.config.text_config.eos_token_id = 0
+    again = mapper.export()
+    assert again.config.text_config.eos_token_id == tiny_teacher.config.text_config.eos_token_id
+    assert {tensor.dtype for tensor in again.state_dict().values()} == {torch.float32}
 
 
 # What is trained, and what is saved

@@ -10,6 +10,7 @@ from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.pairs import PairDataset, load_pairs
+from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.training.arguments import RunArguments, StageArguments
 from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage, Stage
@@ -213,7 +214,7 @@ def test_the_rate_warms_up_and_follows_a_cosine(trainer_of, warmup):
     torch.testing.assert_close(rates, expected, atol=1e-6, rtol=0)
 
 
-def test_a_warmup_longer_than_the_run_never_ends(trainer_of):
+def test_a_warmup_longer_than_the_run_is_cut_to_it(trainer_of):
     trainer = trainer_of(steps=3, warmup_steps=2000, learning_rate=0.01)
     trainer.train()
     rates = torch.tensor([line["learning_rate"] for line in log_of(trainer)])
@@ -300,8 +301,6 @@ def test_without_eval_every_only_the_end_is_evaluated_and_saved(trainer_of):
 
 
 def test_evaluation_does_not_change_what_is_trained(trainer_of, collator, pairs):
-    from clipmap_hf.evaluation.retrieval import evaluate_retrieval
-
     batch = collator([pairs[i] for i in range(8)])
     weights = []
     for every in (None, 1):

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from clipmap_hf.data.augment import Augmentation
 
 
-__all__ = ["BadRowError", "PairCollator", "caption_text", "decode_image"]
+__all__ = ["BadRowError", "PairCollator", "caption_text", "decode_image", "has_text"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +52,28 @@ def decode_image(image: dict[str, Any] | Image.Image) -> Image.Image:
         raise BadRowError(f"undecodable image: {error}") from error
 
 
-def caption_text(caption: str | Sequence[str], rng: random.Random | None = None) -> str:
+def has_text(caption: Any) -> bool:
+    """Whether a caption is a string, or a list with a string, that is not blank."""
+    return any(
+        isinstance(text, str) and text.strip() for text in (caption if isinstance(caption, list) else [caption])
+    )
+
+
+def caption_text(caption: str | list[str] | None, rng: random.Random | None = None) -> str:
     """
     A caption as one string. A list (keywords) is joined by commas, with `rng` in random order and random number.
 
     Raises:
         BadRowError: If there is no text.
     """
-    if isinstance(caption, (list, tuple)):
-        words = [word for word in caption if isinstance(word, str) and word.strip()]
-        if rng is not None and words:
-            words = rng.sample(words, k=rng.randint(1, len(words)))
-        caption = ", ".join(words)
-    if not isinstance(caption, str) or not caption.strip():
+    if not has_text(caption):
         raise BadRowError(f"no caption: {caption!r}")
-    return caption
+    if isinstance(caption, str):
+        return caption
+    words = [word for word in caption if has_text(word)]
+    if rng is not None:
+        words = rng.sample(words, k=rng.randint(1, len(words)))
+    return ", ".join(words)
 
 
 @dataclass
@@ -119,13 +126,15 @@ class PairCollator:
     def size(self) -> int:
         """Side of the square crop, in pixels."""
         size = self.image_processor.crop_size if self.image_processor.do_center_crop else self.image_processor.size
-        return size["height"]
+        return size["height"] if "height" in size else size["shortest_edge"]
 
     def _caption(self, row: dict[str, Any], rng: random.Random) -> str:
         if self.caption_sampling == "first":
             return caption_text(row[self.caption_columns[0]], rng if self.augmentation else None)
-        filled = [row[column] for column in self.caption_columns if row[column]]  # not every row has keywords
-        return caption_text(rng.choice(filled) if filled else "", rng)
+        filled = [
+            row[column] for column in self.caption_columns if has_text(row[column])
+        ]  # some rows have no keywords
+        return caption_text(rng.choice(filled) if filled else None, rng)
 
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
         if self.augmentation is None:

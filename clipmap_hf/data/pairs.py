@@ -31,12 +31,17 @@ def load_pairs(
     """
     path = Path(source)
     if path.is_dir():
+        for suffix in _FILE_BUILDERS:
+            if any(path.glob(f"*{suffix}")):
+                raise ValueError(f"{source!r} is a folder of {suffix} files; name them by a glob: '{path}/*{suffix}'.")
         dataset = load_dataset("imagefolder", data_dir=str(path), split=split)
     elif path.suffix in _FILE_BUILDERS:
-        files = sorted(glob.glob(source, recursive=True))
+        files = [source] if path.exists() else sorted(glob.glob(source, recursive=True))
         if not files:
             raise ValueError(f"No file matches {source!r}.")
-        dataset = load_dataset(_FILE_BUILDERS[path.suffix], data_files={split: files}, split=split)
+        if split != "train":
+            raise ValueError(f"split={split!r}: plain files such as {source!r} have only the split 'train'.")
+        dataset = load_dataset(_FILE_BUILDERS[path.suffix], data_files=files, split=split)
     elif path.exists():
         raise ValueError(f"{source!r} is neither a folder nor one of {sorted(_FILE_BUILDERS)} files.")
     else:

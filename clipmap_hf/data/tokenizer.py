@@ -1,5 +1,6 @@
 """A small CLIP-style byte-pair tokenizer, trained on the captions at hand."""
 
+import json
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -38,8 +39,6 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int = 2048, context_l
     )
     bpe.train_from_iterator(texts, trainer)
     # BpeTrainer keeps only the symbols it saw, so the full byte alphabet is put back and the merges follow it.
-    import json
-
     learned = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]][:merges_wanted]
     tokens = dict.fromkeys(base + ["".join(pair) for pair in learned] + [BOS, EOS])
     vocab = {token: index for index, token in enumerate(tokens)}

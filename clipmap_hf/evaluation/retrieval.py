@@ -66,12 +66,20 @@ def _ranks(
 
 @torch.no_grad()
 def embed_pairs(model: nn.Module, batches: Iterable[Mapping]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalized image and text embeddings, each `(pairs, dim)` on the CPU, of collated batches; in eval mode."""
+    """Normalized image and text embeddings, each `(pairs, dim)` on the CPU, of collated batches; in eval mode.
+
+    Raises:
+        ValueError: If the collator left out a row; results on fewer pairs would not be comparable.
+    """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
     image_embeds, text_embeds = [], []
     for batch in batches:
+        if batch.get("bad_rows"):
+            raise ValueError(
+                f"{batch['bad_rows']} evaluation pairs could not be read; the log says why. Mend the data."
+            )
         image_embeds.append(encode_images(model, batch["pixel_values"].to(device)).cpu())
         text_embeds.append(
             encode_texts(model, batch["input_ids"].to(device), batch["attention_mask"].to(device)).cpu()

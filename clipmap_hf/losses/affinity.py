@@ -1,4 +1,4 @@
-"""The soft-label loss: the student's batch similarities follow the teacher's, both ways (CLIP-Map Eq. 11, TinyCLIP)."""
+"""The soft-label loss: the student's similarities follow the teacher's, both ways (CLIP-Map Eq. 11, TinyCLIP)."""
 
 import torch
 from torch.nn import functional as F

@@ -1,5 +1,6 @@
 """From frozen teacher tensors and trained operators to the weights of a smaller CLIP of the same class."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
@@ -45,7 +46,8 @@ class WeightMapper(nn.Module):
         self.kinds = _stack(self, tensors, self.family.specs(tensors, teacher.config))
         self.operators = nn.ModuleDict(self._initial_operators(teacher.config))
         # The skeleton lends its forward pass; its own weights are never read, so it stays out of the registry.
-        self.__dict__["skeleton"] = AutoModel.from_config(self.student_config).requires_grad_(False)
+        skeleton = AutoModel.from_config(copy.deepcopy(self.student_config), dtype=torch.float32)
+        self.__dict__["skeleton"] = skeleton.requires_grad_(False)
 
     def forward(self, **inputs: torch.Tensor):
         """
@@ -76,7 +78,8 @@ class WeightMapper(nn.Module):
     @torch.no_grad()
     def export(self) -> PreTrainedModel:
         """The student as an ordinary model of the teacher's class, in eval mode."""
-        student = AutoModel.from_config(self.student_config)
+        # The config is copied because models write into theirs; its dtype would be that of the teacher's checkpoint.
+        student = AutoModel.from_config(copy.deepcopy(self.student_config), dtype=self.logit_scale.dtype)
         student.load_state_dict(self.materialize(), strict=True)
         return student.to(self.logit_scale.device).eval()
 

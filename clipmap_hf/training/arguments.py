@@ -211,6 +211,8 @@ def _yaml_options(path: Path, known: set[str], sections: dict[str, type], own: d
     options = []
     for key, value in content.items():
         if key in sections:
+            if not isinstance(value or {}, dict):
+                raise ValueError(f"{path}: section {key!r} must hold `key: value` lines, got {value!r}.")
             allowed = {f.name for f in dataclasses.fields(sections[key])}
             _check_known(path, value or {}, allowed, f" in section {key!r}")
             if key in own:
@@ -231,6 +233,8 @@ def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
 def _option(name: str, value: Any) -> list[str]:
     if value is None:
         return []
+    if isinstance(value, dict):
+        raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 

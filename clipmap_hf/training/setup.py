@@ -8,7 +8,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig
-
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.pairs import PairDataset, load_pairs

@@ -65,8 +65,8 @@ class Trainer:
         pairs: Training pairs.
         collator: Makes batches of them.
         evaluate: Called with the current `CLIPModel`, returns metrics; `mean_recall` decides what is best.
-        save: Called with a folder and the last metrics: `output_dir` for the last state, `output_dir/best` for the best
-            evaluated one.
+        save: Called with a folder and the last metrics: `output_dir` for the last state, `output_dir/best` for the
+            best evaluated one.
         max_bad_fraction: Share of bad rows above which training stops.
         name: Names the stage in logs.
     """
@@ -99,6 +99,43 @@ class Trainer:
         """Runs all steps and returns what came out; writes `metrics.jsonl` as it goes."""
         args, run = self.arguments, self.run
         set_seed(run.seed)
+        accelerator = self._accelerator()
+        loader = DataLoader(
+            self.pairs,
+            batch_size=args.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=run.num_workers,
+            collate_fn=self.collator,
+        )
+        optimizer, schedule = self._optimization()
+        stage, optimizer, loader, schedule = accelerator.prepare(self.stage, optimizer, loader, schedule)
+        state = _Progress(accelerator, self)
+        stage.train()
+        epoch = 0
+        while state.step < self.steps:
+            self.pairs.set_epoch(epoch)
+            loader.set_epoch(epoch)
+            for batch in loader:
+                state.count_bad_rows(batch.pop("bad_rows"), len(batch["input_ids"]), self.max_bad_fraction)
+                output = stage(batch)
+                accelerator.backward(output["loss"])
+                norm = accelerator.clip_grad_norm_(stage.parameters(), args.max_grad_norm)
+                learning_rate = schedule.get_last_lr()[0]
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                self.stage.after_step()
+                state.after_step(output, norm, learning_rate)
+                if state.step == self.steps:
+                    break
+            epoch += 1
+        result = state.finish()
+        accelerator.end_training()
+        return result
+
+    def _accelerator(self) -> Accelerator:
+        run = self.run
         accelerator = Accelerator(
             mixed_precision=run.mixed_precision,
             log_with=run.log_with,
@@ -112,15 +149,11 @@ class Trainer:
                 "processes yet; start one."
             )
         if run.log_with:
-            accelerator.init_trackers(self.name, config=asdict(args))
-        loader = DataLoader(
-            self.pairs,
-            batch_size=args.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=run.num_workers,
-            collate_fn=self.collator,
-        )
+            accelerator.init_trackers(self.name, config=asdict(self.arguments))
+        return accelerator
+
+    def _optimization(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        args = self.arguments
         optimizer = torch.optim.AdamW(
             parameter_groups(self.stage, args.weight_decay),
             lr=args.learning_rate,
@@ -129,29 +162,7 @@ class Trainer:
         )
         warmup = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * self.steps
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(min(warmup, self.steps)), self.steps)
-        stage, optimizer, loader, schedule = accelerator.prepare(self.stage, optimizer, loader, schedule)
-        state = _Progress(accelerator, self)
-        stage.train()
-        epoch = 0
-        while state.step < self.steps:
-            self.pairs.set_epoch(epoch)
-            loader.set_epoch(epoch)
-            for batch in loader:
-                state.count_bad_rows(batch.pop("bad_rows"), len(batch["input_ids"]), self.max_bad_fraction)
-                output = stage(batch)
-                accelerator.backward(output["loss"])
-                norm = accelerator.clip_grad_norm_(stage.parameters(), args.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                self.stage.after_step()
-                state.after_step(output, norm, schedule.get_last_lr()[0])
-                if state.step == self.steps:
-                    break
-            epoch += 1
-        result = state.finish()
-        accelerator.end_training()
-        return result
+        return optimizer, schedule
 
 
 class _Progress:
@@ -173,8 +184,8 @@ class _Progress:
         rows = self.bad_rows + self.pairs
         if self.bad_rows > max_fraction * max(rows, 1000):  # one bad row in the first batch is no verdict
             raise ValueError(
-                f"{self.bad_rows} of {rows} rows could not be used, more than max_bad_fraction={max_fraction}; the log "
-                "names the reasons. Mend the data, or raise the limit."
+                f"{self.bad_rows} of {rows} rows could not be used, more than max_bad_fraction={max_fraction}; the "
+                "log names the reasons. Mend the data, or raise the limit."
             )
 
     def after_step(self, output: dict[str, torch.Tensor], norm: torch.Tensor, learning_rate: float) -> None:

@@ -1,0 +1,416 @@
+import json
+import shutil
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    pipeline,
+)
+from transformers.models.clip.modeling_clip import CLIPOutput
+
+import clipmap_hf.compressor
+from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
+
+
+SMALL = ClipMapConfig(
+    vision=TowerConfig(hidden_size=32, num_hidden_layers=2),
+    text=TowerConfig(hidden_size=32, num_hidden_layers=2),
+    depth="spread",
+)
+MAP_FILES = {"clipmap_config.json", "clipmap.safetensors"}
+
+
+def perturbed(compressor: ClipMapCompressor) -> ClipMapCompressor:
+    """Moves the operators away from their start, as training does."""
+    generator = torch.Generator().manual_seed(1)
+    for operator in compressor.mapper.operators.values():
+        operator.delta.data += 0.05 * torch.randn(operator.delta.shape, generator=generator)
+    return compressor.eval()
+
+
+@pytest.fixture(scope="module")
+def shared_compressor(teacher_folder) -> ClipMapCompressor:
+    return perturbed(ClipMapCompressor.from_pretrained(teacher_folder, student=SMALL))
+
+
+@pytest.fixture(scope="module")
+def saved_folder(shared_compressor, tmp_path_factory) -> Path:
+    """What `save_pretrained` writes; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    shared_compressor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved_folder, tmp_path) -> Path:
+    """A copy of `saved_folder` to tamper with."""
+    return shutil.copytree(saved_folder, tmp_path / "copy")
+
+
+def assert_same(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, atol=0, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# One object
+
+
+def test_forward_is_the_students_output(shared_compressor, tiny_batch):
+    with torch.no_grad():
+        output = shared_compressor(**tiny_batch)
+        expected = shared_compressor.export()(**tiny_batch)
+    assert isinstance(output, CLIPOutput)
+    torch.testing.assert_close(output.logits_per_image, expected.logits_per_image, atol=0, rtol=0)
+
+
+def test_gradients_reach_the_operators_only(teacher_folder, tiny_batch):
+    compressor = ClipMapCompressor.from_pretrained(teacher_folder, student=SMALL)
+    compressor(**tiny_batch).logits_per_image.sum().backward()
+    reached = {name for name, p in compressor.named_parameters() if p.grad is not None}
+    assert reached == {f"mapper.operators.{name}.delta" for name in compressor.mapper.operators}
+
+
+def test_an_unmoved_compressor_of_the_same_size_is_the_teacher(teacher_folder, shared_teacher, tiny_batch):
+    compressor = ClipMapCompressor.from_pretrained(str(teacher_folder), student=ClipMapConfig()).eval()
+    with torch.no_grad():
+        mapped, expected = compressor(**tiny_batch), shared_teacher(**tiny_batch)
+    torch.testing.assert_close(mapped.logits_per_image, expected.logits_per_image, atol=1e-5, rtol=0)
+
+
+def test_cost_compares_teacher_and_student(shared_compressor, shared_teacher):
+    cost = shared_compressor.cost()
+    assert cost["teacher"].parameters == shared_teacher.num_parameters()
+    assert cost["student"].parameters == shared_compressor.export().num_parameters()
+    header, _, teacher, student = str(cost).splitlines()
+    assert header.startswith("| model") and teacher.startswith("| teacher") and student.startswith("| student")
+
+
+def test_export_is_a_plain_clip_model_of_the_size_asked_for(shared_compressor):
+    student = shared_compressor.export()
+    assert type(student) is CLIPModel
+    assert (student.config.vision_config.hidden_size, student.config.vision_config.num_hidden_layers) == (32, 2)
+    assert shared_compressor.config == SMALL
+
+
+def test_half_precision_is_for_loading_only(teacher_folder, tiny_batch):
+    compressor = ClipMapCompressor.from_pretrained(teacher_folder, student=SMALL, dtype=torch.float16).eval()
+    exported = compressor.export()
+    assert {tensor.dtype for tensor in exported.state_dict().values()} == {torch.float32}
+    with torch.no_grad():
+        mapped, expected = compressor(**tiny_batch), exported(**tiny_batch)
+    torch.testing.assert_close(mapped.image_embeds, expected.image_embeds, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("student", ["medium", "Small", ""])
+def test_an_unknown_preset_is_an_error_that_lists_the_presets(teacher_folder, student):
+    with pytest.raises(ValueError, match=f"student='{student}' is unknown.*'base', 'small', 'tiny'"):
+        ClipMapCompressor.from_pretrained(teacher_folder, student=student)
+
+
+def test_a_student_that_does_not_fit_is_an_error_that_says_what_would(teacher_folder):
+    with pytest.raises(ValueError, match=r"vision\.hidden_size=256 must be an integer from 1 to the teacher's 64"):
+        ClipMapCompressor.from_pretrained(teacher_folder, student="small")
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="no-such-model"):
+        ClipMapCompressor.from_pretrained(tmp_path / "no-such-model", student=SMALL)
+
+
+def test_a_teacher_that_lacks_a_tensor_is_an_error_that_names_it(teacher_folder, tmp_path):
+    folder = shutil.copytree(teacher_folder, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["text_projection.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing: \['text_projection\.weight'\]"):
+        ClipMapCompressor.from_pretrained(folder, student=SMALL)
+
+
+# The student folder
+
+
+def test_a_saved_folder_holds_student_processor_card_and_map(saved_folder):
+    files = {path.name for path in saved_folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "map"} <= files
+    assert {path.name for path in (saved_folder / "map").iterdir()} == MAP_FILES
+    assert not [path for path in saved_folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_model_safetensors_holds_the_students_tensors_only(shared_compressor, saved_folder):
+    written, student = load_file(saved_folder / "model.safetensors"), shared_compressor.export().state_dict()
+    assert {name: t.shape for name, t in written.items()} == {name: t.shape for name, t in student.items()}
+    tensor_bytes = 4 * sum(tensor.numel() for tensor in student.values())
+    assert 0 <= (saved_folder / "model.safetensors").stat().st_size - tensor_bytes < 20_000  # the header
+
+
+def test_plain_transformers_loads_the_student(shared_compressor, saved_folder, tiny_batch):
+    loaded = CLIPModel.from_pretrained(saved_folder).eval()
+    assert_same(loaded, shared_compressor.export())
+    with torch.no_grad():
+        mapped, expected = loaded(**tiny_batch), shared_compressor(**tiny_batch)
+    torch.testing.assert_close(mapped.logits_per_image, expected.logits_per_image, atol=0, rtol=0)
+
+
+def test_plain_transformers_loads_each_tower(shared_compressor, saved_folder, tiny_batch):
+    vision = CLIPVisionModelWithProjection.from_pretrained(saved_folder).eval()
+    text = CLIPTextModelWithProjection.from_pretrained(saved_folder).eval()
+    inputs = {name: tiny_batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = shared_compressor.export()(**tiny_batch)
+        image_embeds = vision(pixel_values=tiny_batch["pixel_values"]).image_embeds
+        text_embeds = text(**inputs).text_embeds
+    for actual, wanted in ((image_embeds, expected.image_embeds), (text_embeds, expected.text_embeds)):
+        torch.testing.assert_close(torch.nn.functional.normalize(actual, dim=-1), wanted, atol=1e-6, rtol=0)
+
+
+def test_a_smaller_joint_embedding_loads_into_each_tower(teacher_folder, tmp_path):
+    config = ClipMapConfig(vision=TowerConfig(32), text=TowerConfig(32), projection_dim=16)
+    ClipMapCompressor.from_pretrained(teacher_folder, student=config).save_pretrained(tmp_path, include_map=False)
+    assert CLIPVisionModelWithProjection.from_pretrained(tmp_path).visual_projection.weight.shape == (16, 32)
+    assert CLIPTextModelWithProjection.from_pretrained(tmp_path).text_projection.weight.shape == (16, 32)
+
+
+def test_the_zero_shot_pipeline_runs_on_a_saved_folder(shared_compressor, saved_folder, tiny_pairs, tiny_processor):
+    classify = pipeline("zero-shot-image-classification", model=str(saved_folder), device="cpu")
+    labels = ["red circle", "blue bar", "green pie"]
+    scores = {
+        entry["label"]: entry["score"]
+        for entry in classify(tiny_pairs[0]["image"], candidate_labels=labels, hypothesis_template="{}")
+    }
+    inputs = tiny_processor(text=labels, images=tiny_pairs[0]["image"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = shared_compressor.export()(**inputs).logits_per_image.softmax(dim=-1)[0]
+    torch.testing.assert_close(torch.tensor([scores[label] for label in labels]), expected, atol=1e-5, rtol=0)
+
+
+def test_the_processor_is_the_teachers(saved_folder, tiny_pairs, tiny_processor):
+    loaded = CLIPProcessor.from_pretrained(saved_folder, backend="pil")
+    row = tiny_pairs[1]
+    mine, theirs = (
+        processor(text=[row["caption"]], images=[row["image"]], return_tensors="pt")
+        for processor in (loaded, tiny_processor)
+    )
+    assert mine["input_ids"].tolist() == theirs["input_ids"].tolist()
+    torch.testing.assert_close(mine["pixel_values"], theirs["pixel_values"], atol=0, rtol=0)
+
+
+# Going on with a map
+
+
+def test_a_map_goes_on_where_it_was_saved(shared_compressor, saved_folder, teacher_folder):
+    loaded = ClipMapCompressor.from_pretrained(saved_folder)
+    assert_same(loaded.mapper, shared_compressor.mapper)
+    assert_same(loaded.export(), shared_compressor.export())
+    assert loaded.config == SMALL
+    assert loaded.teacher_id == str(teacher_folder)
+
+
+def test_a_map_is_saved_twice_the_same(saved_folder, tmp_path):
+    ClipMapCompressor.from_pretrained(saved_folder).save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "map/clipmap.safetensors", "map/clipmap_config.json", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (saved_folder / name).read_bytes()
+
+
+def test_without_its_map_a_folder_is_smaller(shared_compressor, tmp_path):
+    shared_compressor.save_pretrained(tmp_path / "out", include_map=False)
+    assert not (tmp_path / "out" / "map").exists()
+    assert_same(CLIPModel.from_pretrained(tmp_path / "out"), shared_compressor.export())
+
+
+def test_a_compressed_model_is_a_teacher_too(saved_folder, tiny_batch):
+    config = ClipMapConfig(vision=TowerConfig(hidden_size=16), text=TowerConfig(hidden_size=16, num_hidden_layers=1))
+    compressor = ClipMapCompressor.from_pretrained(saved_folder, student=config).eval()
+    assert compressor.teacher_id == str(saved_folder)
+    teacher, student = CLIPModel.from_pretrained(saved_folder).state_dict(), compressor.export().state_dict()
+    name = "vision_model.encoder.layers.1.self_attn.v_proj.weight"
+    torch.testing.assert_close(student[name], teacher[name][:16, :16], atol=0, rtol=0)
+    assert compressor(**tiny_batch).image_embeds.shape == (8, 32)
+
+
+def test_a_folder_without_map_is_an_error_that_says_what_to_give(teacher_folder):
+    with pytest.raises(ValueError, match=r"holds no map/clipmap_config\.json.*\['base', 'small', 'tiny'\]"):
+        ClipMapCompressor.from_pretrained(teacher_folder)
+
+
+def test_a_map_without_weights_is_an_error_that_names_the_file(folder):
+    (folder / "map" / "clipmap.safetensors").unlink()
+    with pytest.raises(OSError, match=r"has map/clipmap_config\.json but no map/clipmap\.safetensors"):
+        ClipMapCompressor.from_pretrained(folder)
+
+
+def drop(tensors: dict[str, torch.Tensor]) -> str:
+    del tensors["operators.text_ffn.delta"]
+    return "operators.text_ffn.delta"
+
+
+def add(tensors: dict[str, torch.Tensor]) -> str:
+    tensors["operators.embed.delta"] = torch.zeros(2, 2)
+    return "operators.embed.delta"
+
+
+def reshape(tensors: dict[str, torch.Tensor]) -> str:
+    tensors["operators.vision_residual.initial"] = torch.zeros(32, 63)
+    return "operators.vision_residual.initial"
+
+
+@pytest.mark.parametrize("tamper", [drop, add, reshape], ids=["missing", "unknown", "another shape"])
+def test_map_weights_that_do_not_fit_are_an_error_that_names_them(folder, tamper):
+    path = folder / "map" / "clipmap.safetensors"
+    tensors = load_file(path)
+    name = tamper(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=rf"does not fit the map's config.*\['{name}'\]"):
+        ClipMapCompressor.from_pretrained(folder)
+
+
+def rewrite(folder: Path, change) -> None:
+    path = folder / "map" / "clipmap_config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_map_config_with_an_unknown_key_is_an_error(folder):
+    rewrite(folder, lambda content: content.update(student="small"))
+    with pytest.raises(ValueError, match=r"must have the keys .*'map', 'teacher', 'teacher_revision'.*'student'"):
+        ClipMapCompressor.from_pretrained(folder)
+
+
+def test_a_map_config_without_a_teacher_is_an_error(folder):
+    rewrite(folder, lambda content: content.pop("teacher"))
+    with pytest.raises(ValueError, match="must have the keys"):
+        ClipMapCompressor.from_pretrained(folder)
+
+
+def test_an_unknown_key_of_the_mapping_is_an_error(folder):
+    rewrite(folder, lambda content: content["map"].update(width=32))
+    with pytest.raises(ValueError, match=r"Unknown keys \['width'\] for ClipMapConfig"):
+        ClipMapCompressor.from_pretrained(folder)
+
+
+def test_a_map_whose_teacher_is_gone_is_an_error_that_names_it(folder):
+    rewrite(folder, lambda content: content.update(teacher="/gone/teacher"))
+    with pytest.raises(OSError, match="/gone/teacher"):
+        ClipMapCompressor.from_pretrained(folder)
+
+
+def test_a_relative_teacher_is_found_from_elsewhere(teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(teacher_folder.parent)
+    ClipMapCompressor.from_pretrained(teacher_folder.name, student=SMALL).save_pretrained(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert ClipMapCompressor.from_pretrained("out").teacher_id == str(teacher_folder)
+
+
+# The Hub, played by stand-ins
+
+
+def http_error(cls: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    return cls(f"{status} from the Hub", response=Mock(status_code=status, headers={}))
+
+
+@pytest.fixture
+def hub_answers(monkeypatch):
+    """Lets every download of a map's file end in the given exception."""
+
+    def answer(error: Exception) -> None:
+        monkeypatch.setattr(clipmap_hf.compressor, "hf_hub_download", Mock(side_effect=error))
+
+    return answer
+
+
+def test_a_hub_repository_without_map_is_an_error_that_says_what_to_give(hub_answers):
+    hub_answers(http_error(RemoteEntryNotFoundError, 404))
+    with pytest.raises(ValueError, match=r"'me/clip' holds no map/clipmap_config\.json.*student="):
+        ClipMapCompressor.from_pretrained("me/clip")
+
+
+def test_a_hub_that_cannot_be_reached_is_not_an_absent_map(hub_answers):
+    hub_answers(LocalEntryNotFoundError("no connection"))
+    with pytest.raises(OSError, match="'me/clip' is not cached, and the Hub cannot be reached"):
+        ClipMapCompressor.from_pretrained("me/clip")
+
+
+@pytest.mark.parametrize(("cls", "status"), [(HfHubHTTPError, 500), (RepositoryNotFoundError, 401)])
+def test_a_hub_that_refuses_is_not_an_absent_map(hub_answers, cls, status):
+    hub_answers(http_error(cls, status))
+    with pytest.raises(cls, match=f"{status} from the Hub"):
+        ClipMapCompressor.from_pretrained("me/clip")
+
+
+def test_a_map_on_the_hub_is_read_at_its_revision(shared_compressor, saved_folder, monkeypatch):
+    asked = []
+
+    def download(repo_id, filename, **kwargs):
+        asked.append((repo_id, filename, kwargs))
+        return str(saved_folder / filename)
+
+    monkeypatch.setattr(clipmap_hf.compressor, "hf_hub_download", download)
+    loaded = ClipMapCompressor.from_pretrained("me/clip", revision="v1", token=False)
+    assert_same(loaded.export(), shared_compressor.export())
+    options = {"revision": "v1", "token": False}
+    assert asked == [("me/clip", f"map/{name}", options) for name in ("clipmap_config.json", "clipmap.safetensors")]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Takes what is pushed: the folder lands in `tmp_path/hub/<repo>`, the calls' arguments in the returned list."""
+    calls = []
+
+    def create_repo(self, repo_id, **kwargs):
+        calls.append(("create_repo", {"repo_id": repo_id, "api_token": self.token, **kwargs}))
+        return Mock(repo_id=f"me/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, **kwargs):
+        calls.append(("upload_folder", {"repo_id": repo_id, **kwargs}))
+        shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
+        return f"commit to {repo_id}"
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return calls
+
+
+def test_a_pushed_student_is_loaded_by_plain_transformers(shared_compressor, hub, tmp_path, saved_folder):
+    assert shared_compressor.push_to_hub("clip-small") == "commit to me/clip-small"
+    pushed = tmp_path / "hub" / "me" / "clip-small"
+    assert_same(CLIPModel.from_pretrained(pushed), shared_compressor.export())
+    assert {p.name for p in pushed.iterdir()} == {p.name for p in saved_folder.iterdir()} - {"map"}
+
+
+def test_the_map_is_pushed_when_asked(shared_compressor, hub, tmp_path):
+    shared_compressor.push_to_hub("clip-small", include_map=True)
+    pushed = tmp_path / "hub" / "me" / "clip-small"
+    assert {path.name for path in (pushed / "map").iterdir()} == MAP_FILES
+    assert_same(ClipMapCompressor.from_pretrained(pushed).export(), shared_compressor.export())
+
+
+def test_arguments_of_a_push_reach_the_hub(shared_compressor, hub):
+    shared_compressor.push_to_hub(
+        "clip-small", private=True, revision="v2", create_pr=True, commit_message="Smaller", token="hf_secret"
+    )
+    (_, created), (_, uploaded) = hub
+    assert created["private"] is True and created["exist_ok"] is True and created["api_token"] == "hf_secret"
+    assert uploaded["repo_id"] == "me/clip-small"
+    assert (uploaded["revision"], uploaded["create_pr"], uploaded["commit_message"]) == ("v2", True, "Smaller")
+
+
+def test_a_card_names_a_local_teacher_without_its_path(saved_folder, teacher_folder):
+    text = (saved_folder / "README.md").read_text()
+    assert str(teacher_folder) not in text and teacher_folder.name in text
+    assert ModelCard.load(saved_folder / "README.md").data.base_model is None

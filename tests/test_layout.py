@@ -1,0 +1,142 @@
+"""The house rules of CONTRIBUTING.md that a machine can check."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import clipmap_hf
+
+
+ROOT = Path(clipmap_hf.__file__).parent
+REPOSITORY = ROOT.parent
+MODULES = sorted(ROOT.rglob("*.py"))
+# From left to right: a module imports from its own part and from those before it.
+ORDER = (
+    ("config", "features", "models"),
+    ("families",),
+    ("mapping",),
+    ("selection",),
+    ("losses",),
+    ("data",),
+    ("evaluation",),
+    ("training",),
+    ("ternary",),
+    ("hub",),
+    ("compressor",),
+    ("runs",),
+    ("demo",),
+)
+RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def part(path: Path) -> str:
+    """The part of the package that a module belongs to: `mapping`, `config`, …"""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of the package that a module imports from, at its head or in a function."""
+    names = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "clipmap_hf"}
+    return {name.split(".")[1] for name in names if name.startswith("clipmap_hf.")}
+
+
+def public_names(path: Path) -> list[str] | None:
+    for node in tree(path).body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == ["__all__"]:
+            return ast.literal_eval(node.value)
+    return None
+
+
+def as_ruff_sorts(names: list[str]) -> list[str]:
+    """Constants, then classes, then functions."""
+    return sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+
+
+@each_module
+def test_imports_go_one_way(path):
+    if path == ROOT / "__init__.py":
+        return  # its lazy imports are checked in test_public_api.py
+    assert part(path) in RANKS, f"{part(path)} has no place in ORDER; give it one, and write it into CONTRIBUTING.md"
+    wrong = {other for other in imported_parts(path) if RANKS[other] > RANKS[part(path)]}
+    assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}, which stand to its right"
+
+
+def test_only_what_runs_whole_recipes_knows_the_facade():
+    users = {part(path) for path in MODULES if "compressor" in imported_parts(path)}
+    assert users - {"compressor"} <= {"runs", "demo", "__init__"}
+
+
+def test_the_check_of_imports_sees_imports():
+    assert {"config", "families", "mapping"} <= imported_parts(ROOT / "mapping" / "mapper.py")
+    assert "hub" in imported_parts(ROOT / "compressor.py")
+
+
+@each_module
+def test_a_module_says_in_its_first_line_what_it_does(path):
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith('"""') and len(first) > 15
+
+
+@each_module
+def test_a_module_lists_its_public_names(path):
+    names, body = public_names(path), tree(path).body
+    if path.name == "__init__.py" and len(body) == 1:
+        return  # nothing but its docstring
+    assert names, f"{path.relative_to(ROOT)} has no __all__"
+    assert names == as_ruff_sorts(names)
+    if path == ROOT / "__init__.py":
+        return  # lazily defined; checked in test_public_api.py
+    defined = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            defined |= {
+                one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+            }
+        elif isinstance(node, ast.ImportFrom):
+            defined |= {alias.asname or alias.name for alias in node.names}
+    assert set(names) <= defined
+
+
+@each_module
+def test_a_module_is_named_for_what_it_does(path):
+    assert path.stem not in {"utils", "util", "helpers", "misc", "common"}
+    assert path.parent.name not in {"utils", "util", "helpers", "misc", "common"}
+
+
+@each_module
+def test_a_module_does_not_print(path):
+    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if getattr(call.func, "id", None) == "print"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES, *sorted((REPOSITORY / "recipes").rglob("*.py"))],
+    ids=lambda path: str(path.relative_to(REPOSITORY)),
+)
+def test_files_and_functions_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 300
+    functions = [node for node in ast.walk(tree(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert not {name: lines for name, lines in long.items() if lines > 50}
+
+
+def test_the_order_of_imports_is_the_one_that_contributing_gives():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if " → " in line and "families" in line)
+    written = [name for name in line.split(" → ") if name in RANKS]
+    assert len(written) > 5
+    assert [RANKS[name] for name in written] == sorted(RANKS[name] for name in written)
