@@ -13,6 +13,7 @@ from clipmap_hf.training.arguments import (
     DistillationArguments,
     MappingArguments,
     RunArguments,
+    StudentArguments,
     TeacherArguments,
     parse_arguments,
     save_arguments,
@@ -32,6 +33,7 @@ def main() -> None:
         StudentModelArguments,
         RunArguments,
         stages={"distillation": DistillationArguments},
+        others=(StudentArguments,),
         other_stages={"mapping": MappingArguments},
         description=__doc__,
     )

@@ -154,6 +154,7 @@ class DistillationArguments(StageArguments):
 def parse_arguments(
     *dataclass_types: type,
     stages: dict[str, type] | None = None,
+    others: tuple[type, ...] = (),
     other_stages: dict[str, type] | None = None,
     description: str | None = None,
     argv: list[str] | None = None,
@@ -164,7 +165,8 @@ def parse_arguments(
     Args:
         dataclass_types: Flat dataclasses whose fields become `--options` and top-level YAML keys.
         stages: `{name: dataclass}` whose fields become `--{name}_{option}` and keys of the YAML section `name:`.
-        other_stages: Sections that the same YAML may hold for another recipe; their keys are checked, then left alone.
+        others: Dataclasses of another recipe that reads the same YAML; their keys are known there, and left alone.
+        other_stages: Sections of another recipe that reads the same YAML; their keys are checked, and left alone.
         description: Shown by `--help`.
         argv: Arguments instead of `sys.argv[1:]`.
 
@@ -183,7 +185,8 @@ def parse_arguments(
     config, argv = finder.parse_known_args(sys.argv[1:] if argv is None else argv)
     if config.config is not None:
         known = {f.name for one in [*dataclass_types, *prefixed] for f in dataclasses.fields(one)}
-        argv = _yaml_options(config.config, known, {**stages, **(other_stages or {})}, stages) + argv
+        ignored = {f.name for one in others for f in dataclasses.fields(one)} - known
+        argv = _yaml_options(config.config, known, ignored, {**stages, **(other_stages or {})}, stages) + argv
     parser = HfArgumentParser(
         [*dataclass_types, *prefixed], description=description, parents=[finder], allow_abbrev=False
     )
@@ -203,7 +206,9 @@ def save_arguments(path: Path, *arguments: Any, **stages: Any) -> None:
     path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
-def _yaml_options(path: Path, known: set[str], sections: dict[str, type], own: dict[str, type]) -> list[str]:
+def _yaml_options(
+    path: Path, known: set[str], ignored: set[str], sections: dict[str, type], own: dict[str, type]
+) -> list[str]:
     """The file's values as command-line options, so that both are converted and checked by one parser."""
     content = yaml.safe_load(path.read_text()) or {}
     if not isinstance(content, dict):
@@ -218,7 +223,7 @@ def _yaml_options(path: Path, known: set[str], sections: dict[str, type], own: d
             if key in own:
                 for name, inner in (value or {}).items():
                     options += _option(f"{key}_{name}", inner)
-        else:
+        elif key not in ignored:
             _check_known(path, {key}, known | set(sections), "")
             options += _option(key, value)
     return options

@@ -1,0 +1,171 @@
+"""Every YAML under recipes/configs is read by its recipes, and those of the paper hold the paper's numbers."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+import clipmap_hf
+from clipmap_hf.config import PRESETS
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, StageArguments
+from clipmap_hf.training.setup import map_config
+
+
+RECIPES = Path(clipmap_hf.__file__).parents[1] / "recipes"
+CONFIGS = RECIPES / "configs"
+PAPER = ("base", "small", "tiny")
+# The recipes that each file is for, and the options that are left to the command line.
+READERS = {
+    **{
+        f"{name}.yaml": {
+            "map": ["--train_data", "pairs.parquet", "--output_dir", "out"],
+            "compress": ["--train_data", "pairs.parquet", "--output_dir", "out"],
+            "distill": ["--train_data", "pairs.parquet", "--output_dir", "out", "--student", "mapped"],
+        }
+        for name in PAPER
+    },
+    "demo.yaml": {"demo": []},
+}
+READINGS = [(file, recipe) for file, recipes in READERS.items() for recipe in recipes]
+
+
+class Parsed(Exception):
+    """Ends a recipe's `main` as soon as its arguments are read."""
+
+
+def load_recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """A function that starts a recipe's `main` with a command line and returns its arguments by class name."""
+
+    def run(recipe: str, *argv: str) -> dict[str, object]:
+        module, results = load_recipe(recipe), []
+        parse_arguments = module.parse_arguments
+
+        def parse(*args, **kwargs):
+            results.extend(parse_arguments(*args, **kwargs))
+            raise Parsed
+
+        monkeypatch.setattr(module, "parse_arguments", parse)
+        monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *argv])
+        with pytest.raises(Parsed):
+            module.main()
+        named = {}
+        for one in results:  # the demo has two sections of one class; the paper's stages come first
+            named.setdefault(type(one).__name__, one)
+        return named
+
+    return run
+
+
+def test_every_config_is_read_by_a_recipe():
+    assert sorted(READERS) == sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(("file", "recipe"), READINGS, ids=lambda value: value)
+def test_a_config_is_read_by_its_recipe(read, file, recipe):
+    arguments = read(recipe, "--config", str(CONFIGS / file), *READERS[file][recipe])
+    content = yaml.safe_load((CONFIGS / file).read_text(encoding="utf-8"))
+    plain = {"train_data", "output_dir", "student"} & set(content) if recipe == "distill" else set(content)
+    checked = 0
+    for one in arguments.values():
+        for key in plain & vars(one).keys() - {"student"}:
+            assert getattr(one, key) == content[key] and type(getattr(one, key)) is type(content[key])
+            checked += 1
+    for section, cls in (("mapping", MappingArguments), ("distillation", DistillationArguments)):
+        if cls.__name__ in arguments:
+            assert_section(arguments[cls.__name__], content[section])
+            checked += 1
+    assert checked
+
+
+def assert_section(stage: StageArguments, content: dict) -> None:
+    for key, value in content.items():
+        assert getattr(stage, key) == (float(value) if isinstance(value, str) else value), key
+
+
+TABLE_8 = {  # mapping: batch, length, rate, decay, warm-up
+    "base": (4096, {"steps": 1000}, 2e-3, 0.2, 1000),
+    "small": (4096, {"epochs": 5}, 8e-4, 0.2, 2000),
+    "tiny": (4096, {"epochs": 5}, 8e-4, 0.2, 2000),
+}
+TABLE_9 = {  # retraining
+    "base": (8192, {"epochs": 25}, 3e-4, 1e-4, 2000),
+    "small": (4096, {"epochs": 25}, 1e-4, 0.2, 2000),
+    "tiny": (4096, {"epochs": 25}, 1e-4, 0.2, 2000),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_s_configs_hold_its_tables_8_and_9(read, name):
+    arguments = read("compress", "--config", str(CONFIGS / f"{name}.yaml"), *READERS[f"{name}.yaml"]["compress"])
+    for table, cls in ((TABLE_8, "MappingArguments"), (TABLE_9, "DistillationArguments")):
+        stage = arguments[cls]
+        batch_size, length, learning_rate, weight_decay, warmup_steps = table[name]
+        assert (stage.batch_size, stage.warmup_steps) == (batch_size, warmup_steps)
+        assert (stage.learning_rate, stage.weight_decay) == (learning_rate, weight_decay)
+        assert {key: getattr(stage, key) for key in length} == length
+        assert stage.steps == length.get("steps")  # steps would win over epochs
+        assert (stage.adam_beta1, stage.adam_beta2, stage.max_grad_norm) == (0.9, 0.98, 5.0)
+        assert (stage.logit_scale, stage.learn_logit_scale) == (50.0, False)
+    assert arguments["DistillationArguments"].distillation_weight == 1.0
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_s_values_stand_in_the_file_itself(name):
+    """A default that changes must not change a reproduction."""
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    expected = {
+        "batch_size",
+        "learning_rate",
+        "weight_decay",
+        "warmup_steps",
+        "adam_beta1",
+        "adam_beta2",
+        "max_grad_norm",
+        "logit_scale",
+        "learn_logit_scale",
+    }
+    for section in ("mapping", "distillation"):
+        assert expected <= content[section].keys()
+        assert {"steps", "epochs"} & content[section].keys()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_s_configs_make_its_students(read, name):
+    arguments = read("map", "--config", str(CONFIGS / f"{name}.yaml"), *READERS[f"{name}.yaml"]["map"])
+    assert arguments["TeacherArguments"].teacher == "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
+    assert map_config(arguments["StudentArguments"]) == PRESETS[name]
+
+
+def test_the_demo_s_student_is_cut_from_the_embedded_teacher(read):
+    from clipmap_hf.config import student_config
+    from clipmap_hf.models import load_config
+
+    arguments = read("demo", "--config", str(CONFIGS / "demo.yaml"))
+    teacher = load_config(arguments["TeacherArguments"].teacher)
+    student = student_config(teacher, map_config(arguments["StudentArguments"]))
+    assert student.vision_config.num_hidden_layers < teacher.vision_config.num_hidden_layers
+
+
+def test_the_command_line_wins_over_the_file(read):
+    arguments = read(
+        "compress",
+        "--config",
+        str(CONFIGS / "small.yaml"),
+        *READERS["small.yaml"]["compress"],
+        *("--mapping_batch_size", "64", "--student", "tiny"),
+    )
+    assert arguments["MappingArguments"].batch_size == 64
+    assert arguments["DistillationArguments"].batch_size == 4096
+    assert arguments["StudentArguments"].student == "tiny"
