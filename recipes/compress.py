@@ -1,4 +1,4 @@
-"""
+r"""
 All of it: map a teacher into a smaller CLIP, distil that, evaluate it, write it.
 
     python recipes/compress.py --teacher openai/clip-vit-base-patch16 --student small --train_data 'shards/*.tar' \
@@ -40,8 +40,9 @@ def main() -> None:
 
     arguments_file = Path(run.output_dir) / "arguments.yaml"
     save_arguments(arguments_file, data, teacher, student, run, mapping=mapping, distillation=distillation)
+    config = map_config(student, run.seed)
     compressor = ClipMapCompressor.from_pretrained(
-        teacher.teacher, map_config(student), revision=teacher.teacher_revision, backend=data.image_backend
+        teacher.teacher, config, revision=teacher.teacher_revision, backend=data.image_backend
     )
     print(compressor.cost())
     mapped = dataclasses.replace(run, output_dir=str(Path(run.output_dir) / "mapped"))

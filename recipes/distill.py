@@ -1,4 +1,4 @@
-"""
+r"""
 The retraining stage alone: distils any student `CLIPModel` (a mapped one, or another) from its teacher.
 
     python recipes/distill.py --student mapped --teacher openai/clip-vit-base-patch16 --train_data pairs.parquet \

@@ -1,4 +1,4 @@
-"""
+r"""
 The mapping stage alone: learns operators that map a teacher's weights into a smaller CLIP, and writes the student
 with its map. Without a size, goes on with the map in the folder that `--teacher` names.
 
@@ -36,8 +36,9 @@ def main() -> None:
     from clipmap_hf.training.setup import map_config
 
     save_arguments(Path(run.output_dir) / "arguments.yaml", data, teacher, student, run, mapping=mapping)
+    config = map_config(student, run.seed)
     compressor = ClipMapCompressor.from_pretrained(
-        teacher.teacher, map_config(student), revision=teacher.teacher_revision, backend=data.image_backend
+        teacher.teacher, config, revision=teacher.teacher_revision, backend=data.image_backend
     )
     print(compressor.cost())
     run_mapping(compressor, mapping, run, data)

@@ -1,5 +1,6 @@
 """Every YAML under recipes/configs is read by its recipes, and those of the paper hold the paper's numbers."""
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import yaml
 
 import clipmap_hf
-from clipmap_hf.config import PRESETS
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, StageArguments
+from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_config
+from clipmap_hf.models import load_config
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, StageArguments, StudentArguments
 from clipmap_hf.training.setup import map_config
 
 
@@ -149,9 +151,6 @@ def test_the_paper_s_configs_make_its_students(read, name):
 
 
 def test_the_demo_s_student_is_cut_from_the_embedded_teacher(read):
-    from clipmap_hf.config import student_config
-    from clipmap_hf.models import load_config
-
     arguments = read("demo", "--config", str(CONFIGS / "demo.yaml"))
     teacher = load_config(arguments["TeacherArguments"].teacher)
     student = student_config(teacher, map_config(arguments["StudentArguments"]))
@@ -169,3 +168,37 @@ def test_the_command_line_wins_over_the_file(read):
     assert arguments["MappingArguments"].batch_size == 64
     assert arguments["DistillationArguments"].batch_size == 4096
     assert arguments["StudentArguments"].student == "tiny"
+
+
+def test_options_make_a_config(read):
+    required = ("--teacher", "clip", *READERS["base.yaml"]["map"])
+    options = "--vision_hidden_size 32 --text_num_hidden_layers 2 --projection_dim 16 --initializer xavier"
+    options += " --depth spread --depth_per kind --tie_ffn true --decay_towards zero"
+    student = read("map", *required, *options.split())["StudentArguments"]
+    expected = ClipMapConfig(
+        vision=TowerConfig(hidden_size=32),
+        text=TowerConfig(num_hidden_layers=2),
+        projection_dim=16,
+        initializer="xavier",
+        depth="spread",
+        depth_per="kind",
+        tie_ffn=True,
+        decay_towards="zero",
+        seed=3,
+    )
+    assert map_config(student, seed=3) == expected
+
+
+def test_options_are_put_over_the_preset(read):
+    required = ("--teacher", "clip", *READERS["base.yaml"]["map"])
+    student = read("map", *required, "--student", "small", "--vision_num_hidden_layers", "6")["StudentArguments"]
+    assert map_config(student) == dataclasses.replace(PRESETS["small"], vision=TowerConfig(256, num_hidden_layers=6))
+
+
+def test_no_options_make_no_config(read):
+    assert map_config(read("map", "--teacher", "clip", *READERS["base.yaml"]["map"])["StudentArguments"]) is None
+
+
+def test_an_unknown_preset_is_an_error_that_lists_the_presets():
+    with pytest.raises(ValueError, match=r"student='medium' is unknown; the presets are \['base', 'small', 'tiny'\]"):
+        map_config(StudentArguments(student="medium"))

@@ -151,6 +151,10 @@ class DistillationArguments(StageArguments):
     )
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of a recipe's examples as they are."""
+
+
 def parse_arguments(
     *dataclass_types: type,
     stages: dict[str, type] | None = None,
@@ -188,7 +192,11 @@ def parse_arguments(
         ignored = {f.name for one in others for f in dataclasses.fields(one)} - known
         argv = _yaml_options(config.config, known, ignored, {**stages, **(other_stages or {})}, stages) + argv
     parser = HfArgumentParser(
-        [*dataclass_types, *prefixed], description=description, parents=[finder], allow_abbrev=False
+        [*dataclass_types, *prefixed],
+        description=description,
+        parents=[finder],
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
     )
     parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     plain, staged = parsed[: len(dataclass_types)], parsed[len(dataclass_types) :]

@@ -27,9 +27,13 @@ __all__ = [
 ]
 
 
-def map_config(arguments: StudentArguments) -> ClipMapConfig | None:
+def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | None:
     """
     The preset that the arguments name, with their sizes and options put over it; `None` if they say nothing.
+
+    Args:
+        arguments: What was given.
+        seed: Of random initializers.
 
     Raises:
         ValueError: If the preset is unknown.
@@ -45,7 +49,7 @@ def map_config(arguments: StudentArguments) -> ClipMapConfig | None:
         sizes = {f.name: given.pop(f"{tower}_{f.name}", None) for f in dataclasses.fields(TowerConfig)}
         sizes = {name: value for name, value in sizes.items() if value is not None}
         given[tower] = dataclasses.replace(getattr(config, tower), **sizes)
-    return dataclasses.replace(config, **given)
+    return dataclasses.replace(config, seed=seed, **given)
 
 
 def training_pairs(data: DataArguments) -> PairDataset:

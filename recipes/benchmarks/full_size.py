@@ -19,28 +19,7 @@ from pathlib import Path
 
 
 RECIPES = Path(__file__).parent.parent
-WORDS = [
-    "a",
-    "the",
-    "red",
-    "blue",
-    "old",
-    "small",
-    "dog",
-    "cat",
-    "house",
-    "tree",
-    "car",
-    "street",
-    "on",
-    "under",
-    "with",
-    "and",
-    "near",
-    "photo",
-    "drawing",
-    "of",
-]
+WORDS = ("red", "blue", "old", "small", "dog", "cat", "house", "tree", "car", "street", "under", "near", "drawing")
 
 
 def main() -> None:

@@ -1,0 +1,296 @@
+"""Recipes as a user starts them: each in a process of its own, on tiny data, for two steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPProcessor
+
+import clipmap_hf
+
+
+REPOSITORY = Path(clipmap_hf.__file__).parents[1]
+RECIPES = REPOSITORY / "recipes"
+SMALL = ("--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16)
+RECALLS = {f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} | {"mean_recall"}
+MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "arguments.yaml", "metrics.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A function that runs a recipe to its end: `start("map.py", "--teacher", …)`."""
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("datasets")),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+    def run(recipe: str, *argv, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+        command = [sys.executable, *launcher, str(RECIPES / recipe), *map(str, argv)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finish(start):
+    """`start`, but a recipe that fails fails the test, and shows why."""
+
+    def run(*argv, **kwargs) -> str:
+        result = start(*argv, **kwargs)
+        assert result.returncode == 0, result.stderr[-5000:]
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """A function that gives the options for two steps of eight pairs, of each named stage."""
+
+    def options(*stages: str) -> list:
+        prefixes = [f"--{stage}_" for stage in stages] or ["--"]
+        return [value for prefix in prefixes for value in (f"{prefix}steps", 2, f"{prefix}batch_size", 8)] + [
+            "--log_every",
+            1,
+        ]
+
+    return options
+
+
+@pytest.fixture(scope="module")
+def mapped_folder(finish, steps, teacher_folder, pairs_parquet, tmp_path_factory) -> Path:
+    """What `map.py` makes of the tiny teacher."""
+    folder = tmp_path_factory.mktemp("map") / "mapped"
+    data = ("--train_data", pairs_parquet, "--eval_data", pairs_parquet, "--eval_every", 1)
+    table = finish("map.py", "--teacher", teacher_folder, *SMALL, *data, *steps("mapping"), "--output_dir", folder)
+    assert "| teacher" in table and "| student" in table
+    return folder
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_student(folder: Path, vision_width: int) -> CLIPModel:
+    """The files are there, and plain transformers loads the model and its processor."""
+    assert MODEL_FILES - {"arguments.yaml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
+    model, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.vision_config.hidden_size == vision_width
+    processor = CLIPProcessor.from_pretrained(folder, backend="pil")
+    assert processor(text=["red circle"])["input_ids"][0][0] == model.config.text_config.bos_token_id
+    return model
+
+
+# Whole runs
+
+
+@pytest.mark.recipes
+def test_pretrain_makes_a_new_model_and_can_be_repeated(finish, steps, pairs_parquet, tmp_path):
+    sizes = "--image_size 32 --patch_size 16 --head_width 16 --vision_hidden_size 32 --vision_num_hidden_layers 1 "
+    sizes += (
+        "--text_hidden_size 16 --text_num_hidden_layers 1 --projection_dim 16 --vocab_size 530 --context_length 12"
+    )
+    data = ("--train_data", pairs_parquet, "--eval_data", pairs_parquet)
+    captions = ("--caption_column", "caption", "keywords", "--caption_sampling", "random")
+    first, again = tmp_path / "teacher", tmp_path / "again"
+    finish("pretrain.py", *data, *captions, *sizes.split(), *steps(), "--output_dir", first)
+    assert {path.name for path in first.iterdir()} >= MODEL_FILES
+    model = check_student(first, vision_width=32)
+    assert model.config.text_config.vocab_size <= 530
+    assert [line["step"] for line in log_of(first) if "loss" in line] == [1, 2]
+    assert {f"eval_{name}" for name in RECALLS} <= log_of(first)[-1].keys()
+
+    finish("pretrain.py", "--config", first / "arguments.yaml", "--output_dir", again)
+    weights = load_file(again / "model.safetensors")
+    for name, tensor in load_file(first / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], tensor, atol=0, rtol=0)
+
+
+@pytest.mark.recipes
+def test_pretrain_takes_the_shape_of_another_model(finish, steps, teacher_folder, pairs_parquet, tmp_path):
+    data = ("--config_from", teacher_folder, "--train_data", pairs_parquet)
+    finish("pretrain.py", *data, *steps(), "--output_dir", tmp_path)
+    model, teacher = check_student(tmp_path, vision_width=64), CLIPModel.from_pretrained(teacher_folder)
+    shapes = {name: tensor.shape for name, tensor in teacher.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    assert not torch.equal(model.visual_projection.weight, teacher.visual_projection.weight)  # from scratch
+
+
+@pytest.mark.recipes
+def test_map_writes_a_student_with_its_map(mapped_folder):
+    assert {path.name for path in mapped_folder.iterdir()} >= MODEL_FILES | {"README.md", "map", "best"}
+    check_student(mapped_folder, vision_width=32)
+    check_student(mapped_folder / "best", vision_width=32)
+    tensors = load_file(mapped_folder / "map" / "clipmap.safetensors")
+    moved = [name for name, tensor in tensors.items() if name.endswith("delta") and tensor.any()]
+    assert moved and not [name for name in tensors if "teacher" in name]
+    arguments = yaml.safe_load((mapped_folder / "arguments.yaml").read_text())
+    assert arguments["vision_hidden_size"] == 32 and arguments["mapping"]["steps"] == 2
+    assert [line["step"] for line in log_of(mapped_folder) if "eval_mean_recall" in line] == [1, 2]
+
+
+@pytest.mark.recipes
+def test_map_goes_on_from_its_own_output(finish, steps, mapped_folder, pairs_parquet, teacher_folder, tmp_path):
+    data = ("--teacher", mapped_folder, "--train_data", pairs_parquet)
+    finish("map.py", *data, *steps("mapping"), "--output_dir", tmp_path)
+    check_student(tmp_path, vision_width=32)
+    before, after = (load_file(folder / "map" / "clipmap.safetensors") for folder in (mapped_folder, tmp_path))
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) == (not name.endswith("delta")), name
+    for name in ("teacher", "map"):
+        configs = [json.loads((f / "map" / "clipmap_config.json").read_text()) for f in (mapped_folder, tmp_path)]
+        assert configs[0][name] == configs[1][name]
+    assert configs[0]["teacher"] == str(teacher_folder)
+
+
+@pytest.mark.recipes
+def test_map_reads_a_webdataset(finish, steps, teacher_folder, pairs_tar, tmp_path):
+    data = ("--train_data", pairs_tar, "--image_column", "png", "--caption_column", "txt")
+    finish("map.py", "--teacher", teacher_folder, *SMALL, *data, *steps("mapping"), "--output_dir", tmp_path)
+    check_student(tmp_path, vision_width=32)
+    assert log_of(tmp_path)[-1]["pairs"] == 16 and log_of(tmp_path)[-1]["bad_rows"] == 0
+
+
+@pytest.mark.recipes
+def test_distill_trains_a_mapped_student(finish, steps, mapped_folder, teacher_folder, pairs_parquet, tmp_path):
+    models = ("--student", mapped_folder, "--teacher", teacher_folder)
+    data = ("--train_data", pairs_parquet, "--eval_data", pairs_parquet)
+    finish("distill.py", *models, *data, *steps("distillation"), "--output_dir", tmp_path)
+    student, before = check_student(tmp_path, vision_width=32), CLIPModel.from_pretrained(mapped_folder)
+    assert not torch.equal(student.visual_projection.weight, before.visual_projection.weight)
+    assert not (tmp_path / "map").exists()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "| teacher |" in card.text and "| student |" in card.text and "distillation:\n  epochs:" in card.text
+    assert {"affinity", "contrastive"} <= log_of(tmp_path)[0].keys()
+
+
+@pytest.mark.recipes
+def test_compress_does_all_of_it_under_accelerate(finish, steps, teacher_folder, pairs_parquet, tmp_path):
+    data = ("--train_data", pairs_parquet, "--eval_data", pairs_parquet)
+    launcher = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
+    printed = finish(
+        "compress.py",
+        *("--teacher", teacher_folder, *SMALL, *data, *steps("mapping", "distillation"), "--output_dir", tmp_path),
+        launcher=(*launcher.split(), "--dynamo_backend", "no"),
+    )
+    check_student(tmp_path, vision_width=32)
+    check_student(tmp_path / "mapped", vision_width=32)
+    assert (tmp_path / "mapped" / "map").is_dir() and not (tmp_path / "map").exists()
+    assert {line.split(":")[0] for line in printed.splitlines() if "recall" in line} == RECALLS
+    assert [line["stage"] for line in log_of(tmp_path / "mapped")][0] == "mapping"
+    assert [line["stage"] for line in log_of(tmp_path)][0] == "distillation"
+    arguments = yaml.safe_load((tmp_path / "arguments.yaml").read_text())
+    assert arguments["mapping"]["steps"] == arguments["distillation"]["steps"] == 2
+
+
+@pytest.mark.recipes
+def test_compress_without_mapping_distills_from_the_inheritance(
+    finish, steps, teacher_folder, pairs_parquet, tmp_path
+):
+    argv = ("--teacher", teacher_folder, *SMALL, "--train_data", pairs_parquet, "--output_dir", tmp_path)
+    finish("compress.py", *argv, *steps("mapping", "distillation"), "--mapping_steps", 0)
+    mapped, teacher = (
+        check_student(tmp_path / "mapped", 32).state_dict(),
+        load_file(teacher_folder / "model.safetensors"),
+    )
+    name = "text_projection.weight"
+    torch.testing.assert_close(mapped[name], teacher[name][:, :16], atol=0, rtol=0)
+    assert not torch.equal(check_student(tmp_path, 32).state_dict()[name], mapped[name])
+
+
+@pytest.mark.recipes
+def test_evaluate_measures_retrieval(finish, teacher_folder, pairs_parquet, tmp_path):
+    result = tmp_path / "results.json"
+    printed = finish("evaluate.py", "--model", teacher_folder, "--eval_data", pairs_parquet, "--output", result)
+    content = json.loads(result.read_text())
+    assert content["metrics"].keys() == RECALLS
+    assert all(0 <= value <= 1 for value in content["metrics"].values())
+    assert f"mean_recall: {content['metrics']['mean_recall']:.4f}" in printed
+    assert content["arguments"]["model"] == str(teacher_folder)
+
+
+@pytest.mark.recipes
+def test_evaluate_classifies_labeled_images(finish, teacher_folder, pairs_parquet, tmp_path):
+    result = tmp_path / "results.json"
+    argv = ("--model", teacher_folder, "--eval_data", pairs_parquet, "--output", result)
+    finish("evaluate.py", *argv, "--label_column", "caption", "--templates", "a {}", "the {}")
+    metrics = json.loads(result.read_text())["metrics"]
+    assert metrics.keys() == {"accuracy@1", "accuracy@5", "mean_per_class_recall"}
+
+
+@pytest.mark.recipes
+def test_demo_compares_students_that_saw_the_same_number_of_pairs(
+    finish, steps, teacher_folder, pairs_parquet, tmp_path
+):
+    data = ("--teacher", teacher_folder, "--train_data", pairs_parquet, "--eval_data", pairs_parquet)
+    batches = ("--manual_batch_size", 8, "--scratch_batch_size", 8)
+    table = finish("demo.py", *data, *SMALL, *steps("mapping", "distillation"), *batches, "--output_dir", tmp_path)
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 6  # header, rule, four models
+    assert {"results.json", "results.md", "index.html"} <= {path.name for path in tmp_path.iterdir()}
+    check_student(tmp_path / "student", vision_width=32)
+    pairs = {name: log_of(tmp_path / name)[-1]["pairs"] for name in ("mapped", "student", "manual", "scratch")}
+    assert pairs == {"mapped": 16, "student": 16, "manual": 32, "scratch": 32}
+
+
+# What is not accepted
+
+
+def test_an_unknown_option_is_an_error_that_names_it(start, tmp_path):
+    required = ("--teacher", "clip", "--train_data", "pairs.parquet", "--output_dir", tmp_path / "out")
+    result = start("map.py", *required, "--mapping_learning_rat", 1e-3)  # no abbreviations either
+    assert result.returncode != 0 and "--mapping_learning_rat" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"teachr": "clip"}, "teachr"),
+        ({"mapping": {"lr": 1e-3}}, "lr"),
+        ({"distillation": {"temperature": 2}}, "temp"),
+    ],
+    ids=["top", "own section", "other recipe's section"],
+)
+def test_an_unknown_key_of_a_config_is_an_error_that_names_it(start, tmp_path, content, named):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    required = ("--teacher", "clip", "--train_data", "pairs.parquet", "--output_dir", tmp_path / "out")
+    result = start("map.py", "--config", config, *required)
+    assert result.returncode != 0
+    assert "unknown keys" in result.stderr and f"'{named}" in result.stderr
+
+
+def test_a_missing_option_is_an_error_that_names_it(start):
+    result = start("distill.py", "--teacher", "clip", "--train_data", "pairs.parquet")
+    assert result.returncode != 0
+    assert "--student" in result.stderr and "--output_dir" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.py")))
+def test_help_is_instant_and_complete(recipe):
+    """It waits for neither torch nor datasets."""
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = [sys.argv[1], '--help']\n"
+        "try:\n"
+        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    slow = sorted({'torch', 'datasets', 'accelerate'} & set(sys.modules))\n"
+        "    sys.exit(f'imported {slow}' if slow else end.code)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
+    command = [sys.executable, "-c", code, str(RECIPES / recipe)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert f"python recipes/{recipe}" in result.stdout  # the example of its docstring
