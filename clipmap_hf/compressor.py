@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import CLIPProcessor, PreTrainedModel
 from clipmap_hf.config import PRESETS, ClipMapConfig
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
-from clipmap_hf.hub.folder import write_student_folder
+from clipmap_hf.hub.folder import MAP_FOLDER, write_student_folder
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.models import load_model, load_processor
@@ -24,7 +25,6 @@ from clipmap_hf.models import load_model, load_processor
 
 __all__ = ["ClipMapCompressor"]
 
-MAP_FOLDER = "map"
 MAP_CONFIG, MAP_WEIGHTS = "clipmap_config.json", "clipmap.safetensors"
 
 
@@ -100,9 +100,16 @@ class ClipMapCompressor(nn.Module):
                 f"say what to make: student= one of {sorted(PRESETS)}, or a ClipMapConfig."
             )
         content = _read_map_config(found)
-        compressor = cls._from_teacher(
-            content["teacher"], content["map"], content["teacher_revision"], dtype, backend, kwargs
-        )
+        teacher_id = content["teacher"]
+        try:
+            compressor = cls._from_teacher(
+                teacher_id, content["map"], content["teacher_revision"], dtype, backend, kwargs
+            )
+        except OSError as error:
+            raise OSError(
+                f"The map in {source!r} was made from the teacher {teacher_id!r}, which cannot be loaded: {error} If "
+                f"it has moved, correct `teacher` in {found}."
+            ) from error
         weights = _map_file(source, MAP_WEIGHTS, revision, kwargs)
         if weights is None:
             raise OSError(f"{source!r} has {MAP_FOLDER}/{MAP_CONFIG} but no {MAP_FOLDER}/{MAP_WEIGHTS}.")
@@ -114,7 +121,7 @@ class ClipMapCompressor(nn.Module):
         teacher = load_model(source, revision=revision, dtype=dtype, **kwargs)
         processor = load_processor(source, revision=revision, backend=backend, **kwargs)
         commit = getattr(teacher.config, "_commit_hash", None) or revision  # a branch may move, a commit does not
-        return cls(teacher, config, processor, source, commit)
+        return cls(teacher, config, processor, source, commit).eval()
 
     @property
     def config(self) -> ClipMapConfig:
@@ -135,21 +142,41 @@ class ClipMapCompressor(nn.Module):
         """The student as it stands, an ordinary `CLIPModel`."""
         return self.mapper.export()
 
-    def save_pretrained(self, folder: str | os.PathLike, *, include_map: bool = True) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        include_map: bool = True,
+        results: Mapping[str, Mapping[str, float]] | None = None,
+        recipe: str | None = None,
+    ) -> None:
         """
         Writes the student (loadable by plain transformers) and, in `map/`, what is needed to go on mapping.
 
         Args:
             folder: Made if needed.
             include_map: Whether to write `map/`, which is several times the student's size.
+            results: `{model: {metric: value}}` for the card.
+            recipe: The resolved arguments as YAML, for the card.
+
+        Raises:
+            ValueError: If `folder` is the teacher's.
         """
         folder = Path(folder)
+        if folder.resolve() == Path(self.teacher_id).resolve():
+            raise ValueError(
+                f"{str(folder)!r} holds the teacher, which the student would overwrite; name another folder."
+            )
+        student = self.export()
         card = render_card(
             self.teacher_id,
             str(self.cost()),
+            model_class=type(student).__name__,
             method="Its weights are mapped from the teacher's by learned operators (CLIP-Map), without distillation.",
+            results=results,
+            recipe=recipe,
         )
-        write_student_folder(folder, self.export(), self.processor, card)
+        write_student_folder(folder, student, self.processor, card)
         if include_map:
             self._write_map(folder / MAP_FOLDER)
 
@@ -164,7 +191,17 @@ class ClipMapCompressor(nn.Module):
         commit_message: str = "Upload compressed CLIP",
         token: str | bool | None = None,
     ) -> CommitInfo:
-        """The same folder as `save_pretrained`, to the Hub; arguments as in transformers, and as in `push_folder`."""
+        """
+        The same folder as `save_pretrained`, to the Hub; arguments as in transformers, and as in `push_folder`.
+
+        Raises:
+            ValueError: If the map is to be pushed but its teacher is a local folder, which nobody else could find.
+        """
+        if include_map and os.path.isdir(self.teacher_id):
+            raise ValueError(
+                f"include_map=True, but the map's teacher is the local folder {self.teacher_id!r}; push the teacher "
+                "and start from its id, or leave the map out."
+            )
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, include_map=include_map)
             return push_folder(
@@ -175,6 +212,7 @@ class ClipMapCompressor(nn.Module):
                 create_pr=create_pr,
                 commit_message=commit_message,
                 token=token,
+                delete_patterns=None if include_map else [f"{MAP_FOLDER}/*"],  # it belongs to other weights
             )
 
     def _write_map(self, folder: Path) -> None:
@@ -192,7 +230,7 @@ class ClipMapCompressor(nn.Module):
 def _as_config(student: str | ClipMapConfig) -> ClipMapConfig:
     if isinstance(student, ClipMapConfig):
         return student
-    if student not in PRESETS:
+    if not isinstance(student, str) or student not in PRESETS:
         raise ValueError(f"student={student!r} is unknown; it must be one of {sorted(PRESETS)} or a ClipMapConfig.")
     return PRESETS[student]
 

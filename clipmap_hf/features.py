@@ -1,5 +1,7 @@
-"""The only reader of CLIP's outputs: normalized embeddings and the logit scale, in fp32."""
+"""The only reader of CLIP's outputs: normalized embeddings and the logit scale, in fp32 whatever the autocast."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-__all__ = ["ClipFeatures", "encode_images", "encode_texts"]
+__all__ = ["ClipFeatures", "encode_images", "encode_texts", "evaluating"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,15 @@ class ClipFeatures:
 
     @classmethod
     def from_output(cls, output, logit_scale: torch.Tensor) -> "ClipFeatures":
-        """Reads a `CLIPOutput` (whose embeddings are normalized) and the model's logarithmic `logit_scale`."""
-        return cls(output.image_embeds.float(), output.text_embeds.float(), logit_scale.float().exp())
+        """Reads a `CLIPOutput` and the model's logarithmic `logit_scale`."""
+        # Normalized again: under autocast, CLIP's own norm is only as exact as bf16.
+        images, texts = (F.normalize(x.float(), dim=-1) for x in (output.image_embeds, output.text_embeds))
+        return cls(images, texts, logit_scale.float().exp())
 
     def logits_per_image(self) -> torch.Tensor:
         """Scaled cosine similarities of shape `(images, texts)`."""
-        return self.logit_scale * self.image_embeds @ self.text_embeds.T
+        with torch.autocast(self.image_embeds.device.type, enabled=False):
+            return self.logit_scale * self.image_embeds @ self.text_embeds.T
 
 
 def encode_images(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -44,3 +49,14 @@ def encode_texts(model: nn.Module, input_ids: torch.Tensor, attention_mask: torc
     """Normalized fp32 embeddings `(batch, projection_dim)` of token ids and mask `(batch, length)`."""
     features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
     return F.normalize(features.pooler_output.float(), dim=-1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode, and afterwards back in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,14 +1,30 @@
 """Loading CLIP models, configs and processors, strictly: what is missing or does not fit is an error, never random."""
 
+import os
+
 import torch
-from transformers import AutoConfig, AutoModel, CLIPProcessor, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    CLIPProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 
 __all__ = ["load_config", "load_model", "load_processor"]
 
 
 def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig:
-    """The config of a CLIP model folder or Hub id."""
+    """
+    The config of a CLIP model folder or Hub id.
+
+    Raises:
+        OSError: If it is missing or the Hub cannot be reached.
+    """
+    _check_folder(source)
     return AutoConfig.from_pretrained(source, revision=revision)
 
 
@@ -25,22 +41,33 @@ def load_model(
         kwargs: Passed to `from_pretrained` (`token`, `cache_dir`, `local_files_only`, …).
 
     Raises:
-        OSError: If a file is missing or the Hub cannot be reached.
+        OSError: If a file is missing, there are only pickled weights, or the Hub cannot be reached.
         ValueError: If the checkpoint lacks a tensor, holds one too many, or one of another shape.
     """
-    model, info = AutoModel.from_pretrained(
-        source,
-        revision=revision,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below with the rest instead of as a traceback
-        **kwargs,
-    )
+    _check_folder(source)
+    try:
+        model, info = AutoModel.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below with the rest instead of as a traceback
+            **kwargs,
+        )
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{source!r} has no safetensors weights, and pickled ones are never loaded. Hub repositories often have "
+            "a conversion as a pull request (revision='refs/pr/N'); or convert the weights once. "
+            f"transformers said: {error}"
+        ) from error
     problems = {
         "missing": sorted(info["missing_keys"]),
         "not part of the model": sorted(info["unexpected_keys"]),
         "of another shape": sorted(str(entry) for entry in info["mismatched_keys"]),
+        "that could not be read": sorted(map(str, info["error_msgs"])),
     }
     found = "; ".join(f"{what}: {names}" for what, names in problems.items() if names)
     if found:
@@ -62,7 +89,11 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
         OSError: If a file is missing or the Hub cannot be reached.
         ValueError: If `backend` cannot be had.
     """
-    processor = CLIPProcessor.from_pretrained(source, revision=revision, backend=backend, **kwargs)
+    _check_folder(source)
+    processor = CLIPProcessor(  # one by one: the tokenizer has a `backend` of its own, and would take this one for it
+        image_processor=AutoImageProcessor.from_pretrained(source, revision=revision, backend=backend, **kwargs),
+        tokenizer=AutoTokenizer.from_pretrained(source, revision=revision, **kwargs),
+    )
     if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):  # made up without files
         raise OSError(f"{source!r} holds no tokenizer; add its `tokenizer.json`, or `vocab.json` and `merges.txt`.")
     if processor.image_processor.backend != backend:  # transformers falls back with a warning
@@ -71,3 +102,9 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
             "install torchvision, or choose backend='pil'."
         )
     return processor
+
+
+def _check_folder(source: str) -> None:
+    """A path that is no folder would otherwise be taken for a Hub id."""
+    if (os.path.isabs(source) or source.startswith((".", "~"))) and not os.path.isdir(source):
+        raise OSError(f"There is no folder {source!r}.")

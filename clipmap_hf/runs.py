@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import CLIPProcessor, PreTrainedModel
 
 from clipmap_hf.compressor import ClipMapCompressor
@@ -24,6 +25,7 @@ def run_mapping(
     run: RunArguments,
     data: DataArguments,
     *,
+    recipe: str | None = None,
     pairs: PairDataset | None = None,
 ) -> TrainResult:
     """
@@ -34,12 +36,13 @@ def run_mapping(
         arguments: The stage's numbers.
         run: Where and how to run.
         data: Training and evaluation pairs.
+        recipe: The resolved arguments as YAML, for the card.
         pairs: The training pairs, if they are loaded already.
     """
     stage = MappingStage(compressor.mapper, arguments.logit_scale, arguments.learn_logit_scale)
 
-    def save(folder: Path, _metrics: dict[str, float]) -> None:
-        compressor.save_pretrained(folder)
+    def save(folder: Path, metrics: dict[str, float]) -> None:
+        compressor.save_pretrained(folder, results={"student": metrics} if metrics else None, recipe=recipe)
 
     return run_stage(stage, arguments, run, data, compressor.processor, name="mapping", pairs=pairs, save=save)
 
@@ -55,10 +58,9 @@ def run_distillation(
     teacher_id: str,
     recipe: str | None = None,
     pairs: PairDataset | None = None,
-    teacher_metrics: dict[str, float] | None = None,
 ) -> TrainResult:
     """
-    Distils a student and writes it, with a card that shows its results beside the teacher's, to `run.output_dir`.
+    Distills a student and writes it, with a card that shows its results beside the teacher's, to `run.output_dir`.
 
     Args:
         student: Trained in place.
@@ -70,20 +72,19 @@ def run_distillation(
         teacher_id: Hub id or folder of the teacher, for the card.
         recipe: The resolved arguments as YAML, for the card.
         pairs: The training pairs, if they are loaded already.
-        teacher_metrics: The teacher's results on the evaluation pairs, if they are known already.
     """
     stage = DistillationStage(
         student, teacher, arguments.logit_scale, arguments.learn_logit_scale, arguments.distillation_weight
     )
     evaluate = evaluation_function(data, processor, run)
-    if teacher_metrics is None and evaluate is not None:
-        teacher_metrics = evaluate(teacher)
+    teacher_metrics = None if evaluate is None else evaluate(teacher.to(PartialState().device))
     costs = CostReport(teacher=model_cost(teacher.config), student=model_cost(student.config))
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
         card = render_card(
             teacher_id,
             str(costs),
+            model_class=type(student).__name__,
             method="Its weights were distilled from the teacher's similarities (CLIP-Map's retraining stage).",
             results={"teacher": teacher_metrics, "student": metrics} if metrics else None,
             recipe=recipe,

@@ -1,5 +1,5 @@
 r"""
-All of it: map a teacher into a smaller CLIP, distil that, evaluate it, write it.
+All of it: map a teacher into a smaller CLIP, distill that, evaluate it, write it.
 
     python recipes/compress.py --teacher openai/clip-vit-base-patch16 --student small --train_data 'shards/*.tar' \
         --image_column jpg --caption_column txt --eval_data test.parquet --output_dir small
@@ -48,16 +48,16 @@ def main() -> None:
     mapped = dataclasses.replace(run, output_dir=str(Path(run.output_dir) / "mapped"))
     run_mapping(compressor, mapping, mapped, data)
     model, processor = compressor.export(), compressor.processor
+    teacher_id, revision = compressor.teacher_id, compressor.teacher_revision  # of the map, if that was gone on with
     del compressor  # the operators are on disk, and larger than both models
-    unseen_order = dataclasses.replace(run, seed=run.seed + 1)  # or the stage would begin with the mapping's batches
     result = run_distillation(
         model,
-        load_model(teacher.teacher, revision=teacher.teacher_revision),
+        load_model(teacher_id, revision=revision),
         processor,
         distillation,
-        unseen_order,
+        run,
         data,
-        teacher_id=teacher.teacher,
+        teacher_id=teacher_id,
         recipe=arguments_file.read_text(),
     )
     print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))

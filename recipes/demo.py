@@ -59,21 +59,22 @@ def main() -> None:
     sections = {"mapping": mapping, "distillation": distillation, "manual": manual, "scratch": scratch}
     save_arguments(arguments_file, data, teacher_arguments, student_arguments, run, **sections)
     teacher, pairs = load_model(teacher_id), training_pairs(data)
-    compressor = ClipMapCompressor.from_pretrained(teacher_id, map_config(student_arguments))
+    compressor = ClipMapCompressor.from_pretrained(teacher_id, map_config(student_arguments, run.seed))
     processor, inherited = compressor.processor, compressor.export()
     training_only = dataclasses.replace(data, eval_data=None)  # the report evaluates all models at the end
 
-    def into(name: str, seed: int = run.seed) -> RunArguments:
-        return dataclasses.replace(run, output_dir=str(output / name), seed=seed)
+    def into(name: str) -> RunArguments:
+        return dataclasses.replace(run, output_dir=str(output / name))
 
     mapped = run_mapping(compressor, mapping, into("mapped"), training_only, pairs=pairs)
     student = compressor.export()
     known = {"teacher_id": teacher_id, "pairs": pairs}
     recipe = arguments_file.read_text()
-    unseen_order = into("student", run.seed + 1)  # or the stage would begin with the mapping's batches
-    distilled = run_distillation(student, teacher, processor, distillation, unseen_order, data, recipe=recipe, **known)
-    steps = mapped.steps + distilled.steps  # every student sees the same number of pairs
-    manual, scratch = (dataclasses.replace(arguments, steps=steps) for arguments in (manual, scratch))
+    distilled = run_distillation(
+        student, teacher, processor, distillation, into("student"), data, recipe=recipe, **known
+    )
+    pairs_seen = mapped.pairs + distilled.pairs  # every student sees as many
+    manual, scratch = (dataclasses.replace(one, steps=pairs_seen // one.batch_size) for one in (manual, scratch))
     manual_run = run_distillation(inherited, teacher, processor, manual, into("manual"), training_only, **known)
     set_seed(run.seed)
     fresh = CLIPModel(student.config)
@@ -82,7 +83,7 @@ def main() -> None:
 
     contestants = {
         "teacher": Contestant(teacher),
-        "CLIP-Map": Contestant(student, mapped.pairs + distilled.pairs, mapped.seconds + distilled.seconds),
+        "CLIP-Map": Contestant(student, pairs_seen, mapped.seconds + distilled.seconds),
         "manual inheritance + distillation": Contestant(inherited, manual_run.pairs, manual_run.seconds),
         "from scratch": Contestant(fresh, scratch_run.pairs, scratch_run.seconds),
     }

@@ -1,8 +1,8 @@
 r"""
-The retraining stage alone: distils any student `CLIPModel` (a mapped one, or another) from its teacher.
+The retraining stage alone: distills any student `CLIPModel` (a mapped one, or another) from its teacher.
 
-    python recipes/distill.py --student mapped --teacher openai/clip-vit-base-patch16 --train_data pairs.parquet \
-        --output_dir distilled
+    python recipes/distill.py --student_model mapped --teacher openai/clip-vit-base-patch16 \
+        --train_data pairs.parquet --output_dir distilled
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from clipmap_hf.training.arguments import (
 
 @dataclass
 class StudentModelArguments:
-    student: str = field(metadata={"help": "Hub id or folder of the CLIPModel to train."})
+    student_model: str = field(metadata={"help": "Hub id or folder of the CLIPModel to train."})
     student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub student."})
 
 
@@ -43,9 +43,9 @@ def main() -> None:
     arguments_file = Path(run.output_dir) / "arguments.yaml"
     save_arguments(arguments_file, data, teacher, student, run, distillation=distillation)
     run_distillation(
-        load_model(student.student, revision=student.student_revision),
+        load_model(student.student_model, revision=student.student_revision),
         load_model(teacher.teacher, revision=teacher.teacher_revision),
-        load_processor(student.student, revision=student.student_revision, backend=data.image_backend),
+        load_processor(student.student_model, revision=student.student_revision, backend=data.image_backend),
         distillation,
         run,
         data,

@@ -35,14 +35,16 @@ class EvaluateArguments:
 def main() -> None:
     (arguments,) = parse_arguments(EvaluateArguments, description=__doc__)
     import transformers
+    from accelerate import Accelerator
 
     from clipmap_hf.models import load_model, load_processor
 
-    model = load_model(arguments.model, revision=arguments.model_revision)
+    accelerator = Accelerator()
+    model = load_model(arguments.model, revision=arguments.model_revision).to(accelerator.device)
     processor = load_processor(arguments.model, revision=arguments.model_revision, backend=arguments.image_backend)
     metrics = (retrieval if arguments.label_column is None else classification)(arguments, model, processor)
-    print("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
-    if arguments.output is not None:
+    accelerator.print("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
+    if arguments.output is not None and accelerator.is_main_process:
         result = {"metrics": metrics, "arguments": asdict(arguments), "transformers": transformers.__version__}
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
 

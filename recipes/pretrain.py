@@ -36,8 +36,9 @@ def main() -> None:
         DataArguments, ArchitectureArguments, RunArguments, StageArguments, description=__doc__
     )
     from accelerate.utils import set_seed
-    from transformers import CLIPModel
+    from transformers import AutoModel
 
+    from clipmap_hf.families import family_for
     from clipmap_hf.models import load_config, load_processor
     from clipmap_hf.training.setup import run_stage, training_pairs
     from clipmap_hf.training.stages import ContrastiveStage
@@ -49,8 +50,9 @@ def main() -> None:
         config = load_config(architecture.config_from)
         processor = load_processor(architecture.config_from, backend=data.image_backend)
     else:
-        config, processor = new_architecture(architecture, pairs.pairs, data.caption_column)
-    model = CLIPModel(config)
+        config, processor = new_architecture(architecture, pairs.pairs, [*data.caption_column, *data.keyword_column])
+    family_for(config)  # raises if this is no CLIP
+    model = AutoModel.from_config(config)
 
     def save(folder: Path, _metrics: dict[str, float]) -> None:
         model.save_pretrained(folder)

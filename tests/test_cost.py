@@ -108,7 +108,7 @@ def test_table_of_large_models_is_in_millions_and_gigamacs():
         "without token embedding (M)",
         "vision MACs (G)",
         "text MACs (G)",
-        "file (MB)",
+        "weights (MB)",
         "parameters kept",
     ]
     assert first == ["ViT-B/16", "149.62", "124.32", "17.56", "2.98", "598.48", "100.0%"]

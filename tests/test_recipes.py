@@ -36,7 +36,7 @@ def start(tmp_path_factory):
 
     def run(recipe: str, *argv, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
         command = [sys.executable, *launcher, str(RECIPES / recipe), *map(str, argv)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
     return run
 

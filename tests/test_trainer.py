@@ -126,12 +126,13 @@ def test_the_loss_falls(trainer_of, name):
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_a_learned_logit_scale_never_exceeds_100(trainer_of, stage_of):
-    stage = ContrastiveStage(stage_of("contrastive").trained, 99.9, learn_logit_scale=True)
-    trainer = trainer_of(stage, steps=8, learning_rate=0.05)
+def test_a_learned_logit_scale_is_clamped_after_every_step(trainer_of, stage_of):
+    stage = ContrastiveStage(stage_of("contrastive").trained, 120.0, learn_logit_scale=True)
+    trainer = trainer_of(stage, steps=4, learning_rate=1e-4)
     trainer.train()
-    scales = [line["logit_scale"] for line in log_of(trainer)]
-    assert len(set(scales)) > 1 and max(scales) <= 100.001
+    scales = torch.tensor([line["logit_scale"] for line in log_of(trainer)])
+    torch.testing.assert_close(scales[0].item(), 120.0, atol=1e-3, rtol=0)
+    assert (scales[1:] <= 100.001).all() and (scales[1:] > 99).all()
 
 
 def test_parameter_groups_decay_matrices_only(stage_of):
@@ -187,20 +188,29 @@ def test_no_steps_train_nothing_and_still_save(trainer_of):
     assert saved == [trainer.output_dir] and not changed(before, trainer.stage)
 
 
-def test_each_epoch_has_its_own_order_and_augmentations(trainer_of, pairs):
-    keys = []
+@pytest.fixture
+def keys_of(trainer_of, monkeypatch):
+    """A function that trains two epochs of three steps and returns the keys of the rows of each, in order."""
 
-    class Recorded(PairCollator):
-        def __call__(self, rows):
-            keys.append([row["key"] for row in rows])
-            return super().__call__(rows)
+    def run(**values) -> list[list[tuple[int, int]]]:
+        keys, collate = [], PairCollator.__call__
 
-    trainer = trainer_of(steps=6)
-    trainer.collator.__class__ = Recorded
-    trainer.train()
-    epochs = [[key for batch in keys[start : start + 3] for key in batch] for start in (0, 3)]
+        def record(self, rows):
+            keys.extend(row["key"] for row in rows)
+            return collate(self, rows)
+
+        monkeypatch.setattr(PairCollator, "__call__", record)
+        trainer_of(steps=6, **values).train()
+        monkeypatch.undo()
+        return [keys[:24], keys[24:]]
+
+    return run
+
+
+def test_each_epoch_has_its_own_order_and_augmentations(keys_of):
+    epochs = keys_of()
     for epoch, seen in enumerate(epochs):
-        assert sorted(seen) == [(epoch, index) for index in range(len(pairs))]
+        assert sorted(seen) == [(epoch, index) for index in range(24)]
     orders = [[index for _, index in seen] for seen in epochs]
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
 
@@ -342,6 +352,25 @@ def test_a_seed_decides_every_bit(trainer_of, name):
     for parameter, tensor in runs[0].items():
         torch.testing.assert_close(runs[1][parameter], tensor, atol=0, rtol=0)
     assert any(not torch.equal(runs[2][parameter], tensor) for parameter, tensor in runs[0].items())
+
+
+def test_a_seed_decides_the_order_of_the_pairs(keys_of):
+    first = keys_of(seed=0)
+    assert keys_of(seed=0) == first
+    assert keys_of(seed=1) != first
+
+
+def test_a_seed_decides_dropout(trainer_of):
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(runs))
+        trainer = trainer_of(seed=seed, steps=1, batch_size=24)
+        for module in trainer.stage.modules():
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.5
+        trainer.train()
+        runs.append(log_of(trainer)[-1]["loss"])
+    assert runs[0] == runs[1] != runs[2]
 
 
 @pytest.mark.parametrize("name", STAGES)

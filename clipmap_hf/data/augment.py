@@ -15,13 +15,16 @@ def random_resized_crop(
 ) -> Image.Image:
     """
     Crops a random box of `scale` times the image's area and a log-uniform aspect `ratio`, and resizes it to
-    `(size, size)` bicubically in one step. A box that does not fit is clipped to the image's sides.
+    `(size, size)` bicubically in one step. After ten boxes that do not fit, the last is clipped to the image's sides.
     """
     width, height = image.size
-    area = width * height * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-    box_width = min(math.sqrt(area * aspect), width)
-    box_height = min(math.sqrt(area / aspect), height)
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        box_width, box_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if box_width <= width and box_height <= height:
+            break
+    box_width, box_height = min(box_width, width), min(box_height, height)
     left, top = rng.uniform(0, width - box_width), rng.uniform(0, height - box_height)
     box = (left, top, left + box_width, top + box_height)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -80,14 +80,16 @@ def caption_text(caption: str | list[str] | None, rng: random.Random | None = No
 class PairCollator:
     """
     Turns rows of a `PairDataset` into `pixel_values (batch, 3, size, size)`, `input_ids` and `attention_mask`
-    `(batch, length)`, and the number of `bad_rows` that were left out.
+    `(texts, length)`, `image_of_text` `(texts,)`, and the number of `bad_rows` that were left out. In training there
+    is one text per image; in evaluation all captions of the first column are kept.
 
     Args:
         tokenizer: The model's tokenizer; captions are truncated to its `model_max_length`.
         image_processor: The model's image processor. Without `augmentation` it does all preprocessing; with one, it
             gives size, mean and standard deviation.
-        caption_columns: Columns of the captions.
-        caption_sampling: `first` takes the first column, `random` draws one per example.
+        caption_columns: Columns of the captions: strings, or lists of strings, each a caption.
+        keyword_columns: Columns of keyword lists, of which training makes a caption in random order and number.
+        caption_sampling: `first` takes the first caption column, `random` draws one of all columns per example.
         augmentation: Applied to training images; `None` in evaluation.
         seed: With a row's `key`, seeds its augmentation and caption, independent of batch, process and worker.
     """
@@ -95,21 +97,23 @@ class PairCollator:
     tokenizer: Any
     image_processor: Any
     caption_columns: Sequence[str] = ("caption",)
+    keyword_columns: Sequence[str] = ()
     caption_sampling: Literal["first", "random"] = "first"
     augmentation: Augmentation | None = None
     seed: int = 0
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        images, captions, bad = [], [], []
+        images, captions, owners, bad = [], [], [], []
         for row in rows:
             rng = random.Random(f"{self.seed}-{row.get('key')}")
             try:
-                image, caption = decode_image(row["image"]), self._caption(row, rng)
+                image, texts = decode_image(row["image"]), self._texts(row, rng)
             except BadRowError as error:
                 bad.append(str(error))
                 continue
+            captions += texts
+            owners += [len(images)] * len(texts)
             images.append(image if self.augmentation is None else self.augmentation(image, self.size, rng))
-            captions.append(caption)
         for reason in bad:
             logger.warning("Row left out: %s", reason)
         if not images:
@@ -119,6 +123,7 @@ class PairCollator:
             "pixel_values": self._pixels(images),
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
+            "image_of_text": torch.tensor(owners),
             "bad_rows": len(bad),
         }
 
@@ -128,13 +133,18 @@ class PairCollator:
         size = self.image_processor.crop_size if self.image_processor.do_center_crop else self.image_processor.size
         return size["height"] if "height" in size else size["shortest_edge"]
 
-    def _caption(self, row: dict[str, Any], rng: random.Random) -> str:
+    def _texts(self, row: dict[str, Any], rng: random.Random) -> list[str]:
+        first = row[self.caption_columns[0]]
+        if self.augmentation is None:
+            texts = [text for text in (first if isinstance(first, list) else [first]) if has_text(text)]
+            return texts or [caption_text(None)]
         if self.caption_sampling == "first":
-            return caption_text(row[self.caption_columns[0]], rng if self.augmentation else None)
-        filled = [
-            row[column] for column in self.caption_columns if has_text(row[column])
-        ]  # some rows have no keywords
-        return caption_text(rng.choice(filled) if filled else None, rng)
+            return [caption_text(_one_of(first, rng))]
+        columns = [*self.caption_columns, *self.keyword_columns]
+        filled = [column for column in columns if has_text(row[column])]  # some rows have no keywords
+        column = rng.choice(filled) if filled else columns[0]
+        is_keywords = column in self.keyword_columns
+        return [caption_text(row[column] if is_keywords else _one_of(row[column], rng), rng)]
 
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
         if self.augmentation is None:
@@ -142,3 +152,8 @@ class PairCollator:
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (batch, size, size, 3)
         mean, std = (torch.tensor(x) for x in (self.image_processor.image_mean, self.image_processor.image_std))
         return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def _one_of(caption: str | list[str], rng: random.Random) -> str | None:
+    texts = [text for text in caption if has_text(text)] if isinstance(caption, list) else [caption]
+    return rng.choice(texts) if texts else None

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 
@@ -31,9 +31,9 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int = 2048, context_l
     if merges_wanted < 1:
         raise ValueError(f"vocab_size={vocab_size} leaves no room for merges; it must be at least {len(base) + 3}.")
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     stock = CLIPTokenizer(vocab={token: i for i, token in enumerate([*base, BOS, EOS])}, merges=[])
-    bpe.pre_tokenizer = stock.backend_tokenizer.pre_tokenizer  # split words exactly as the result will
+    bpe.normalizer = stock.backend_tokenizer.normalizer  # clean and split words exactly as the result will
+    bpe.pre_tokenizer = stock.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )

@@ -43,7 +43,7 @@ def retrieval_page(
         The page, images included.
     """
     names = "".join(f"<th>{html.escape(name)}: captions</th><th>images</th>" for name in embeddings)
-    rows = []
+    rows, k = [], min(k, len(images))
     for pick in picks:
         cells = [f"<td>{_picture(images[pick])}</td><td>{html.escape(captions[pick])}</td>"]
         for image_embeds, text_embeds in embeddings.values():

@@ -46,16 +46,16 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
     Args:
         folder: Where to.
         contestants: Models by name; the first two are shown on the page.
-        data: Names the evaluation pairs.
+        data: Names the evaluation pairs, each image with one caption.
         processor: Tokenizer and image processor of all models.
     """
     batches = list(evaluation_batches(data, processor))
-    embeddings = {name: embed_pairs(one.model, batches) for name, one in contestants.items()}
+    embeddings = {name: embed_pairs(one.model, batches)[:2] for name, one in contestants.items()}
     results = {name: _measure(one, *embeddings[name]) for name, one in contestants.items()}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     rows = [_row(name, values) for name, values in results.items()]
     table = _markdown(rows)
-    (folder / "results.md").write_text(table + "\n")
+    (folder / "results.md").write_text(table + "\n", encoding="utf-8")
     pairs = load_pairs(
         data.eval_data, split=data.eval_split, image_column=data.image_column, caption_columns=data.caption_column[:1]
     )
@@ -67,7 +67,7 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
         dict(list(embeddings.items())[:2]),
         picks=range(0, len(pairs), -(-len(pairs) // SHOWN_PAIRS)),
     )
-    (folder / "index.html").write_text(page)
+    (folder / "index.html").write_text(page, encoding="utf-8")
     return table
 
 
@@ -98,7 +98,7 @@ def _row(name: str, values: Mapping[str, float | int | None]) -> dict[str, str]:
         **recall,
         "parameters (M)": f"{values['parameters'] / 1e6:.2f}",
         "MACs (M)": f"{values['vision_macs'] / 1e6:.2f} + {values['text_macs'] / 1e6:.2f}",
-        "file (MB)": f"{values['bytes'] / 1e6:.2f}",
+        "fp32 weights (MB)": f"{values['bytes'] / 1e6:.2f}",
         "training pairs": str(values["training_pairs"]) if trained else "",
         "seconds": f"{values['seconds']:.0f}" if trained else "",
     }

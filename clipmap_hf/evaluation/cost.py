@@ -22,7 +22,7 @@ class Cost:
         token_embedding_parameters: Those of the token embedding, a lookup that costs no multiplications.
         vision_macs: Multiply-accumulates of one image through the vision tower and its projection.
         text_macs: The same of one caption of full context length through the text tower and its projection.
-        bytes: Size of the weights in a file.
+        bytes: Size of the weights, in the dtype that was asked for (fp32 by default).
     """
 
     parameters: int
@@ -80,7 +80,7 @@ def cost_table(costs: Mapping[str, Cost]) -> str:
     columns.append([f"vision MACs ({macs[0]})", *macs[1::2]])
     columns.append([f"text MACs ({macs[0]})", *macs[2::2]])
     file = _column([cost.bytes for cost in entries], "MK")
-    columns.append([f"file ({file[0]}B)", *file[1:]])
+    columns.append([f"weights ({file[0]}B)", *file[1:]])
     columns.append(["parameters kept", *(f"{cost.parameters / entries[0].parameters:.1%}" for cost in entries)])
     return _markdown(columns)
 

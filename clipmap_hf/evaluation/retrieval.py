@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from clipmap_hf.features import encode_images, encode_texts
+from clipmap_hf.features import encode_images, encode_texts, evaluating
 
 
 __all__ = ["embed_pairs", "evaluate_retrieval", "recall_at_k"]
@@ -65,27 +65,31 @@ def _ranks(
 
 
 @torch.no_grad()
-def embed_pairs(model: nn.Module, batches: Iterable[Mapping]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalized image and text embeddings, each `(pairs, dim)` on the CPU, of collated batches; in eval mode.
+def embed_pairs(model: nn.Module, batches: Iterable[Mapping]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Normalized embeddings of collated batches, on the CPU: of images `(images, dim)`, of texts `(texts, dim)`, and the
+    image of each text `(texts,)`. The model runs in eval mode.
 
     Raises:
         ValueError: If the collator left out a row; results on fewer pairs would not be comparable.
     """
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    image_embeds, text_embeds = [], []
-    for batch in batches:
-        if batch.get("bad_rows"):
-            raise ValueError(
-                f"{batch['bad_rows']} evaluation pairs could not be read; the log says why. Mend the data."
-            )
-        image_embeds.append(encode_images(model, batch["pixel_values"].to(device)).cpu())
-        text_embeds.append(
-            encode_texts(model, batch["input_ids"].to(device), batch["attention_mask"].to(device)).cpu()
-        )
-    model.train(training)
-    return torch.cat(image_embeds), torch.cat(text_embeds)
+    image_embeds, text_embeds, image_of_text = [], [], []
+    images = 0
+    with evaluating(model):
+        for batch in batches:
+            if batch.get("bad_rows"):
+                raise ValueError(
+                    f"{batch['bad_rows']} evaluation pairs cannot be read; the log says why. Mend the data."
+                )
+            image_embeds.append(encode_images(model, batch["pixel_values"].to(device)).cpu())
+            tokens = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+            text_embeds.append(encode_texts(model, *tokens).cpu())
+            image_of_text.append(batch["image_of_text"] + images)
+            images += len(batch["pixel_values"])
+    if not images:
+        raise ValueError("There are no evaluation pairs.")
+    return torch.cat(image_embeds), torch.cat(text_embeds), torch.cat(image_of_text)
 
 
 def evaluate_retrieval(

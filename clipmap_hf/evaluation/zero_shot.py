@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clipmap_hf.features import encode_images, encode_texts
+from clipmap_hf.features import encode_images, encode_texts, evaluating
 
 
 __all__ = ["DEFAULT_TEMPLATES", "evaluate_zero_shot", "zero_shot_classifier", "zero_shot_metrics"]
@@ -57,13 +57,12 @@ def zero_shot_classifier(
         if "{}" not in template:
             raise ValueError(f"Template {template!r} has no '{{}}'; write one where the class name goes.")
     prompts = [template.replace("{}", name) for name in classnames for template in templates]
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    embeds = []
-    for start in range(0, len(prompts), batch_size):
-        tokens = tokenizer(prompts[start : start + batch_size], padding=True, truncation=True, return_tensors="pt")
-        embeds.append(encode_texts(model, tokens["input_ids"].to(device), tokens["attention_mask"].to(device)).cpu())
-    model.train(training)
+    device, embeds = next(model.parameters()).device, []
+    with evaluating(model):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            tokens = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(device)
+            embeds.append(encode_texts(model, tokens["input_ids"], tokens["attention_mask"]).cpu())
     mean = torch.cat(embeds).unflatten(0, (len(classnames), len(templates))).mean(dim=1)
     return F.normalize(mean, dim=-1)
 
@@ -117,11 +116,10 @@ def evaluate_zero_shot(model: nn.Module, batches: Iterable[Mapping], classifier:
     Raises:
         ValueError: If there are no batches, or a label is not a class of `classifier`.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     logits, labels = [torch.empty(0, len(classifier))], [torch.empty(0, dtype=torch.long)]
-    for batch in batches:
-        logits.append(encode_images(model, batch["pixel_values"].to(device)).cpu() @ classifier.cpu().T)
-        labels.append(torch.as_tensor(batch["labels"]).cpu())
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            logits.append(encode_images(model, batch["pixel_values"].to(device)).cpu() @ classifier.cpu().T)
+            labels.append(torch.as_tensor(batch["labels"]).cpu())
     return zero_shot_metrics(torch.cat(logits), torch.cat(labels))

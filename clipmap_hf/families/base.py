@@ -10,8 +10,6 @@ from transformers import PretrainedConfig
 
 __all__ = ["Family", "TensorRule", "TensorSpec"]
 
-TOWERS = ("vision", "text")
-
 
 @dataclass(frozen=True)
 class TensorRule:

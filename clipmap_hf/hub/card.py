@@ -3,7 +3,9 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 
@@ -16,17 +18,22 @@ def render_card(
     teacher: str,
     cost_table: str,
     *,
+    model_class: str,
     method: str,
     results: Mapping[str, Mapping[str, float]] | None = None,
     recipe: str | None = None,
 ) -> ModelCard:
     """
+    Renders the card; nothing of it is looked up on the Hub.
+
     Args:
         teacher: Hub id or folder of the teacher; only an id becomes `base_model`.
         cost_table: Sizes of teacher and student as a Markdown table.
+        model_class: The student's class in transformers.
         method: One sentence on how the weights came to be.
         results: `{model: {metric: value between 0 and 1}}`, measured by this run.
-        recipe: The resolved arguments as YAML.
+        recipe: The resolved arguments as YAML; of absolute paths, which mean nothing elsewhere, only the last part is
+            shown.
     """
     is_local = os.path.isdir(teacher)
     data = ModelCardData(
@@ -40,8 +47,18 @@ def render_card(
         data,
         template_path=str(_TEMPLATE),
         teacher=os.path.basename(os.path.normpath(teacher)) if is_local else teacher,
+        model_class=model_class,
         method=method,
         cost_table=cost_table,
         results=results or {},
-        recipe=recipe,
+        recipe=recipe and yaml.safe_dump(_without_folders(yaml.safe_load(recipe)), sort_keys=False),
     )
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    is_path = isinstance(value, str) and os.path.isabs(value)
+    return os.path.basename(os.path.normpath(value)) if is_path else value

@@ -1,20 +1,28 @@
 """The student folder: config, weights, tokenizer, processor and card; loadable without clipmap_hf."""
 
+import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 from transformers import CLIPProcessor, PreTrainedModel
 
 
-__all__ = ["write_student_folder"]
+__all__ = ["MAP_FOLDER", "write_student_folder"]
+
+MAP_FOLDER = "map"
 
 
 def write_student_folder(
     folder: str | Path, student: PreTrainedModel, processor: CLIPProcessor, card: ModelCard
 ) -> None:
-    """Writes all files of a student into `folder`, which is made if needed."""
+    """
+    Writes all files of a student into `folder`, which is made if needed. A map of other weights that lies there is
+    removed.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MAP_FOLDER / "clipmap_config.json").exists():
+        shutil.rmtree(folder / MAP_FOLDER)
     student.save_pretrained(folder)
     processor.save_pretrained(folder)
     card.save(folder / "README.md")

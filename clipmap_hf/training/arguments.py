@@ -31,8 +31,8 @@ class RunArguments:
         metadata={"help": "Folder of the result; `metrics.jsonl` and `arguments.yaml` go there too."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of weights, data order and augmentation."})
-    mixed_precision: Literal["no", "bf16", "fp16"] = field(
-        default="no", metadata={"help": "Autocast of forward passes."}
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
+        default=None, metadata={"help": "Autocast of forward passes; by default what `accelerate launch` says."}
     )
     num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment images."})
     log_every: int = field(default=10, metadata={"help": "Steps between lines in `metrics.jsonl`."})
@@ -42,6 +42,9 @@ class RunArguments:
     log_with: str | None = field(
         default=None, metadata={"help": "An experiment tracker of Accelerate, e.g. `tensorboard` or `wandb`."}
     )
+
+    def __post_init__(self):
+        _check_ranges(self, at_least_0=("seed", "num_workers"), above_0=("log_every", "eval_every"))
 
 
 @dataclass
@@ -61,10 +64,13 @@ class DataArguments:
     )
     caption_column: list[str] = field(
         default_factory=lambda: ["caption"],
-        metadata={"help": "Columns of the captions: strings, or lists of strings (keywords). The first is evaluated."},
+        metadata={"help": "Columns of the captions: strings, or lists of captions. The first column is evaluated."},
+    )
+    keyword_column: list[str] = field(
+        default_factory=list, metadata={"help": "Columns of keyword lists; with random sampling, training joins some."}
     )
     caption_sampling: Literal["first", "random"] = field(
-        default="first", metadata={"help": "Train on the first caption column, or on one drawn per example."}
+        default="first", metadata={"help": "Train on the first caption column, or on one of all columns."}
     )
     crop_scale: list[float] = field(
         default_factory=lambda: [0.9, 1.0], metadata={"help": "Area range of the random resized crop."}
@@ -79,6 +85,13 @@ class DataArguments:
     image_backend: Literal["pil", "torchvision"] = field(
         default="pil", metadata={"help": "Backend of the image processor in evaluation."}
     )
+
+    def __post_init__(self):
+        _check_ranges(self, at_least_0=("flip", "rotation", "color_jitter", "grayscale", "max_bad_fraction"))
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale={self.crop_scale} must be two ascending shares of the area, such as 0.9 1.0."
+            )
 
 
 @dataclass
@@ -134,6 +147,12 @@ class StageArguments:
     logit_scale: float = field(default=50.0, metadata={"help": "Reciprocal of the temperature, student and teacher."})
     learn_logit_scale: bool = field(default=False, metadata={"help": "Train the scale from there, clamped at 100."})
 
+    def __post_init__(self):
+        _check_ranges(self, at_least_0=("epochs", "steps", "learning_rate", "weight_decay", "warmup_steps"))
+        _check_ranges(self, above_0=("batch_size", "max_grad_norm", "logit_scale", "adam_epsilon"))
+        if self.logit_scale > 100:
+            raise ValueError(f"logit_scale={self.logit_scale} must not exceed 100, CLIP's bound.")
+
 
 @dataclass
 class MappingArguments(StageArguments):
@@ -149,6 +168,13 @@ class DistillationArguments(StageArguments):
     distillation_weight: float = field(
         default=1.0, metadata={"help": "λ of Eq. 13: the share of the affinity loss; the rest is contrastive."}
     )
+
+
+def _check_ranges(arguments: Any, at_least_0: tuple[str, ...] = (), above_0: tuple[str, ...] = ()) -> None:
+    for name in (*at_least_0, *above_0):
+        value = getattr(arguments, name)
+        if value is not None and not (value >= 0 if name in at_least_0 else value > 0):
+            raise ValueError(f"{name}={value} must be {'at least 0' if name in at_least_0 else 'above 0'}.")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

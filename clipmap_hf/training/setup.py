@@ -1,6 +1,7 @@
 """From a recipe's arguments to what they name: the student's config, pairs, collators, evaluation, a trained stage."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def training_pairs(data: DataArguments) -> PairDataset:
         data.train_data,
         split=data.train_split,
         image_column=data.image_column,
-        caption_columns=data.caption_column,
+        caption_columns=[*data.caption_column, *data.keyword_column],
     )
     return PairDataset(pairs)
 
@@ -76,6 +77,7 @@ def training_collator(data: DataArguments, processor, seed: int) -> PairCollator
         processor.tokenizer,
         processor.image_processor,
         data.caption_column,
+        data.keyword_column,
         data.caption_sampling,
         augmentation,
         seed,
@@ -85,7 +87,7 @@ def training_collator(data: DataArguments, processor, seed: int) -> PairCollator
 def evaluation_batches(
     data: DataArguments, processor, batch_size: int = 256, num_workers: int = 0
 ) -> DataLoader | None:
-    """The pairs of `data.eval_data`, preprocessed and with their first caption; `None` without evaluation data."""
+    """The pairs of `data.eval_data`, preprocessed, with all captions of the first column; `None` if there are none."""
     if data.eval_data is None:
         return None
     pairs = load_pairs(
@@ -117,7 +119,13 @@ def run_stage(
     pairs: PairDataset | None = None,
     save: Callable[[Path, dict[str, float]], None] | None = None,
 ) -> TrainResult:
-    """Trains a stage on `data`, evaluating on `data.eval_data`; arguments as in `Trainer`."""
+    """
+    Trains a stage on `data`, evaluating on `data.eval_data`; arguments as in `Trainer`.
+
+    The stage's own seed is derived from `run.seed` and `name`: with one seed for all, a second stage would see the
+    first one's batches and crops again.
+    """
+    run = dataclasses.replace(run, seed=zlib.crc32(f"{name}-{run.seed}".encode()))
     return Trainer(
         stage,
         arguments,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from clipmap_hf.features import ClipFeatures
 from clipmap_hf.losses import affinity_loss, contrastive_loss
@@ -44,7 +45,8 @@ class Stage(nn.Module):
 
     def after_step(self) -> None:
         """Keeps a learned logit scale within CLIP's bound; called after every optimizer step."""
-        self.trained.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        if self.trained.logit_scale.requires_grad:
+            self.trained.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def _student_features(self, batch: Mapping[str, torch.Tensor]) -> ClipFeatures:
         output = self.trained(**{name: batch[name] for name in _INPUTS})
@@ -62,8 +64,7 @@ class ContrastiveStage(Stage):
 class MappingStage(ContrastiveStage):
     """Trains the operators of a `WeightMapper` on the contrastive loss, the teacher frozen (paper A.3, Eq. 12)."""
 
-    def __init__(self, trained: WeightMapper, logit_scale: float, learn_logit_scale: bool):
-        super().__init__(trained, logit_scale, learn_logit_scale)
+    trained: WeightMapper
 
     def student(self) -> nn.Module:
         return self.trained.export()
@@ -77,6 +78,9 @@ class DistillationStage(Stage):
         trained: The student.
         teacher: A `CLIPModel` that reads the same inputs; kept in eval mode and out of the stage's state dict.
         distillation_weight: λ of Eq. 13.
+
+    Raises:
+        ValueError: If λ is no share, or the two models read different inputs.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class DistillationStage(Stage):
         super().__init__(trained, logit_scale, learn_logit_scale)
         if not 0 <= distillation_weight <= 1:
             raise ValueError(f"distillation_weight={distillation_weight} must lie between 0 and 1 (Eq. 13's λ).")
+        _check_same_inputs(trained.config, teacher.config)
         self.distillation_weight = distillation_weight
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: not a submodule, so never saved or wrapped
 
@@ -105,3 +110,17 @@ class DistillationStage(Stage):
         affinity, contrastive = affinity_loss(student, teacher), contrastive_loss(student)
         loss = self.distillation_weight * affinity + (1 - self.distillation_weight) * contrastive
         return {"loss": loss, "affinity": affinity, "contrastive": contrastive, "logit_scale": student.logit_scale}
+
+
+def _check_same_inputs(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    for tower, names in (
+        ("vision", ("image_size",)),
+        ("text", ("vocab_size", "eos_token_id", "max_position_embeddings")),
+    ):
+        for name in names:
+            values = [getattr(getattr(config, f"{tower}_config"), name) for config in (student, teacher)]
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"Student and teacher must read the same inputs, but {tower}_config.{name} is {values[0]} in the "
+                    f"student and {values[1]} in the teacher."
+                )

@@ -49,9 +49,14 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[
     matrices (whose one-hot start is no neighborhood of zero) do not.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trainable if p.ndim >= 2 and "position_embedding" not in name and "depth" not in name]
-    rest = [p for name, p in trainable if p.ndim < 2 or "position_embedding" in name or "depth" in name]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+    def decays(name: str, parameter: torch.nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and "position_embedding" not in name and "_depth" not in name
+
+    return [
+        {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if not decays(name, p)], "weight_decay": 0.0},
+    ]
 
 
 class Trainer:
@@ -94,6 +99,10 @@ class Trainer:
                 f"batch_size={arguments.batch_size} is larger than the {len(pairs)} training pairs; lower it."
             )
         self.steps = arguments.steps if arguments.steps is not None else round(arguments.epochs * self.steps_per_epoch)
+        if arguments.steps is None and arguments.epochs > 0 and self.steps == 0:
+            raise ValueError(
+                f"epochs={arguments.epochs} of {len(pairs)} pairs is less than one step; set steps instead."
+            )
 
     def train(self) -> TrainResult:
         """Runs all steps and returns what came out; writes `metrics.jsonl` as it goes."""
@@ -175,6 +184,7 @@ class _Progress:
         self.best = -math.inf
         self.log_file = trainer.output_dir / "metrics.jsonl"
         trainer.output_dir.mkdir(parents=True, exist_ok=True)
+        self.log_file.write_text("")  # a run that starts again starts its log again
         self.bar = tqdm(total=trainer.steps, desc=trainer.name, unit="step", mininterval=1.0)
         self.started, self.paused = time.perf_counter(), 0.0
 
@@ -194,6 +204,10 @@ class _Progress:
         self.bar.update()
         if self.step % run.log_every == 0 or self.step == self.trainer.steps:
             values = {name: value.item() for name, value in output.items()}
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(
+                    f"The loss is {values['loss']} at step {self.step}. Lower the learning rate, or use fp32."
+                )
             self.bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{self.pairs / self.seconds():.0f}")
             self._log({**values, "grad_norm": float(norm), "learning_rate": learning_rate})
         due = run.eval_every is not None and self.step % run.eval_every == 0
