@@ -35,7 +35,8 @@ def training_collator(tiny_processor) -> PairCollator:
     return PairCollator(
         tiny_processor.tokenizer,
         tiny_processor.image_processor,
-        ("caption", "keywords"),
+        ("caption",),
+        ("keywords",),
         "random",
         Augmentation(scale=(0.5, 1.0), flip=0.5, color_jitter=0.2),
     )
@@ -153,6 +154,7 @@ def test_evaluation_batch_is_what_the_processor_gives(collator, rows, tiny_pairs
         return_tensors="pt",
     )
     assert batch.pop("bad_rows") == 0
+    assert batch.pop("image_of_text").tolist() == list(range(6))
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask"}
     for name, value in batch.items():
         torch.testing.assert_close(value, expected[name], atol=0, rtol=0)
@@ -237,10 +239,21 @@ def test_random_caption_sampling_skips_empty_columns(training_collator, rows, ke
     assert batch["bad_rows"] == 0 and set(texts(training_collator, batch)) == {rows[0]["caption"]}
 
 
-def test_keywords_are_evaluated_in_their_own_order(tiny_processor, rows):
-    collator = PairCollator(tiny_processor.tokenizer, tiny_processor.image_processor, ("keywords",))
-    tokens = collator.tokenizer("red, circle, drawing", truncation=True)["input_ids"]
-    assert collator(rows[:1])["input_ids"][0].tolist() == tokens
+def several_captions(row) -> dict:
+    return row | {"caption": ["a red one", " ", None, "a second"]}
+
+
+def test_all_captions_of_an_image_are_evaluated(collator, rows):
+    batch = collator([several_captions(rows[0]), rows[1]])
+    assert texts(collator, batch) == ["a red one", "a second", rows[1]["caption"]]
+    assert batch["image_of_text"].tolist() == [0, 0, 1] and len(batch["pixel_values"]) == 2
+
+
+@pytest.mark.parametrize("sampling", ["first", "random"])
+def test_training_draws_one_whole_caption_of_several(training_collator, rows, sampling):
+    training_collator.caption_sampling, training_collator.keyword_columns = sampling, ()
+    batches = [training_collator([several_captions(rows[0]) | {"key": (epoch, 0)}]) for epoch in range(20)]
+    assert {text for batch in batches for text in texts(training_collator, batch)} == {"a red one", "a second"}
 
 
 @pytest.mark.parametrize(

@@ -383,6 +383,8 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    branches = lambda self, repo_id, **kwargs: calls.append(("create_branch", {"repo_id": repo_id, **kwargs}))  # noqa: E731
+    monkeypatch.setattr(HfApi, "create_branch", branches)
     return calls
 
 
@@ -393,18 +395,61 @@ def test_a_pushed_student_is_loaded_by_plain_transformers(shared_compressor, hub
     assert {p.name for p in pushed.iterdir()} == {p.name for p in saved_folder.iterdir()} - {"map"}
 
 
-def test_the_map_is_pushed_when_asked(shared_compressor, hub, tmp_path):
+def test_a_map_of_a_hub_teacher_is_pushed_when_asked(shared_compressor, hub, tmp_path, monkeypatch, teacher_folder):
+    monkeypatch.setattr(shared_compressor, "teacher_id", "openai/clip")
     shared_compressor.push_to_hub("clip-small", include_map=True)
     pushed = tmp_path / "hub" / "me" / "clip-small"
     assert {path.name for path in (pushed / "map").iterdir()} == MAP_FILES
+    assert hub[-1][1]["delete_patterns"] is None
+    content = json.loads((pushed / "map" / "clipmap_config.json").read_text())
+    assert content["teacher"] == "openai/clip"
+    content["teacher"] = str(teacher_folder)  # what the Hub would give for that id
+    (pushed / "map" / "clipmap_config.json").write_text(json.dumps(content))
     assert_same(ClipMapCompressor.from_pretrained(pushed).export(), shared_compressor.export())
+
+
+def test_a_map_of_a_local_teacher_is_not_pushed(shared_compressor, hub):
+    with pytest.raises(ValueError, match="local folder"):
+        shared_compressor.push_to_hub("clip-small", include_map=True)
+    assert not hub
+
+
+def test_a_push_without_map_deletes_the_map_of_other_weights(shared_compressor, hub):
+    shared_compressor.push_to_hub("clip-small")
+    assert hub[-1][1]["delete_patterns"] == ["map/*"]
+
+
+def test_saving_without_map_removes_the_map_of_other_weights(shared_compressor, tmp_path):
+    shared_compressor.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "map").exists()
+    shared_compressor.save_pretrained(tmp_path / "out", include_map=False)
+    assert not (tmp_path / "out" / "map").exists()
+
+
+def test_the_teachers_folder_is_never_overwritten(shared_compressor, teacher_folder):
+    with pytest.raises(ValueError, match="holds the teacher"):
+        shared_compressor.save_pretrained(teacher_folder)
+
+
+def test_a_map_whose_teacher_has_moved_says_so(saved_folder, tmp_path):
+    folder = shutil.copytree(saved_folder, tmp_path / "out")
+    path = folder / "map" / "clipmap_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher": str(tmp_path / "gone")}))
+    with pytest.raises(OSError, match="gone.*If it has moved, correct `teacher`"):
+        ClipMapCompressor.from_pretrained(folder)
+
+
+def test_a_path_that_is_no_folder_is_not_taken_for_a_hub_id(tmp_path):
+    with pytest.raises(OSError, match="There is no folder"):
+        ClipMapCompressor.from_pretrained(tmp_path / "nothing", student="tiny")
 
 
 def test_arguments_of_a_push_reach_the_hub(shared_compressor, hub):
     shared_compressor.push_to_hub(
         "clip-small", private=True, revision="v2", create_pr=True, commit_message="Smaller", token="hf_secret"
     )
-    (_, created), (_, uploaded) = hub
+    (_, created), (_, branch), (_, uploaded) = hub
+    assert branch["branch"] == "v2" and branch["exist_ok"] is True
     assert created["private"] is True and created["exist_ok"] is True and created["api_token"] == "hf_secret"
     assert uploaded["repo_id"] == "me/clip-small"
     assert (uploaded["revision"], uploaded["create_pr"], uploaded["commit_message"]) == ("v2", True, "Smaller")

@@ -51,7 +51,8 @@ def render_card(
         method=method,
         cost_table=cost_table,
         results=results or {},
-        recipe=recipe and yaml.safe_dump(_without_folders(yaml.safe_load(recipe)), sort_keys=False),
+        recipe=recipe
+        and yaml.safe_dump(_without_folders(yaml.safe_load(recipe)), sort_keys=False, allow_unicode=True),
     )
 
 

@@ -270,7 +270,7 @@ def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    if value is None:
+    if value is None or value == []:
         return []
     if isinstance(value, dict):
         raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
