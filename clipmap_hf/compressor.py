@@ -91,8 +91,18 @@ class ClipMapCompressor(nn.Module):
         """
         source = os.fspath(source)
         if student is not None:
-            config = _as_config(student)
-            return cls._from_teacher(source, config, revision, dtype, backend, kwargs)
+            return cls._from_teacher(source, _as_config(student), revision, dtype, backend, kwargs)
+        return cls._continued(source, revision, dtype, backend, kwargs)
+
+    @classmethod
+    def _from_teacher(cls, source, config, revision, dtype, backend, kwargs) -> "ClipMapCompressor":
+        teacher = load_model(source, revision=revision, dtype=dtype, **kwargs)
+        processor = load_processor(source, revision=revision, backend=backend, **kwargs)
+        commit = getattr(teacher.config, "_commit_hash", None) or revision  # a branch may move, a commit does not
+        return cls(teacher, config, processor, source, commit).eval()
+
+    @classmethod
+    def _continued(cls, source, revision, dtype, backend, kwargs) -> "ClipMapCompressor":
         found = _map_file(source, MAP_CONFIG, revision, kwargs)
         if found is None:
             raise ValueError(
@@ -115,13 +125,6 @@ class ClipMapCompressor(nn.Module):
             raise OSError(f"{source!r} has {MAP_FOLDER}/{MAP_CONFIG} but no {MAP_FOLDER}/{MAP_WEIGHTS}.")
         _load_operators(compressor.mapper, weights)
         return compressor
-
-    @classmethod
-    def _from_teacher(cls, source, config, revision, dtype, backend, kwargs) -> "ClipMapCompressor":
-        teacher = load_model(source, revision=revision, dtype=dtype, **kwargs)
-        processor = load_processor(source, revision=revision, backend=backend, **kwargs)
-        commit = getattr(teacher.config, "_commit_hash", None) or revision  # a branch may move, a commit does not
-        return cls(teacher, config, processor, source, commit).eval()
 
     @property
     def config(self) -> ClipMapConfig:

@@ -193,3 +193,20 @@ def test_every_default_survives_saving_and_reading(tmp_path, kind, required):
     path = Path(tmp_path / "arguments.yaml")
     save_arguments(path, kind(**required))
     assert parse_arguments(kind, argv=["--config", str(path)]) == (kind(**required),)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (StageArguments, {"steps": -1}, "steps=-1 must be at least 0"),
+        (StageArguments, {"batch_size": 0}, "batch_size=0 must be above 0"),
+        (StageArguments, {"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0"),
+        (StageArguments, {"logit_scale": 150.0}, "must not exceed 100"),
+        (RunArguments, {"output_dir": "out", "eval_every": 0}, "eval_every=0 must be above 0"),
+        (DataArguments, {"train_data": "x", "crop_scale": [0.9]}, "two ascending shares"),
+        (DataArguments, {"train_data": "x", "crop_scale": [1.0, 0.5]}, "two ascending shares"),
+    ],
+)
+def test_numbers_without_sense_are_errors_that_say_what_is_allowed(cls, values, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**values)

@@ -64,3 +64,14 @@ def test_gradients_flow_through_the_encoders(tiny_teacher, tiny_batch):
     target = F.normalize(torch.ones(8, 32), dim=-1)
     (encode_images(tiny_teacher, tiny_batch["pixel_values"]) - target).pow(2).sum().backward()
     assert tiny_teacher.visual_projection.weight.grad.abs().max() > 1e-4
+
+
+def test_features_and_logits_stay_fp32_and_exact_under_autocast(tiny_teacher, tiny_batch):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = ClipFeatures.from_output(tiny_teacher(**tiny_batch), tiny_teacher.logit_scale)
+        logits = features.logits_per_image()
+    assert features.image_embeds.dtype == features.text_embeds.dtype == logits.dtype == torch.float32
+    for embeds in (features.image_embeds, features.text_embeds):
+        torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(8), atol=1e-6, rtol=0)
+    exact = features.logit_scale * features.image_embeds @ features.text_embeds.T
+    torch.testing.assert_close(logits, exact, atol=1e-6, rtol=0)

@@ -102,7 +102,7 @@ def test_pretrain_makes_a_new_model_and_can_be_repeated(finish, steps, pairs_par
         "--text_hidden_size 16 --text_num_hidden_layers 1 --projection_dim 16 --vocab_size 530 --context_length 12"
     )
     data = ("--train_data", pairs_parquet, "--eval_data", pairs_parquet)
-    captions = ("--caption_column", "caption", "keywords", "--caption_sampling", "random")
+    captions = ("--keyword_column", "keywords", "--caption_sampling", "random")
     first, again = tmp_path / "teacher", tmp_path / "again"
     finish("pretrain.py", *data, *captions, *sizes.split(), *steps(), "--output_dir", first)
     assert {path.name for path in first.iterdir()} >= MODEL_FILES
@@ -164,7 +164,7 @@ def test_map_reads_a_webdataset(finish, steps, teacher_folder, pairs_tar, tmp_pa
 
 @pytest.mark.recipes
 def test_distill_trains_a_mapped_student(finish, steps, mapped_folder, teacher_folder, pairs_parquet, tmp_path):
-    models = ("--student", mapped_folder, "--teacher", teacher_folder)
+    models = ("--student_model", mapped_folder, "--teacher", teacher_folder)
     data = ("--train_data", pairs_parquet, "--eval_data", pairs_parquet)
     finish("distill.py", *models, *data, *steps("distillation"), "--output_dir", tmp_path)
     student, before = check_student(tmp_path, vision_width=32), CLIPModel.from_pretrained(mapped_folder)
@@ -274,7 +274,7 @@ def test_an_unknown_key_of_a_config_is_an_error_that_names_it(start, tmp_path, c
 def test_a_missing_option_is_an_error_that_names_it(start):
     result = start("distill.py", "--teacher", "clip", "--train_data", "pairs.parquet")
     assert result.returncode != 0
-    assert "--student" in result.stderr and "--output_dir" in result.stderr
+    assert "--student_model" in result.stderr and "--output_dir" in result.stderr
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.py")))

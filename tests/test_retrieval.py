@@ -71,20 +71,39 @@ def test_embed_pairs_gives_the_models_embeddings_and_restores_its_mode(tiny_teac
     with torch.no_grad():
         expected = tiny_teacher(**tiny_batch)
     tiny_teacher.train()
-    halves = [{name: value[part] for name, value in tiny_batch.items()} for part in (slice(0, 3), slice(3, 8))]
-    images, texts = embed_pairs(tiny_teacher, halves)
+    halves = [
+        {name: value[part] for name, value in tiny_batch.items()} | {"image_of_text": owners}
+        for part, owners in ((slice(0, 3), torch.arange(3)), (slice(3, 8), torch.arange(5)))
+    ]
+    images, texts, image_of_text = embed_pairs(tiny_teacher, halves)
+    assert image_of_text.tolist() == list(range(8))
     assert tiny_teacher.training and not images.requires_grad
     torch.testing.assert_close(images, expected.image_embeds, atol=1e-6, rtol=0)
     torch.testing.assert_close(texts, expected.text_embeds, atol=1e-6, rtol=0)
 
 
 def test_embed_pairs_runs_without_dropout(model_with_dropout, tiny_batch):
-    first, second = (embed_pairs(model_with_dropout, [tiny_batch]) for _ in range(2))
+    batch = tiny_batch | {"image_of_text": torch.arange(8)}
+    first, second = (embed_pairs(model_with_dropout, [batch]) for _ in range(2))
     torch.testing.assert_close(first, second, atol=0, rtol=0)
 
 
+def test_several_captions_of_an_image_all_count(tiny_teacher, tiny_batch):
+    batch = tiny_batch | {"pixel_values": tiny_batch["pixel_values"][:4], "image_of_text": torch.arange(8) // 2}
+    images, texts, image_of_text = embed_pairs(tiny_teacher, [batch, batch])
+    assert (len(images), len(texts)) == (8, 16) and image_of_text.tolist() == [i // 2 for i in range(16)]
+    assert 0 <= evaluate_retrieval(tiny_teacher, [batch])["text_to_image_recall@1"] <= 1
+
+
+@pytest.mark.parametrize("batches", [[], [{"bad_rows": 2}]], ids=["none", "unreadable"])
+def test_an_evaluation_of_nothing_or_of_unreadable_pairs_is_an_error(tiny_teacher, batches):
+    with pytest.raises(ValueError, match="no evaluation pairs|2 evaluation pairs cannot be read"):
+        evaluate_retrieval(tiny_teacher, batches)
+
+
 def test_mean_recall_averages_all_cut_offs_and_both_ways(tiny_teacher, tiny_batch):
-    metrics = evaluate_retrieval(tiny_teacher, [tiny_batch], ks=(1, 3))
-    recall = recall_at_k(*embed_pairs(tiny_teacher, [tiny_batch]), ks=(1, 3))
+    batch = tiny_batch | {"image_of_text": torch.arange(8)}
+    metrics = evaluate_retrieval(tiny_teacher, [batch], ks=(1, 3))
+    recall = recall_at_k(*embed_pairs(tiny_teacher, [batch]), ks=(1, 3))
     assert metrics == recall | {"mean_recall": pytest.approx(sum(recall.values()) / 4)}
     assert metrics["mean_recall"] > 0

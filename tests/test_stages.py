@@ -169,3 +169,10 @@ def test_the_student_of_a_mapping_is_a_plain_clip_model(build, tiny_batch):
 @pytest.mark.parametrize("name", ["contrastive", "distillation"])
 def test_the_student_of_the_other_stages_is_what_is_trained(build, student, name):
     assert build(name).student() is student
+
+
+def test_a_teacher_that_reads_other_inputs_is_refused(tiny_teacher):
+    other = copy.deepcopy(tiny_teacher)
+    other.config.vision_config.image_size = 64
+    with pytest.raises(ValueError, match="vision_config.image_size is 32 in the student and 64 in the teacher"):
+        DistillationStage(tiny_teacher, other, 50.0, False)

@@ -234,7 +234,8 @@ def parse_arguments(
 
 def save_arguments(path: Path, *arguments: Any, **stages: Any) -> None:
     """Writes resolved arguments as YAML that `--config` reads back; `stages` become sections under their names."""
-    content = {key: value for one in arguments for key, value in dataclasses.asdict(one).items()}
+    plain = {key: value for one in arguments for key, value in dataclasses.asdict(one).items()}
+    content = {key: value for key, value in plain.items() if value != []}  # an option takes at least one value
     content |= {name: dataclasses.asdict(one) for name, one in stages.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
