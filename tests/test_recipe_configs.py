@@ -30,6 +30,7 @@ READERS = {
         for name in PAPER
     },
     "demo.yaml": {"demo": []},
+    "emoji_teacher.yaml": {"pretrain": ["--train_data", "pairs.parquet", "--output_dir", "out"]},
 }
 READINGS = [(file, recipe) for file, recipes in READERS.items() for recipe in recipes]
 
