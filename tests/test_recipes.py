@@ -195,6 +195,18 @@ def test_compress_does_all_of_it_under_accelerate(finish, steps, teacher_folder,
 
 
 @pytest.mark.recipes
+def test_compress_goes_on_with_a_map_and_distills_from_the_maps_teacher(
+    finish, steps, mapped_folder, teacher_folder, pairs_parquet, tmp_path
+):
+    data = ("--train_data", pairs_parquet, "--output_dir", tmp_path)
+    finish("compress.py", "--teacher", mapped_folder, *data, *steps("mapping", "distillation"))
+    check_student(tmp_path, vision_width=32)
+    assert f"A smaller version of `{teacher_folder.name}`" in (tmp_path / "README.md").read_text()
+    saved = json.loads((tmp_path / "mapped" / "map" / "clipmap_config.json").read_text())
+    assert saved["teacher"] == str(teacher_folder)
+
+
+@pytest.mark.recipes
 def test_compress_without_mapping_distills_from_the_inheritance(
     finish, steps, teacher_folder, pairs_parquet, tmp_path
 ):

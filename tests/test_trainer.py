@@ -409,3 +409,22 @@ def test_too_many_bad_rows_stop_the_run_with_their_number(trainer_of, pairs):
 def test_one_bad_row_in_the_first_batch_is_no_verdict(trainer_of, pairs):
     trainer = trainer_of(pairs=spoiled(pairs, 1), batch_size=24, steps=1, max_bad_fraction=0.01)  # 1 of 24 is 4 %
     assert trainer.train().bad_rows == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(trainer_of, stage_of):
+    stage = stage_of("contrastive")
+    stage.trained.visual_projection.weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="The loss is nan at step 1"):
+        trainer_of(stage).train()
+
+
+def test_a_run_that_starts_again_starts_its_log_again(trainer_of):
+    for _ in range(2):
+        trainer = trainer_of(steps=2)
+        trainer.train()
+    assert [line["step"] for line in log_of(trainer)] == [1, 2]
+
+
+def test_less_than_one_step_of_epochs_is_an_error(trainer_of):
+    with pytest.raises(ValueError, match="epochs=0.1 of 24 pairs is less than one step"):
+        trainer_of(steps=None, epochs=0.1)
