@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import CLIPProcessor, PreTrainedModel
 from clipmap_hf.config import PRESETS, ClipMapConfig
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
-from clipmap_hf.hub.folder import MAP_FOLDER, write_student_folder
+from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER, write_student_folder
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.models import load_model, load_processor
@@ -25,7 +26,7 @@ from clipmap_hf.models import load_model, load_processor
 
 __all__ = ["ClipMapCompressor"]
 
-MAP_CONFIG, MAP_WEIGHTS = "clipmap_config.json", "clipmap.safetensors"
+MAP_WEIGHTS = "clipmap.safetensors"
 
 
 class ClipMapCompressor(nn.Module):
@@ -137,6 +138,10 @@ class ClipMapCompressor(nn.Module):
 
     def cost(self) -> CostReport:
         """Parameters, MACs per tower and bytes of teacher and student; prints as a table."""
+        return self._cost
+
+    @cached_property
+    def _cost(self) -> CostReport:  # counted once: every save shows it
         return CostReport(
             {"teacher": model_cost(self.teacher_config), "student": model_cost(self.mapper.student_config)}
         )

@@ -44,7 +44,9 @@ def run_mapping(
     def save(folder: Path, metrics: dict[str, float]) -> None:
         compressor.save_pretrained(folder, results={"student": metrics} if metrics else None, recipe=recipe)
 
-    return run_stage(stage, arguments, run, data, compressor.processor, name="mapping", pairs=pairs, save=save)
+    processor = compressor.processor
+    callbacks = {"evaluate": evaluation_function(data, processor, run), "save": save}
+    return run_stage(stage, arguments, run, data, processor, name="mapping", pairs=pairs, **callbacks)
 
 
 def run_distillation(
@@ -91,4 +93,5 @@ def run_distillation(
         )
         write_student_folder(folder, student, processor, card)
 
-    return run_stage(stage, arguments, run, data, processor, name="distillation", pairs=pairs, save=save)
+    callbacks = {"evaluate": evaluate, "save": save}
+    return run_stage(stage, arguments, run, data, processor, name="distillation", pairs=pairs, **callbacks)

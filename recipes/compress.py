@@ -46,7 +46,8 @@ def main() -> None:
     )
     print(compressor.cost())
     mapped = dataclasses.replace(run, output_dir=str(Path(run.output_dir) / "mapped"))
-    run_mapping(compressor, mapping, mapped, data)
+    recipe = arguments_file.read_text()
+    run_mapping(compressor, mapping, mapped, data, recipe=recipe)
     model, processor = compressor.export(), compressor.processor
     teacher_id, revision = compressor.teacher_id, compressor.teacher_revision  # of the map, if that was gone on with
     del compressor  # the operators are on disk, and larger than both models
@@ -58,7 +59,7 @@ def main() -> None:
         run,
         data,
         teacher_id=teacher_id,
-        recipe=arguments_file.read_text(),
+        recipe=recipe,
     )
     print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))
 

@@ -35,13 +35,14 @@ def main() -> None:
     from clipmap_hf.runs import run_mapping
     from clipmap_hf.training.setup import map_config
 
-    save_arguments(Path(run.output_dir) / "arguments.yaml", data, teacher, student, run, mapping=mapping)
+    arguments_file = Path(run.output_dir) / "arguments.yaml"
+    save_arguments(arguments_file, data, teacher, student, run, mapping=mapping)
     config = map_config(student, run.seed)
     compressor = ClipMapCompressor.from_pretrained(
         teacher.teacher, config, revision=teacher.teacher_revision, backend=data.image_backend
     )
     print(compressor.cost())
-    run_mapping(compressor, mapping, run, data)
+    run_mapping(compressor, mapping, run, data, recipe=arguments_file.read_text())
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> None:
 
     from clipmap_hf.families import family_for
     from clipmap_hf.models import load_config, load_processor
-    from clipmap_hf.training.setup import run_stage, training_pairs
+    from clipmap_hf.training.setup import evaluation_function, run_stage, training_pairs
     from clipmap_hf.training.stages import ContrastiveStage
 
     save_arguments(Path(run.output_dir) / "arguments.yaml", data, architecture, run, arguments)
@@ -59,7 +59,8 @@ def main() -> None:
         processor.save_pretrained(folder)
 
     stage = ContrastiveStage(model, arguments.logit_scale, arguments.learn_logit_scale)
-    run_stage(stage, arguments, run, data, processor, name="pretrain", pairs=pairs, save=save)
+    evaluate = evaluation_function(data, processor, run)
+    run_stage(stage, arguments, run, data, processor, name="pretrain", pairs=pairs, evaluate=evaluate, save=save)
 
 
 def new_architecture(shape: ArchitectureArguments, pairs, caption_columns: list[str]):

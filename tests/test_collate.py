@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import BadRowError, PairCollator, caption_text, decode_image
+from clipmap_hf.data.collate import BadRowError, PairCollator, caption_text, decode_image, filled_texts
 
 
 def encoded(image: Image.Image, extension: str = "PNG", **options) -> dict:
@@ -269,3 +269,12 @@ def test_training_and_evaluation_images_have_the_same_size(tiny_tokenizer, rows,
     for augmentation in (None, Augmentation()):
         collator = PairCollator(tiny_tokenizer, processor, augmentation=augmentation)
         assert collator(rows)["pixel_values"].shape == (6, 3, size, size)
+
+
+@pytest.mark.parametrize(
+    ("caption", "texts"),
+    [("a", ["a"]), (" ", []), (None, []), (["a", None, "", "b"], ["a", "b"]), ([], []), (3, [])],
+    ids=repr,
+)
+def test_filled_texts_are_the_strings_that_are_not_blank(caption, texts):
+    assert filled_texts(caption) == texts

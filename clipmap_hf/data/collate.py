@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from clipmap_hf.data.augment import Augmentation
 
 
-__all__ = ["BadRowError", "PairCollator", "caption_text", "decode_image", "has_text"]
+__all__ = ["BadRowError", "PairCollator", "caption_text", "decode_image", "filled_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,10 @@ def decode_image(image: dict[str, Any] | Image.Image) -> Image.Image:
         raise BadRowError(f"undecodable image: {error}") from error
 
 
-def has_text(caption: Any) -> bool:
-    """Whether a caption is a string, or a list with a string, that is not blank."""
-    return any(
-        isinstance(text, str) and text.strip() for text in (caption if isinstance(caption, list) else [caption])
-    )
+def filled_texts(caption: Any) -> list[str]:
+    """The strings of a caption, which may be one or a list, that are not blank."""
+    texts = caption if isinstance(caption, list) else [caption]
+    return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
 def caption_text(caption: str | list[str] | None, rng: random.Random | None = None) -> str:
@@ -66,11 +65,11 @@ def caption_text(caption: str | list[str] | None, rng: random.Random | None = No
     Raises:
         BadRowError: If there is no text.
     """
-    if not has_text(caption):
+    words = filled_texts(caption)
+    if not words:
         raise BadRowError(f"no caption: {caption!r}")
     if isinstance(caption, str):
         return caption
-    words = [word for word in caption if has_text(word)]
     if rng is not None:
         words = rng.sample(words, k=rng.randint(1, len(words)))
     return ", ".join(words)
@@ -136,12 +135,11 @@ class PairCollator:
     def _texts(self, row: dict[str, Any], rng: random.Random) -> list[str]:
         first = row[self.caption_columns[0]]
         if self.augmentation is None:
-            texts = [text for text in (first if isinstance(first, list) else [first]) if has_text(text)]
-            return texts or [caption_text(None)]
+            return filled_texts(first) or [caption_text(first)]
         if self.caption_sampling == "first":
             return [caption_text(_one_of(first, rng))]
         columns = [*self.caption_columns, *self.keyword_columns]
-        filled = [column for column in columns if has_text(row[column])]  # some rows have no keywords
+        filled = [column for column in columns if filled_texts(row[column])]  # some rows have no keywords
         column = rng.choice(filled) if filled else columns[0]
         is_keywords = column in self.keyword_columns
         return [caption_text(row[column] if is_keywords else _one_of(row[column], rng), rng)]
@@ -155,5 +153,5 @@ class PairCollator:
 
 
 def _one_of(caption: str | list[str], rng: random.Random) -> str | None:
-    texts = [text for text in caption if has_text(text)] if isinstance(caption, list) else [caption]
+    texts = filled_texts(caption)
     return rng.choice(texts) if texts else None

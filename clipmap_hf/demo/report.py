@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from clipmap_hf.data.collate import decode_image
-from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.demo.page import retrieval_page
 from clipmap_hf.evaluation.cost import model_cost
 from clipmap_hf.evaluation.retrieval import embed_pairs, recall_at_k
@@ -49,16 +48,14 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
         data: Names the evaluation pairs, each image with one caption.
         processor: Tokenizer and image processor of all models.
     """
-    batches = list(evaluation_batches(data, processor))
+    loader = evaluation_batches(data, processor)
+    batches, pairs = list(loader), loader.dataset.pairs
     embeddings = {name: embed_pairs(one.model, batches)[:2] for name, one in contestants.items()}
     results = {name: _measure(one, *embeddings[name]) for name, one in contestants.items()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     rows = [_row(name, values) for name, values in results.items()]
     table = _markdown(rows)
     (folder / "results.md").write_text(table + "\n", encoding="utf-8")
-    pairs = load_pairs(
-        data.eval_data, split=data.eval_split, image_column=data.image_column, caption_columns=data.caption_column[:1]
-    )
     page = retrieval_page(
         "CLIP-Map on emoji of an unseen style",
         rows,

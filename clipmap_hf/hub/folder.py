@@ -7,9 +7,9 @@ from huggingface_hub import ModelCard
 from transformers import CLIPProcessor, PreTrainedModel
 
 
-__all__ = ["MAP_FOLDER", "write_student_folder"]
+__all__ = ["MAP_CONFIG", "MAP_FOLDER", "write_student_folder"]
 
-MAP_FOLDER = "map"
+MAP_FOLDER, MAP_CONFIG = "map", "clipmap_config.json"
 
 
 def write_student_folder(
@@ -21,7 +21,7 @@ def write_student_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MAP_FOLDER / "clipmap_config.json").exists():
+    if (folder / MAP_FOLDER / MAP_CONFIG).exists():
         shutil.rmtree(folder / MAP_FOLDER)
     student.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -117,10 +117,11 @@ def run_stage(
     *,
     name: str,
     pairs: PairDataset | None = None,
+    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     save: Callable[[Path, dict[str, float]], None] | None = None,
 ) -> TrainResult:
     """
-    Trains a stage on `data`, evaluating on `data.eval_data`; arguments as in `Trainer`.
+    Trains a stage on `data`; arguments as in `Trainer`.
 
     The stage's own seed is derived from `run.seed` and `name`: with one seed for all, a second stage would see the
     first one's batches and crops again.
@@ -132,7 +133,7 @@ def run_stage(
         run,
         training_pairs(data) if pairs is None else pairs,
         training_collator(data, processor, run.seed),
-        evaluation_function(data, processor, run),
+        evaluate,
         save,
         data.max_bad_fraction,
         name,
