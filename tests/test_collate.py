@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import BadRowError, PairCollator, caption_text, decode_image, filled_texts
+from clipmap_hf.data.collate import PairCollator, caption_text, content_key, filled_texts, normalized_pixels
+from clipmap_hf.data.images import BadRowError, decode_image
 
 
 def encoded(image: Image.Image, extension: str = "PNG", **options) -> dict:
@@ -21,8 +22,8 @@ def encoded(image: Image.Image, extension: str = "PNG", **options) -> dict:
 
 @pytest.fixture
 def rows(tiny_pairs) -> list[dict]:
-    """Six rows as a `PairDataset` gives them."""
-    return [row | {"image": encoded(row["image"]), "key": (0, index)} for index, row in enumerate(tiny_pairs[:6])]
+    """Six rows of epoch 0, as a loader gives them."""
+    return [row | {"image": encoded(row["image"]), "epoch": 0} for row in tiny_pairs[:6]]
 
 
 @pytest.fixture
@@ -42,83 +43,12 @@ def training_collator(tiny_processor) -> PairCollator:
     )
 
 
+def in_epoch(rows: list[dict], epoch: int) -> list[dict]:
+    return [row | {"epoch": epoch} for row in rows]
+
+
 def texts(collator: PairCollator, batch: dict) -> list[str]:
     return collator.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-
-
-# Decoding
-
-
-def color_at(image: Image.Image, x: int = 0, y: int = 0) -> tuple[int, ...]:
-    assert image.mode == "RGB"
-    return image.getpixel((x, y))
-
-
-def test_transparency_becomes_white():
-    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    image.putpixel((1, 1), (255, 0, 0, 255))
-    image.putpixel((2, 2), (0, 0, 0, 128))
-    decoded = decode_image(encoded(image))
-    assert color_at(decoded) == (255, 255, 255)
-    assert color_at(decoded, 1, 1) == (255, 0, 0)
-    assert color_at(decoded, 2, 2) == (127, 127, 127)
-
-
-def test_palettes_are_converted_with_and_without_transparency():
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    image.putpixel((1, 1), 0)
-    assert color_at(decode_image(encoded(image))) == (200, 100, 50)
-    decoded = decode_image(encoded(image, transparency=1))
-    assert color_at(decoded) == (255, 255, 255) and color_at(decoded, 1, 1) == (10, 20, 30)
-
-
-@pytest.mark.parametrize("mode", ["1", "L"])
-def test_gray_images_are_converted(mode):
-    assert color_at(decode_image(encoded(Image.new(mode, (4, 4), 255)))) == (255, 255, 255)
-
-
-def test_gray_with_alpha_is_converted():
-    assert color_at(decode_image(encoded(Image.new("LA", (4, 4), (90, 255))))) == (90, 90, 90)
-
-
-def test_cmyk_is_converted():
-    decoded = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
-    assert np.abs(np.subtract(color_at(decoded), (255, 0, 0))).max() < 8  # JPEG is not exact
-
-
-@pytest.mark.parametrize("extension", ["PNG", "TIFF"])
-def test_16_bit_gray_keeps_its_brightness(extension):
-    values = np.array([[0, 0x4000], [0x8000, 0xFFFF]], dtype=np.uint16)
-    decoded = np.asarray(decode_image(encoded(Image.fromarray(values), extension)))
-    assert decoded[..., 0].tolist() == [[0, 0x40], [0x80, 0xFF]]
-
-
-def test_a_path_is_opened(tmp_path):
-    Image.new("RGB", (4, 4), "blue").save(tmp_path / "blue.png")
-    assert color_at(decode_image({"bytes": None, "path": str(tmp_path / "blue.png")})) == (0, 0, 255)
-
-
-WHOLE = encoded(Image.effect_noise((64, 64), 50), "PNG")["bytes"]
-JPEG = encoded(Image.effect_noise((64, 64), 50), "JPEG")["bytes"]
-LARGE = encoded(Image.effect_noise((512, 512), 50), "PNG")["bytes"]
-BAD_IMAGES = {
-    "broken chunk": {"bytes": b"IDAT".join(LARGE.split(b"IDAT")[:2]) + bytes(4) + LARGE[-1000:], "path": None},
-    "truncated png": {"bytes": WHOLE[: len(WHOLE) // 2], "path": None},
-    "truncated jpeg": {"bytes": JPEG[: len(JPEG) // 2], "path": None},
-    "header only": {"bytes": WHOLE[:30], "path": None},
-    "zero bytes": {"bytes": b"", "path": None},
-    "not an image": {"bytes": b"<html>404 Not Found</html>", "path": None},
-    "missing file": {"bytes": None, "path": "/no/such/file.png"},
-    "neither bytes nor path": {"bytes": None, "path": None},
-    "null": None,
-}
-
-
-@pytest.mark.parametrize("name", BAD_IMAGES)
-def test_a_bad_image_is_a_bad_row(name):
-    with pytest.raises(BadRowError, match="undecodable image"):
-        decode_image(BAD_IMAGES[name])
 
 
 # Captions
@@ -153,7 +83,7 @@ def test_evaluation_batch_is_what_the_processor_gives(collator, rows, tiny_pairs
         padding=True,
         return_tensors="pt",
     )
-    assert batch.pop("bad_rows") == 0
+    assert batch.pop("bad_rows") == {}
     assert batch.pop("image_of_text").tolist() == list(range(6))
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask"}
     for name, value in batch.items():
@@ -161,11 +91,35 @@ def test_evaluation_batch_is_what_the_processor_gives(collator, rows, tiny_pairs
 
 
 def test_training_pixels_are_normalized_as_in_evaluation(collator, rows, tiny_processor):
-    red = [{"image": encoded(Image.new("RGB", (40, 32), "red")), "caption": "red", "key": (0, 0)}]
+    red = [{"image": encoded(Image.new("RGB", (40, 32), "red")), "caption": "red", "epoch": 0}]
     augmented = PairCollator(tiny_processor.tokenizer, tiny_processor.image_processor, augmentation=Augmentation())
-    batch = augmented(red)
-    assert batch["pixel_values"].shape == (1, 3, 32, 32) and batch["pixel_values"].is_contiguous()
-    torch.testing.assert_close(batch["pixel_values"], collator(red)["pixel_values"], atol=1e-5, rtol=0)
+    pixels = normalized_pixels(augmented(red))
+    assert pixels.shape == (1, 3, 32, 32) and pixels.is_contiguous()
+    torch.testing.assert_close(pixels, collator(red)["pixel_values"], atol=1e-5, rtol=0)
+
+
+def test_training_ships_bytes_that_are_normalized_by_the_formula(training_collator, rows):
+    batch = training_collator(rows)
+    pixels = batch["pixel_values"]
+    assert pixels.dtype == torch.uint8 and pixels.shape == (6, 3, 32, 32)
+    before = pixels.clone()
+    processor = training_collator.image_processor
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    assert torch.equal(normalized_pixels(batch), (pixels / 255 - mean) / std)
+    assert torch.equal(pixels, before)
+
+
+def test_training_pixels_are_those_of_the_augmentation(tiny_processor, rows):
+    augmentation = Augmentation(scale=(1.0, 1.0), ratio=(1.25, 1.25))  # the whole of an image of 40 by 32
+    collator = PairCollator(tiny_processor.tokenizer, tiny_processor.image_processor, augmentation=augmentation)
+    for row, pixels in zip(rows, collator(rows)["pixel_values"], strict=True):
+        resized = decode_image(row["image"]["bytes"]).resize((32, 32), Image.Resampling.BICUBIC)
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(resized))
+
+
+def test_evaluation_pixels_are_normalized_already(collator, rows):
+    batch = collator(rows)
+    assert normalized_pixels(batch) is batch["pixel_values"] and "image_mean" not in batch
 
 
 def test_captions_longer_than_the_context_are_truncated(collator, rows):
@@ -175,41 +129,106 @@ def test_captions_longer_than_the_context_are_truncated(collator, rows):
     assert batch["input_ids"][0, -1] == collator.tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("name", BAD_IMAGES)
-def test_rows_with_bad_images_are_left_out_and_counted(collator, rows, name, caplog):
-    rows[2]["image"] = BAD_IMAGES[name]
+PNG = encoded(Image.effect_noise((64, 64), 50))["bytes"]
+BAD_ROWS = {
+    "truncated": ({"image": {"bytes": PNG[: len(PNG) // 2], "path": None}}, "undecodable image"),
+    "not an image": ({"image": {"bytes": b"<html>404 Not Found</html>", "path": None}}, "undecodable image"),
+    "zero bytes": ({"image": {"bytes": b"", "path": None}}, "empty image"),
+    "missing file": ({"image": {"bytes": None, "path": "/no/such/file.png"}}, "unreadable image"),
+    "neither bytes nor path": ({"image": {"bytes": None, "path": None}}, "no image"),
+    "null": ({"image": None}, "no image"),
+    "empty caption": ({"caption": ""}, "no caption"),
+    "blank caption": ({"caption": " \n"}, "no caption"),
+    "null caption": ({"caption": None}, "no caption"),
+    "number": ({"caption": 7}, "no caption"),
+    "list of blanks": ({"caption": ["", None, " "]}, "no caption"),
+    "empty list": ({"caption": []}, "no caption"),
+    "reader": ({"image": None, "caption": None, "error": "truncated shard"}, "truncated shard"),
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_left_out_and_counted_by_reason(collator, training_collator, rows, name, training, caplog):
+    collator = training_collator if training else collator
+    training_collator.caption_sampling = "first"  # of several columns, the others may have a caption
+    changes, reason = BAD_ROWS[name]
+    rows = [row | {"error": None} for row in rows]
+    rows[2] |= changes
     with caplog.at_level(logging.WARNING):
         batch = collator(rows)
-    assert batch["bad_rows"] == 1 and len(batch["pixel_values"]) == len(batch["input_ids"]) == 5
-    assert "undecodable image" in caplog.text
+    assert batch.pop("bad_rows") == {reason: 1} and reason in caplog.text
     good = collator(rows[:2] + rows[3:])
-    torch.testing.assert_close(batch["pixel_values"], good["pixel_values"], atol=0, rtol=0)
-    assert texts(collator, batch) == texts(collator, good)
+    assert good.pop("bad_rows") == {} and batch.keys() == good.keys() and len(batch["pixel_values"]) == 5
+    for key, value in batch.items():
+        torch.testing.assert_close(value, good[key], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("caption", ["", " ", None], ids=repr)
-def test_rows_without_caption_are_left_out_and_counted(collator, rows, caption):
-    rows[1]["caption"] = caption
+def test_a_decompression_bomb_is_left_out(collator, rows, monkeypatch):
+    rows[1]["image"] = encoded(Image.new("RGB", (128, 64)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 64 // 2 - 1)  # at the double, a warning becomes an error
+    assert collator(rows)["bad_rows"] == {"decompression bomb": 1}
+
+
+def test_several_reasons_are_counted_one_by_one(collator, rows):
+    for row, changes in zip(rows, ({"caption": None}, {"image": None}, {"caption": ""}), strict=False):
+        row |= changes
     batch = collator(rows)
-    assert batch["bad_rows"] == 1 and len(batch["pixel_values"]) == len(batch["input_ids"]) == 5
+    assert batch["bad_rows"] == {"no caption": 2, "no image": 1} and len(batch["input_ids"]) == 3
 
 
-def test_a_batch_of_bad_rows_only_is_an_error(collator, rows):
-    for row in rows:
-        row["caption"] = None
-    with pytest.raises(BadRowError, match="None of the 6 rows of this batch can be used; the last: no caption"):
-        collator(rows)
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_a_batch_of_bad_rows_only_is_nothing_but_their_number(collator, training_collator, rows, training):
+    rows = [row | {"image": None} for row in rows]
+    assert (training_collator if training else collator)(rows) == {"bad_rows": {"no image": 6}}
 
 
-def test_an_example_depends_on_its_key_only(training_collator, rows):
-    whole, alone = training_collator(rows), training_collator(rows[4:5])
-    torch.testing.assert_close(whole["pixel_values"][4:5], alone["pixel_values"], atol=0, rtol=0)
+# What an example depends on
+
+
+def test_an_example_depends_on_its_content_only(training_collator, rows, tmp_path):
+    path = tmp_path / "copy.png"
+    path.write_bytes(rows[4]["image"]["bytes"])
+    whole, alone = (
+        training_collator(rows),
+        training_collator([rows[4] | {"image": {"bytes": None, "path": str(path)}}]),
+    )
+    reverse = training_collator(rows[::-1])
+    assert torch.equal(whole["pixel_values"][4:5], alone["pixel_values"])
+    assert torch.equal(whole["pixel_values"], reverse["pixel_values"].flip(0))
     assert texts(training_collator, whole)[4] == texts(training_collator, alone)[0]
+    assert texts(training_collator, whole) == texts(training_collator, reverse)[::-1]
+
+
+def test_images_of_other_content_are_augmented_otherwise(training_collator, rows):
+    image = decode_image(rows[0]["image"]["bytes"])
+    twin = rows[0] | {"image": encoded(image, compress_level=0)}  # the same pixels in another file
+    assert decode_image(twin["image"]["bytes"]).tobytes() == image.tobytes()
+    first, second = training_collator([rows[0], twin])["pixel_values"]
+    assert not torch.equal(first, second)
+
+
+def test_views_repeat(training_collator, rows):
+    def batch(epoch: int) -> tuple[list, list[str]]:
+        batch = training_collator(in_epoch(rows, epoch))
+        return batch["pixel_values"].tolist(), texts(training_collator, batch)
+
+    endless = [batch(epoch) for epoch in range(4)]
+    assert len({str(one) for one in endless}) == 4
+    training_collator.views = 2
+    assert [batch(epoch) for epoch in range(5)] == [endless[0], endless[1]] * 2 + [endless[0]]
+
+
+def test_a_content_key_is_of_the_content(rows):
+    keys = [content_key(row["image"]["bytes"]) for row in rows]
+    assert len(set(keys)) == len(keys) and all(0 <= key < 2**64 for key in keys)
+    assert content_key("naïve") == content_key("naïve".encode()) != content_key("naive")
+    assert content_key("a red circle") == 3868813310041309068  # caches rely on it
 
 
 def test_the_next_epoch_augments_anew(training_collator, rows):
     first = training_collator(rows)
-    second = training_collator([row | {"key": (1, index)} for index, row in enumerate(rows)])
+    second = training_collator(in_epoch(rows, 1))
     same = [torch.equal(a, b) for a, b in zip(first["pixel_values"], second["pixel_values"], strict=True)]
     assert not any(same)
     assert texts(training_collator, first) != texts(training_collator, second)
@@ -227,16 +246,16 @@ def test_first_caption_sampling_reads_the_first_column(training_collator, rows):
 
 
 def test_random_caption_sampling_draws_from_all_columns(training_collator, rows):
-    batches = [training_collator([rows[0] | {"key": (epoch, 0)}]) for epoch in range(40)]
+    batches = [training_collator(in_epoch(rows[:1], epoch)) for epoch in range(40)]
     drawn = {text for batch in batches for text in texts(training_collator, batch)}
     assert rows[0]["caption"] in drawn and "drawing" in drawn and "circle" in drawn
 
 
 @pytest.mark.parametrize("keywords", [[], None], ids=repr)
 def test_random_caption_sampling_skips_empty_columns(training_collator, rows, keywords):
-    rows = [rows[0] | {"keywords": keywords, "key": (epoch, 0)} for epoch in range(10)]
+    rows = [rows[0] | {"keywords": keywords, "epoch": epoch} for epoch in range(10)]
     batch = training_collator(rows)
-    assert batch["bad_rows"] == 0 and set(texts(training_collator, batch)) == {rows[0]["caption"]}
+    assert batch["bad_rows"] == {} and set(texts(training_collator, batch)) == {rows[0]["caption"]}
 
 
 def several_captions(row) -> dict:
@@ -252,7 +271,7 @@ def test_all_captions_of_an_image_are_evaluated(collator, rows):
 @pytest.mark.parametrize("sampling", ["first", "random"])
 def test_training_draws_one_whole_caption_of_several(training_collator, rows, sampling):
     training_collator.caption_sampling, training_collator.keyword_columns = sampling, ()
-    batches = [training_collator([several_captions(rows[0]) | {"key": (epoch, 0)}]) for epoch in range(20)]
+    batches = [training_collator([several_captions(rows[0]) | {"epoch": epoch}]) for epoch in range(20)]
     assert {text for batch in batches for text in texts(training_collator, batch)} == {"a red one", "a second"}
 
 

@@ -3,9 +3,11 @@ import json
 import shutil
 
 import pytest
+from datasets import Dataset, IterableDataset
 from PIL import Image
 
-from clipmap_hf.data.pairs import PairDataset, load_pairs
+import clipmap_hf.data.pairs
+from clipmap_hf.data.pairs import load_pairs
 
 
 def opened(image: dict) -> Image.Image:
@@ -50,7 +52,7 @@ def test_glob_of_parquet_files_in_order_of_their_names(pairs_parquet, tiny_pairs
 
 def test_webdataset_tar(pairs_tar, tiny_pairs):
     pairs = load_pairs(str(pairs_tar), image_column="png", caption_columns=["txt"])
-    assert pairs.column_names == ["image", "txt"]
+    assert pairs.column_names == ["image", "txt", "error"] and set(pairs["error"]) == {None}
     assert_same_pairs(pairs, tiny_pairs, "txt")
 
 
@@ -91,7 +93,7 @@ def test_a_folder_without_images_is_named(tmp_path, make):
 def test_a_file_of_another_kind_is_an_error(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("image,caption\n")
-    with pytest.raises(ValueError, match=r"pairs\.csv' is neither a folder nor one of \['\.parquet', '\.tar'\]"):
+    with pytest.raises(ValueError, match=r"pairs\.csv' is neither a folder nor one of \['\.parquet', '\.tar', "):
         load_pairs(str(path))
 
 
@@ -105,9 +107,66 @@ def test_a_missing_split_of_a_folder_is_named(image_folder):
         load_pairs(str(image_folder), split="test")
 
 
-def test_dataset_gives_rows_with_the_epoch_in_their_key(pairs_parquet, tiny_pairs):
-    dataset = PairDataset(load_pairs(str(pairs_parquet)))
-    assert len(dataset) == len(tiny_pairs)
-    assert dataset[5]["key"] == (0, 5) and dataset[5]["caption"] == tiny_pairs[5]["caption"]
-    dataset.set_epoch(3)
-    assert dataset[5]["key"] == (3, 5)
+# Streams
+
+
+@pytest.fixture(params=["parquet", "glob of parquet", "tar", "glob of tars", "image folder"])
+def source(request, pairs_parquet, pairs_tar, image_folder, tmp_path) -> tuple[str, dict]:
+    """A source of `tiny_pairs`, once or twice over, and the arguments that it needs."""
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    if "tar" in request.param:
+        path, columns = pairs_tar, {"image_column": "png", "caption_columns": ["txt"]}
+    else:
+        path, columns = pairs_parquet, {"caption_columns": ["keywords", "caption"]}
+    if request.param == "image folder":
+        return str(image_folder), {}
+    if "glob" in request.param:
+        for name in "ab":
+            shutil.copy(path, copies / f"{name}{path.suffix}")
+        return str(copies / f"*{path.suffix}"), columns
+    return str(path), columns
+
+
+def test_a_stream_has_the_rows_of_the_data_set(source):
+    name, columns = source
+    pairs, stream = load_pairs(name, **columns), load_pairs(name, **columns, streaming=True)
+    assert isinstance(pairs, Dataset) and isinstance(stream, IterableDataset)
+    assert stream.column_names == pairs.column_names and stream.features == pairs.features
+    rows, streamed = list(pairs), list(stream)
+    assert len(rows) in (24, 48) and set(rows[0]["image"]) == {"bytes", "path"}
+    pixels = [[opened(row.pop("image")).tobytes() for row in some] for some in (rows, streamed)]
+    assert pixels[0] == pixels[1] and rows == streamed
+    assert list(stream) != [] and len(list(stream)) == len(rows)  # it can be read again
+
+
+def test_several_files_are_as_many_shards(pairs_parquet, tmp_path):
+    for name in ("0.parquet", "1.parquet", "2.parquet"):
+        shutil.copy(pairs_parquet, tmp_path / name)
+    assert load_pairs(str(tmp_path / "*.parquet"), streaming=True).num_shards == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_columns_are_named_in_streams_too(source, streaming):
+    with pytest.raises(ValueError, match=r"no column \['photo', 'text'\]; it has \["):
+        load_pairs(source[0], image_column="photo", caption_columns=["text"], streaming=streaming)
+
+
+def test_a_stream_whose_columns_are_unknown_is_an_error(monkeypatch):
+    unknown = IterableDataset.from_generator(lambda: iter([{"image": None, "caption": "a"}]))
+    monkeypatch.setattr(clipmap_hf.data.pairs, "load_dataset", lambda *_, **__: unknown)
+    with pytest.raises(ValueError, match="columns of 'some/pairs' are unknown .* streaming=False"):
+        load_pairs("some/pairs", streaming=True)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".tar", ".tar.gz"])
+def test_a_folder_of_files_is_told_apart_from_a_folder_of_images(tmp_path, suffix):
+    (tmp_path / f"0{suffix}").touch()
+    with pytest.raises(ValueError, match=rf"is a folder of {suffix} files; name them by a glob: .*/\*{suffix}"):
+        load_pairs(str(tmp_path))
+
+
+def test_files_have_no_split_but_train(pairs_parquet, pairs_tar):
+    for source in (pairs_parquet, pairs_tar):
+        with pytest.raises(ValueError, match="split='test': plain files .* only the split 'train'"):
+            load_pairs(str(source), split="test")

@@ -1,55 +1,30 @@
 """From undecoded pairs to a model batch: decode, augment or preprocess, draw a caption, tokenize."""
 
-import io
+import hashlib
 import logging
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from clipmap_hf.data.augment import Augmentation
+from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 
 
-__all__ = ["BadRowError", "PairCollator", "caption_text", "decode_image", "filled_texts"]
+__all__ = ["PairCollator", "caption_text", "content_key", "filled_texts", "normalized_pixels"]
 
 logger = logging.getLogger(__name__)
 
-_BAD_IMAGE = (
-    OSError,
-    UnidentifiedImageError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombError,
-)  # what Pillow raises
 
-
-class BadRowError(ValueError):
-    """A row that cannot become a training pair; the message says why."""
-
-
-def decode_image(image: dict[str, Any] | Image.Image) -> Image.Image:
-    """
-    Decodes an undecoded `datasets` image (`{"bytes", "path"}`) to RGB; transparency becomes white.
-
-    Raises:
-        BadRowError: If it is missing, truncated or not an image.
-    """
-    try:
-        if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
-        if image.mode.startswith("I;16"):  # Pillow would clip to 255, that is turn nearly everything white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except (*_BAD_IMAGE, AttributeError, TypeError) as error:  # the last two: neither bytes nor path
-        raise BadRowError(f"undecodable image: {error}") from error
+def content_key(content: bytes | str) -> int:
+    """64 bits that name an image file or a text by its content, the same wherever it is stored."""
+    content = content.encode() if isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def filled_texts(caption: Any) -> list[str]:
@@ -67,7 +42,7 @@ def caption_text(caption: str | list[str] | None, rng: random.Random | None = No
     """
     words = filled_texts(caption)
     if not words:
-        raise BadRowError(f"no caption: {caption!r}")
+        raise BadRowError("no caption", repr(caption))
     if isinstance(caption, str):
         return caption
     if rng is not None:
@@ -75,12 +50,33 @@ def caption_text(caption: str | list[str] | None, rng: random.Random | None = No
     return ", ".join(words)
 
 
+def normalized_pixels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The `pixel_values` of a batch, `(images, 3, size, size)`, as the model takes them; training ships bytes."""
+    pixels = batch["pixel_values"]
+    if pixels.dtype != torch.uint8:
+        return pixels
+    # In place, for a fresh tensor of this size at every step of the way takes three times as long.
+    mean, std = (batch[name][:, None, None] for name in ("image_mean", "image_std"))
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+class _Example(NamedTuple):
+    image: Image.Image
+    texts: list[str]
+    key: int
+    view: int
+
+
 @dataclass
 class PairCollator:
     """
-    Turns rows of a `PairDataset` into `pixel_values (batch, 3, size, size)`, `input_ids` and `attention_mask`
-    `(texts, length)`, `image_of_text` `(texts,)`, and the number of `bad_rows` that were left out. In training there
-    is one text per image; in evaluation all captions of the first column are kept.
+    Turns rows into `pixel_values (images, 3, size, size)`, `input_ids` and `attention_mask` `(texts, length)`,
+    `image_of_text` `(texts,)`, and `bad_rows`, the number of rows left out by reason; nothing but that if no row is
+    left. In training there is one text per image, and the pixels are bytes that `normalized_pixels` reads; in
+    evaluation all captions of the first column are kept.
+
+    In training, crop and caption are functions of `seed`, the row, and the view, which is the row's `epoch`, or its
+    remainder by `views`: they are the same in any batch, order, process and worker.
 
     Args:
         tokenizer: The model's tokenizer; captions are truncated to its `model_max_length`.
@@ -90,7 +86,9 @@ class PairCollator:
         keyword_columns: Columns of keyword lists, of which training makes a caption in random order and number.
         caption_sampling: `first` takes the first caption column, `random` draws one of all columns per example.
         augmentation: Applied to training images; `None` in evaluation.
-        seed: With a row's `key`, seeds its augmentation and caption, independent of batch, process and worker.
+        seed: Of everything random.
+        views: How many different examples to make of a row before they repeat; unlimited by default.
+        teacher_cache: A `TeacherCache` that adds `teacher_embeds`, what its teachers made of the same views.
     """
 
     tokenizer: Any
@@ -100,31 +98,41 @@ class PairCollator:
     caption_sampling: Literal["first", "random"] = "first"
     augmentation: Augmentation | None = None
     seed: int = 0
+    views: int | None = None
+    teacher_cache: Any = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        images, captions, owners, bad = [], [], [], []
+        examples, bad = [], Counter()
         for row in rows:
-            rng = random.Random(f"{self.seed}-{row.get('key')}")
             try:
-                image, texts = decode_image(row["image"]), self._texts(row, rng)
+                examples.append(self._example(row))
             except BadRowError as error:
-                bad.append(str(error))
-                continue
-            captions += texts
-            owners += [len(images)] * len(texts)
-            images.append(image if self.augmentation is None else self.augmentation(image, self.size, rng))
-        for reason in bad:
-            logger.warning("Row left out: %s", reason)
-        if not images:
-            raise BadRowError(f"None of the {len(rows)} rows of this batch can be used; the last: {bad[-1]}")
-        tokens = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        return {
-            "pixel_values": self._pixels(images),
+                bad[error.reason] += 1
+                logger.warning("Row left out: %s", error)
+        return self.batch(examples) | {"bad_rows": dict(bad)} if examples else {"bad_rows": dict(bad)}
+
+    def batch(self, examples: Sequence[_Example]) -> dict[str, Any]:
+        """The tensors of `examples`, as `view` makes them."""
+        texts = [text for example in examples for text in example.texts]
+        owners = [index for index, example in enumerate(examples) for _ in example.texts]
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        batch = {
+            **self._pixels([example.image for example in examples]),
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
             "image_of_text": torch.tensor(owners),
-            "bad_rows": len(bad),
         }
+        if self.teacher_cache is not None:
+            keys, views = ([getattr(example, name) for example in examples] for name in ("key", "view"))
+            batch["teacher_embeds"] = self.teacher_cache.lookup(keys, views, [content_key(text) for text in texts])
+        return batch
+
+    def view(self, row: Mapping[str, Any], content: bytes, image: Image.Image, view: int) -> _Example:
+        """A training example of a row whose image file `content` was decoded to `image`."""
+        key = content_key(content)
+        rng = random.Random(f"{self.seed}-{key}-{view}")
+        image = self.augmentation(image, self.size, rng)  # first: rows of one image may draw among other captions
+        return _Example(image, self._texts(row, rng), key, view)
 
     @property
     def size(self) -> int:
@@ -132,10 +140,18 @@ class PairCollator:
         size = self.image_processor.crop_size if self.image_processor.do_center_crop else self.image_processor.size
         return size["height"] if "height" in size else size["shortest_edge"]
 
-    def _texts(self, row: dict[str, Any], rng: random.Random) -> list[str]:
+    def _example(self, row: Mapping[str, Any]) -> _Example:
+        if row.get("error") is not None:  # the reader's word for what it could not read
+            raise BadRowError(row["error"])
+        content = image_bytes(row["image"])
+        image = decode_image(content)
+        if self.augmentation is not None:
+            return self.view(row, content, image, row["epoch"] % self.views if self.views else row["epoch"])
+        captions = row[self.caption_columns[0]]
+        return _Example(image, filled_texts(captions) or [caption_text(captions)], 0, 0)
+
+    def _texts(self, row: Mapping[str, Any], rng: random.Random) -> list[str]:
         first = row[self.caption_columns[0]]
-        if self.augmentation is None:
-            return filled_texts(first) or [caption_text(first)]
         if self.caption_sampling == "first":
             return [caption_text(_one_of(first, rng))]
         columns = [*self.caption_columns, *self.keyword_columns]
@@ -144,12 +160,15 @@ class PairCollator:
         is_keywords = column in self.keyword_columns
         return [caption_text(row[column] if is_keywords else _one_of(row[column], rng), rng)]
 
-    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
+    def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         if self.augmentation is None:
-            return self.image_processor(images, return_tensors="pt")["pixel_values"]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (batch, size, size, 3)
-        mean, std = (torch.tensor(x) for x in (self.image_processor.image_mean, self.image_processor.image_std))
-        return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+            return {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"]}
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (images, size, size, 3)
+        return {
+            "pixel_values": pixels.permute(0, 3, 1, 2).contiguous(),
+            "image_mean": torch.tensor(self.image_processor.image_mean),
+            "image_std": torch.tensor(self.image_processor.image_std),
+        }
 
 
 def _one_of(caption: str | list[str], rng: random.Random) -> str | None:

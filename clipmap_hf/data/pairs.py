@@ -4,75 +4,76 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, Image, load_dataset
-from torch.utils.data import Dataset as TorchDataset
+from datasets import Dataset, Image, IterableDataset, load_dataset
+
+from clipmap_hf.data.tar_shards import tar_pairs
 
 
-__all__ = ["PairDataset", "load_pairs"]
+__all__ = ["load_pairs"]
 
-_FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+_TARS = (".tar", ".tar.gz", ".tgz")
+_FILES = (".parquet", *_TARS)
 
 
 def load_pairs(
-    source: str, *, split: str = "train", image_column: str = "image", caption_columns: Sequence[str] = ("caption",)
-) -> Dataset:
+    source: str,
+    *,
+    split: str = "train",
+    image_column: str = "image",
+    caption_columns: Sequence[str] = ("caption",),
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
     """
-    Loads pairs as a `datasets.Dataset` with the column `image` (undecoded bytes or path) and the caption columns.
+    Loads pairs with the column `image` (undecoded bytes or path) and the caption columns. Tars have the column `error`
+    too: what could not be read in place of a row, else `None`.
 
     Args:
         source: A folder of images (with captions in `metadata.jsonl` or `metadata.csv`), a path or glob of `.parquet`
-            files or webdataset `.tar`s, or the id of a data set on the Hub.
+            files or webdataset tars (`.tar`, `.tar.gz`, `.tgz`), or the id of a data set on the Hub.
         split: Split to read; local files have only `train` unless an image folder holds others.
-        image_column: Column of the images.
-        caption_columns: Columns of the captions, each a string or a list of strings.
+        image_column: Column of the images; in tars, their extension.
+        caption_columns: Columns of the captions, each a string or a list of strings; in tars, extensions of texts.
+        streaming: Return an `IterableDataset` that reads the source in order, the same rows, instead of a `Dataset`.
 
     Raises:
         ValueError: If nothing is found at `source`, or a column is missing.
     """
     path = Path(source)
     if path.is_dir():
-        for suffix in _FILE_BUILDERS:
+        for suffix in _FILES:
             if any(path.glob(f"*{suffix}")):
                 raise ValueError(f"{source!r} is a folder of {suffix} files; name them by a glob: '{path}/*{suffix}'.")
-        dataset = load_dataset("imagefolder", data_dir=str(path), split=split)
-    elif path.suffix in _FILE_BUILDERS:
-        files = [source] if path.exists() else sorted(glob.glob(source, recursive=True))
-        if not files:
-            raise ValueError(f"No file matches {source!r}.")
+        pairs = load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
+    elif source.endswith(_FILES):
+        files = _matching_files(source)
         if split != "train":
             raise ValueError(f"split={split!r}: plain files such as {source!r} have only the split 'train'.")
-        dataset = load_dataset(_FILE_BUILDERS[path.suffix], data_files=files, split=split)
+        if source.endswith(_TARS):
+            return tar_pairs(files, image_column, caption_columns, streaming)
+        pairs = load_dataset("parquet", data_files=files, split=split, streaming=streaming)
     elif path.exists():
-        raise ValueError(f"{source!r} is neither a folder nor one of {sorted(_FILE_BUILDERS)} files.")
+        raise ValueError(f"{source!r} is neither a folder nor one of {list(_FILES)} files.")
     else:
-        dataset = load_dataset(source, split=split)
-    missing = [column for column in (image_column, *caption_columns) if column not in dataset.column_names]
+        pairs = load_dataset(source, split=split, streaming=streaming)
+    return _undecoded(pairs, source, image_column, caption_columns)
+
+
+def _matching_files(source: str) -> list[str]:
+    files = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
+    if not files:
+        raise ValueError(f"No file matches {source!r}.")
+    return files
+
+
+def _undecoded(
+    pairs: Dataset | IterableDataset, source: str, image_column: str, caption_columns: Sequence[str]
+) -> Dataset | IterableDataset:
+    if pairs.features is None:
+        raise ValueError(f"The columns of {source!r} are unknown until it is read; load it with streaming=False.")
+    missing = [column for column in (image_column, *caption_columns) if column not in pairs.column_names]
     if missing:
-        raise ValueError(f"{source!r} has no column {missing}; it has {dataset.column_names}.")
-    dataset = dataset.select_columns([image_column, *caption_columns])
+        raise ValueError(f"{source!r} has no column {missing}; it has {pairs.column_names}.")
+    pairs = pairs.select_columns([image_column, *caption_columns])
     if image_column != "image":
-        dataset = dataset.rename_column(image_column, "image")
-    return dataset.cast_column("image", Image(decode=False))
-
-
-class PairDataset(TorchDataset):
-    """
-    Pairs that carry a `key`, `(epoch, index)`, from which the collator seeds everything random about the example.
-
-    Args:
-        pairs: The result of `load_pairs`.
-    """
-
-    def __init__(self, pairs: Dataset):
-        self.pairs = pairs
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Moves on to the next epoch's augmentations."""
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> dict:
-        return {**self.pairs[index], "key": (self.epoch, index)}
+        pairs = pairs.rename_column(image_column, "image")
+    return pairs.cast_column("image", Image(decode=False))

@@ -1,0 +1,195 @@
+"""The order of training pairs: endless steps, each a list of chunks, the same whenever a run is taken up again."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+
+__all__ = ["BatchPlan", "PairDataset", "PairStream"]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """
+    How the pairs of an optimizer step are shared out.
+
+    Args:
+        batch_size: Pairs per step, of all processes together.
+        micro_batch_size: Pairs per chunk; by default all that a process has in a step.
+        seed: Of the order.
+        num_workers: Worker processes that collate.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If a size does not divide the one above it.
+    """
+
+    batch_size: int
+    micro_batch_size: int | None = None
+    seed: int = 0
+    num_workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        if self.batch_size % self.world_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is that of all processes together and must be a multiple of their "
+                f"number, {self.world_size}."
+            )
+        if self.micro_batch_size and self.local_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} must divide the {self.local_size} pairs that each process "
+                "has in a step."
+            )
+
+    @property
+    def local_size(self) -> int:
+        """Pairs per step of one process."""
+        return self.batch_size // self.world_size
+
+    @property
+    def chunk_size(self) -> int:
+        """Pairs per chunk."""
+        return self.micro_batch_size or self.local_size
+
+
+class PairDataset(Dataset):
+    """
+    Pairs with random access. Every epoch has its own order; what does not fill a batch at its end is left out.
+
+    Args:
+        pairs: The result of `load_pairs`.
+
+    Raises:
+        ValueError: In `steps`, if there are fewer pairs than a batch has.
+    """
+
+    def __init__(self, pairs: datasets.Dataset):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        return {**self.pairs[index], "epoch": epoch}
+
+    def steps(self, plan: BatchPlan, collator: Callable, start: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """The chunks of this process in step `start` and all that follow."""
+        if len(self) < plan.batch_size:
+            raise ValueError(
+                f"The data has {len(self)} pairs, fewer than batch_size={plan.batch_size}. Use more data, or a "
+                "smaller batch."
+            )
+        sampler = _EpochSampler(len(self), plan, start)
+        loader = DataLoader(self, batch_sampler=sampler, **_loading(plan, collator))
+        return _grouped(iter(loader), plan)
+
+
+class PairStream:
+    """
+    Pairs that are read in order, shard by shard, endlessly. Each process has its own shards, which its workers share
+    out anew in every epoch; each worker reads several at a time and shuffles the rows in a buffer.
+
+    Args:
+        pairs: The result of `load_pairs` with `streaming=True`.
+        shuffle_buffer: Rows to shuffle among, in each worker.
+
+    Raises:
+        ValueError: In `steps`, if there are fewer shards than workers; while reading, if a worker's have no rows.
+    """
+
+    def __init__(self, pairs: datasets.IterableDataset, shuffle_buffer: int = 1000):
+        self.pairs, self.shuffle_buffer = pairs, shuffle_buffer
+
+    def steps(self, plan: BatchPlan, collator: Callable, start: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """The chunks of this process in step `start` and all that follow; those before are read and dropped."""
+        lanes = max(plan.num_workers, 1)
+        readers = plan.world_size * lanes
+        if self.pairs.num_shards < readers:
+            raise ValueError(
+                f"The data has {self.pairs.num_shards} shards, fewer than the {readers} that read it "
+                f"({plan.world_size} processes, num_workers={plan.num_workers}). Split it into more files, or use "
+                "fewer workers."
+            )
+        # Workers take turns, a chunk each, and a new loader starts with the first; so all of them go back to the same
+        # chunk, and what is too much is dropped here.
+        turns, rest = divmod(start * (plan.local_size // plan.chunk_size), lanes)
+        rows = _EndlessRows(self, plan, skip=turns * plan.chunk_size)
+        loader = iter(DataLoader(rows, plan.chunk_size, **_loading(plan, collator)))
+        return _grouped(islice(loader, rest, None), plan)
+
+
+class _EpochSampler(Sampler):
+    """Yields the `(epoch, index)` keys of chunk after chunk, from step `start` on, for the plan's process."""
+
+    def __init__(self, length: int, plan: BatchPlan, start: int):
+        self.length, self.plan, self.start = length, plan, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        plan, ordered, order = self.plan, None, None
+        for step in count(self.start):
+            epoch, position = divmod(step, self.length // plan.batch_size)
+            if epoch != ordered:
+                ordered, order = epoch, _epoch_generator(plan, epoch).permutation(self.length)
+            first = position * plan.batch_size + plan.rank * plan.local_size
+            for chunk in range(first, first + plan.local_size, plan.chunk_size):
+                yield [(epoch, index) for index in order[chunk : chunk + plan.chunk_size].tolist()]
+
+
+class _EndlessRows(IterableDataset):
+    """The rows of a stream's process, epoch after epoch; in a worker, `datasets` picks the worker's shards."""
+
+    def __init__(self, stream: PairStream, plan: BatchPlan, skip: int):
+        self.pairs = stream.pairs.shard(num_shards=plan.world_size, index=plan.rank, contiguous=False)
+        self.shuffle_buffer, self.plan, self.skip = stream.shuffle_buffer, plan, skip
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return islice(self._rows(), self.skip, None)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for epoch in count():
+            # Not `set_epoch`: it writes to memory that the workers share, and they are not in the same epoch.
+            generator = _epoch_generator(self.plan, epoch)
+            row = None
+            for row in self.pairs.shuffle(generator=generator, buffer_size=self.shuffle_buffer):
+                yield {**row, "epoch": epoch}
+            if row is None:
+                raise ValueError(
+                    f"A worker's share of the {self.pairs.num_shards} shards has no rows in epoch {epoch}. Remove the "
+                    "files without rows, or use fewer workers."
+                )
+
+
+def _epoch_generator(plan: BatchPlan, epoch: int) -> np.random.Generator:
+    return np.random.default_rng([plan.seed, epoch])  # of a list, so that no epoch is one of another seed
+
+
+def _loading(plan: BatchPlan, collator: Callable) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(plan.seed)  # or the loader would draw from, and change, the global one
+    return {
+        "collate_fn": collator,
+        "num_workers": plan.num_workers,
+        "worker_init_fn": _leave_process_group,
+        "generator": generator,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
+def _leave_process_group(worker: int) -> None:
+    """A SIGTERM for the whole group is for the trainer to answer, which needs its workers to finish the step."""
+    os.setpgid(0, 0)  # ignoring the signal instead would make a process that fails wait forever for its workers
+
+
+def _grouped(chunks: Iterator[dict[str, Any]], plan: BatchPlan) -> Iterator[list[dict[str, Any]]]:
+    while step := list(islice(chunks, plan.local_size // plan.chunk_size)):
+        yield step
