@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPProcessor, PreTrainedModel
 
+from clipmap_hf.atomic import atomic_folder
 from clipmap_hf.config import PRESETS, ClipMapConfig
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
@@ -224,15 +225,15 @@ class ClipMapCompressor(nn.Module):
             )
 
     def _write_map(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.mapper.state_dict().items()}
-        save_file(tensors, folder / MAP_WEIGHTS, metadata={"format": "pt"})
         content = {
             "teacher": self.teacher_id,
             "teacher_revision": self.teacher_revision,
             "map": self.config.to_dict(),
         }
-        (folder / MAP_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        with atomic_folder(folder) as temporary:
+            save_file(tensors, temporary / MAP_WEIGHTS, metadata={"format": "pt"})
+            (temporary / MAP_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _as_config(student: str | ClipMapConfig) -> ClipMapConfig:

@@ -27,12 +27,16 @@ class ClipFeatures:
     text_embeds: torch.Tensor
     logit_scale: torch.Tensor
 
+    @staticmethod
+    def embeds(output) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalized embeddings of a `CLIPOutput`'s images and texts, fp32."""
+        # Normalized again: under autocast, CLIP's own norm is only as exact as bf16.
+        return tuple(F.normalize(x.float(), dim=-1) for x in (output.image_embeds, output.text_embeds))
+
     @classmethod
     def from_output(cls, output, logit_scale: torch.Tensor) -> "ClipFeatures":
         """Reads a `CLIPOutput` and the model's logarithmic `logit_scale`."""
-        # Normalized again: under autocast, CLIP's own norm is only as exact as bf16.
-        images, texts = (F.normalize(x.float(), dim=-1) for x in (output.image_embeds, output.text_embeds))
-        return cls(images, texts, logit_scale.float().exp())
+        return cls(*cls.embeds(output), logit_scale.float().exp())
 
     def logits_per_image(self) -> torch.Tensor:
         """Scaled cosine similarities of shape `(images, texts)`."""

@@ -19,49 +19,51 @@ from clipmap_hf.training.arguments import (
     RunArguments,
     StudentArguments,
     TeacherArguments,
-    parse_arguments,
-    save_arguments,
+    TeacherCacheArguments,
 )
+from clipmap_hf.training.parsing import parse_arguments, save_arguments
 
 
 def main() -> None:
-    data, teacher, student, run, mapping, distillation = parse_arguments(
+    data, teacher, cache, student, run, mapping, distillation = parse_arguments(
         DataArguments,
         TeacherArguments,
+        TeacherCacheArguments,
         StudentArguments,
         RunArguments,
         stages={"mapping": MappingArguments, "distillation": DistillationArguments},
         description=__doc__,
     )
     from clipmap_hf.compressor import ClipMapCompressor
-    from clipmap_hf.models import load_model
-    from clipmap_hf.runs import run_distillation, run_mapping
+    from clipmap_hf.distributed import join_processes
+    from clipmap_hf.runs import Teacher, run_distillation, run_mapping
     from clipmap_hf.training.setup import map_config
 
+    processes = join_processes()
     arguments_file = Path(run.output_dir) / "arguments.yaml"
-    save_arguments(arguments_file, data, teacher, student, run, mapping=mapping, distillation=distillation)
+    save_arguments(arguments_file, data, teacher, cache, student, run, mapping=mapping, distillation=distillation)
     config = map_config(student, run.seed)
-    compressor = ClipMapCompressor.from_pretrained(
-        teacher.teacher, config, revision=teacher.teacher_revision, backend=data.image_backend
-    )
-    print(compressor.cost())
+    teacher_id, revision = teacher.teachers[0]
+    compressor = ClipMapCompressor.from_pretrained(teacher_id, config, revision=revision, backend=data.image_backend)
+    processes.print(compressor.cost())
     mapped = dataclasses.replace(run, output_dir=str(Path(run.output_dir) / "mapped"))
     recipe = arguments_file.read_text()
     run_mapping(compressor, mapping, mapped, data, recipe=recipe)
     model, processor = compressor.export(), compressor.processor
-    teacher_id, revision = compressor.teacher_id, compressor.teacher_revision  # of the map, if that was gone on with
+    # The first is the map's, if one was gone on with.
+    teachers = [(compressor.teacher_id, compressor.teacher_revision), *teacher.teachers[1:]]
     del compressor  # the operators are on disk, and larger than both models
     result = run_distillation(
         model,
-        load_model(teacher_id, revision=revision),
+        [Teacher.load(*one, backend=data.image_backend) for one in teachers],
         processor,
         distillation,
         run,
         data,
-        teacher_id=teacher_id,
+        cache=cache,
         recipe=recipe,
     )
-    print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))
+    processes.print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))
 
 
 if __name__ == "__main__":

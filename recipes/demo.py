@@ -20,9 +20,8 @@ from clipmap_hf.training.arguments import (
     StageArguments,
     StudentArguments,
     TeacherArguments,
-    parse_arguments,
-    save_arguments,
 )
+from clipmap_hf.training.parsing import parse_arguments, save_arguments
 
 
 def parse(argv: list[str]) -> tuple:
@@ -48,17 +47,16 @@ def main() -> None:
 
     from clipmap_hf.compressor import ClipMapCompressor
     from clipmap_hf.demo.report import Contestant, write_report
-    from clipmap_hf.models import load_model
-    from clipmap_hf.runs import run_distillation, run_mapping
+    from clipmap_hf.runs import Teacher, run_distillation, run_mapping
     from clipmap_hf.training.setup import map_config, run_stage, training_pairs
     from clipmap_hf.training.stages import ContrastiveStage
 
     logging.disable_progress_bar()
-    output, teacher_id = Path(run.output_dir), teacher_arguments.teacher
+    output, teacher_id = Path(run.output_dir), teacher_arguments.teacher[0]
     arguments_file = output / "arguments.yaml"
     sections = {"mapping": mapping, "distillation": distillation, "manual": manual, "scratch": scratch}
     save_arguments(arguments_file, data, teacher_arguments, student_arguments, run, **sections)
-    teacher, pairs = load_model(teacher_id), training_pairs(data)
+    teacher, pairs = Teacher.load(teacher_id), training_pairs(data)
     compressor = ClipMapCompressor.from_pretrained(teacher_id, map_config(student_arguments, run.seed))
     processor, inherited = compressor.processor, compressor.export()
     training_only = dataclasses.replace(data, eval_data=None)  # the report evaluates all models at the end
@@ -68,21 +66,20 @@ def main() -> None:
 
     mapped = run_mapping(compressor, mapping, into("mapped"), training_only, pairs=pairs)
     student = compressor.export()
-    known = {"teacher_id": teacher_id, "pairs": pairs}
     recipe = arguments_file.read_text()
     distilled = run_distillation(
-        student, teacher, processor, distillation, into("student"), data, recipe=recipe, **known
+        student, [teacher], processor, distillation, into("student"), data, recipe=recipe, pairs=pairs
     )
     pairs_seen = mapped.pairs + distilled.pairs  # every student sees as many
     manual, scratch = (dataclasses.replace(one, steps=pairs_seen // one.batch_size) for one in (manual, scratch))
-    manual_run = run_distillation(inherited, teacher, processor, manual, into("manual"), training_only, **known)
+    manual_run = run_distillation(inherited, [teacher], processor, manual, into("manual"), training_only, pairs=pairs)
     set_seed(run.seed)
     fresh = CLIPModel(student.config)
     stage = ContrastiveStage(fresh, scratch.logit_scale, scratch.learn_logit_scale)
     scratch_run = run_stage(stage, scratch, into("scratch"), training_only, processor, name="scratch", pairs=pairs)
 
     contestants = {
-        "teacher": Contestant(teacher),
+        "teacher": Contestant(teacher.model),
         "CLIP-Map": Contestant(student, pairs_seen, mapped.seconds + distilled.seconds),
         "manual inheritance + distillation": Contestant(inherited, manual_run.pairs, manual_run.seconds),
         "from scratch": Contestant(fresh, scratch_run.pairs, scratch_run.seconds),

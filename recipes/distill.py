@@ -3,6 +3,8 @@ The retraining stage alone: distills any student `CLIPModel` (a mapped one, or a
 
     python recipes/distill.py --student_model mapped --teacher openai/clip-vit-base-patch16 \
         --train_data pairs.parquet --output_dir distilled
+
+With `--teacher_cache DIR`, the teachers' embeddings are computed first (or by recipes/cache.py), and then only read.
 """
 
 from dataclasses import dataclass, field
@@ -15,9 +17,9 @@ from clipmap_hf.training.arguments import (
     RunArguments,
     StudentArguments,
     TeacherArguments,
-    parse_arguments,
-    save_arguments,
+    TeacherCacheArguments,
 )
+from clipmap_hf.training.parsing import parse_arguments, save_arguments
 
 
 @dataclass
@@ -27,9 +29,10 @@ class StudentModelArguments:
 
 
 def main() -> None:
-    data, teacher, student, run, distillation = parse_arguments(
+    data, teacher, cache, student, run, distillation = parse_arguments(
         DataArguments,
         TeacherArguments,
+        TeacherCacheArguments,
         StudentModelArguments,
         RunArguments,
         stages={"distillation": DistillationArguments},
@@ -37,19 +40,21 @@ def main() -> None:
         other_stages={"mapping": MappingArguments},
         description=__doc__,
     )
+    from clipmap_hf.distributed import join_processes
     from clipmap_hf.models import load_model, load_processor
-    from clipmap_hf.runs import run_distillation
+    from clipmap_hf.runs import Teacher, run_distillation
 
+    join_processes()
     arguments_file = Path(run.output_dir) / "arguments.yaml"
-    save_arguments(arguments_file, data, teacher, student, run, distillation=distillation)
+    save_arguments(arguments_file, data, teacher, cache, student, run, distillation=distillation)
     run_distillation(
         load_model(student.student_model, revision=student.student_revision),
-        load_model(teacher.teacher, revision=teacher.teacher_revision),
+        [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers],
         load_processor(student.student_model, revision=student.student_revision, backend=data.image_backend),
         distillation,
         run,
         data,
-        teacher_id=teacher.teacher,
+        cache=cache,
         recipe=arguments_file.read_text(),
     )
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from clipmap_hf.training.arguments import parse_arguments
+from clipmap_hf.training.parsing import parse_arguments
 
 
 @dataclass
@@ -35,16 +35,16 @@ class EvaluateArguments:
 def main() -> None:
     (arguments,) = parse_arguments(EvaluateArguments, description=__doc__)
     import transformers
-    from accelerate import Accelerator
 
+    from clipmap_hf.distributed import join_processes
     from clipmap_hf.models import load_model, load_processor
 
-    accelerator = Accelerator()
-    model = load_model(arguments.model, revision=arguments.model_revision).to(accelerator.device)
+    processes = join_processes()
+    model = load_model(arguments.model, revision=arguments.model_revision).to(processes.device)
     processor = load_processor(arguments.model, revision=arguments.model_revision, backend=arguments.image_backend)
     metrics = (retrieval if arguments.label_column is None else classification)(arguments, model, processor)
-    accelerator.print("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
-    if arguments.output is not None and accelerator.is_main_process:
+    processes.print("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
+    if arguments.output is not None and processes.is_main_process:
         result = {"metrics": metrics, "arguments": asdict(arguments), "transformers": transformers.__version__}
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
 

@@ -16,9 +16,9 @@ from clipmap_hf.training.arguments import (
     RunArguments,
     StudentArguments,
     TeacherArguments,
-    parse_arguments,
-    save_arguments,
+    TeacherCacheArguments,
 )
+from clipmap_hf.training.parsing import parse_arguments, save_arguments
 
 
 def main() -> None:
@@ -28,20 +28,22 @@ def main() -> None:
         StudentArguments,
         RunArguments,
         stages={"mapping": MappingArguments},
+        others=(TeacherCacheArguments,),
         other_stages={"distillation": DistillationArguments},
         description=__doc__,
     )
     from clipmap_hf.compressor import ClipMapCompressor
+    from clipmap_hf.distributed import join_processes
     from clipmap_hf.runs import run_mapping
     from clipmap_hf.training.setup import map_config
 
+    processes = join_processes()
     arguments_file = Path(run.output_dir) / "arguments.yaml"
     save_arguments(arguments_file, data, teacher, student, run, mapping=mapping)
     config = map_config(student, run.seed)
-    compressor = ClipMapCompressor.from_pretrained(
-        teacher.teacher, config, revision=teacher.teacher_revision, backend=data.image_backend
-    )
-    print(compressor.cost())
+    teacher_id, revision = teacher.teachers[0]
+    compressor = ClipMapCompressor.from_pretrained(teacher_id, config, revision=revision, backend=data.image_backend)
+    processes.print(compressor.cost())
     run_mapping(compressor, mapping, run, data, recipe=arguments_file.read_text())
 
 

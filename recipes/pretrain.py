@@ -11,7 +11,8 @@ tokenizer is trained on the captions as well.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments, parse_arguments, save_arguments
+from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments
+from clipmap_hf.training.parsing import parse_arguments, save_arguments
 
 
 @dataclass
@@ -38,11 +39,14 @@ def main() -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModel
 
+    from clipmap_hf.atomic import atomic_files
+    from clipmap_hf.distributed import join_processes
     from clipmap_hf.families import family_for
     from clipmap_hf.models import load_config, load_processor
     from clipmap_hf.training.setup import evaluation_function, run_stage, training_pairs
     from clipmap_hf.training.stages import ContrastiveStage
 
+    join_processes()
     save_arguments(Path(run.output_dir) / "arguments.yaml", data, architecture, run, arguments)
     set_seed(run.seed)
     pairs = training_pairs(data)
@@ -55,8 +59,9 @@ def main() -> None:
     model = AutoModel.from_config(config)
 
     def save(folder: Path, _metrics: dict[str, float]) -> None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        with atomic_files(folder) as temporary:
+            model.save_pretrained(temporary)
+            processor.save_pretrained(temporary)
 
     stage = ContrastiveStage(model, arguments.logit_scale, arguments.learn_logit_scale)
     evaluate = evaluation_function(data, processor, run)

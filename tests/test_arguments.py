@@ -12,9 +12,8 @@ from clipmap_hf.training.arguments import (
     StageArguments,
     StudentArguments,
     TeacherArguments,
-    parse_arguments,
-    save_arguments,
 )
+from clipmap_hf.training.parsing import parse_arguments, save_arguments
 
 
 @dataclass

@@ -4,7 +4,8 @@ from huggingface_hub import ModelCard
 
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
-from clipmap_hf.training.arguments import RunArguments, StageArguments, save_arguments
+from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.parsing import save_arguments
 
 
 METHOD = "Its weights were mapped."

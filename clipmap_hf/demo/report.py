@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from clipmap_hf.data.collate import decode_image
+from clipmap_hf.data.images import decode_image, image_bytes
 from clipmap_hf.demo.page import retrieval_page
 from clipmap_hf.evaluation.cost import model_cost
 from clipmap_hf.evaluation.retrieval import embed_pairs, recall_at_k
@@ -49,7 +49,7 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
         processor: Tokenizer and image processor of all models.
     """
     loader = evaluation_batches(data, processor)
-    batches, pairs = list(loader), loader.dataset.pairs
+    batches, pairs = list(loader), loader.dataset
     embeddings = {name: embed_pairs(one.model, batches)[:2] for name, one in contestants.items()}
     results = {name: _measure(one, *embeddings[name]) for name, one in contestants.items()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -59,7 +59,7 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
     page = retrieval_page(
         "CLIP-Map on emoji of an unseen style",
         rows,
-        [decode_image(image) for image in pairs["image"]],
+        [decode_image(image_bytes(image)) for image in pairs["image"]],
         pairs[data.caption_column[0]],
         dict(list(embeddings.items())[:2]),
         picks=range(0, len(pairs), -(-len(pairs) // SHOWN_PAIRS)),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset
 
-from clipmap_hf.data.collate import decode_image
+from clipmap_hf.data.images import decode_image, image_bytes
 
 
 __all__ = ["class_names", "labeled_batches"]
@@ -46,7 +46,7 @@ def labeled_batches(
     number = {name: index for index, name in enumerate(names)}
     for start in range(0, len(dataset), batch_size):
         rows = dataset[start : start + batch_size]
-        images = [decode_image(image) for image in rows["image"]]
+        images = [decode_image(image_bytes(image)) for image in rows["image"]]
         labels = [label if isinstance(label, int) else number[label] for label in rows[label_column]]
         pixels = image_processor(images, return_tensors="pt")["pixel_values"]
         yield {"pixel_values": pixels, "labels": torch.tensor(labels)}

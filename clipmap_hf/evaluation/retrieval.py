@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from clipmap_hf.distributed import gather, process_index
 from clipmap_hf.features import encode_images, encode_texts, evaluating
 
 
@@ -68,28 +69,33 @@ def _ranks(
 def embed_pairs(model: nn.Module, batches: Iterable[Mapping]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Normalized embeddings of collated batches, on the CPU: of images `(images, dim)`, of texts `(texts, dim)`, and the
-    image of each text `(texts,)`. The model runs in eval mode.
+    image of each text `(texts,)`. The model runs in eval mode. Of several processes, each brings its own batches, and
+    has the embeddings of all in the end.
 
     Raises:
         ValueError: If the collator left out a row; results on fewer pairs would not be comparable.
     """
     device = next(model.parameters()).device
     image_embeds, text_embeds, image_of_text = [], [], []
-    images = 0
+    images = bad_rows = 0
     with evaluating(model):
         for batch in batches:
-            if batch.get("bad_rows"):
-                raise ValueError(
-                    f"{batch['bad_rows']} evaluation pairs cannot be read; the log says why. Mend the data."
-                )
-            image_embeds.append(encode_images(model, batch["pixel_values"].to(device)).cpu())
+            bad_rows += sum(batch.get("bad_rows", {}).values())
+            if bad_rows:
+                continue  # only to count them all
+            image_embeds.append(encode_images(model, batch["pixel_values"].to(device)))
             tokens = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
-            text_embeds.append(encode_texts(model, *tokens).cpu())
-            image_of_text.append(batch["image_of_text"] + images)
+            text_embeds.append(encode_texts(model, *tokens))
+            image_of_text.append(batch["image_of_text"].to(device) + images)
             images += len(batch["pixel_values"])
+    counts = gather(torch.tensor([[images, bad_rows]], device=device))  # (processes, 2)
+    if counts[:, 1].any():
+        raise ValueError(f"{counts[:, 1].sum()} evaluation pairs cannot be read; the log says why. Mend the data.")
     if not images:
         raise ValueError("There are no evaluation pairs.")
-    return torch.cat(image_embeds), torch.cat(text_embeds), torch.cat(image_of_text)
+    embeds = [torch.cat(image_embeds), torch.cat(text_embeds), torch.cat(image_of_text)]
+    embeds[2] += counts[: process_index(), 0].sum()
+    return tuple(gather(rows).cpu() for rows in embeds)
 
 
 def evaluate_retrieval(

@@ -6,6 +6,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import CLIPProcessor, PreTrainedModel
 
+from clipmap_hf.atomic import atomic_files
+
 
 __all__ = ["MAP_CONFIG", "MAP_FOLDER", "write_student_folder"]
 
@@ -20,9 +22,9 @@ def write_student_folder(
     removed.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_files(folder) as temporary:
+        student.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        card.save(temporary / "README.md")
     if (folder / MAP_FOLDER / MAP_CONFIG).exists():
         shutil.rmtree(folder / MAP_FOLDER)
-    student.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    card.save(folder / "README.md")

@@ -20,7 +20,7 @@ def push_folder(
     delete_patterns: list[str] | None = None,
 ) -> CommitInfo:
     """
-    Creates the repository if needed and uploads the folder as one commit.
+    Creates the repository if needed and uploads the folder as one commit; checkpoints in it stay here.
 
     Args:
         folder: What to upload.
@@ -43,4 +43,5 @@ def push_folder(
         create_pr=create_pr,
         commit_message=commit_message,
         delete_patterns=delete_patterns,
+        ignore_patterns=["checkpoints/*", ".*.tmp/*"],
     )

@@ -1,4 +1,4 @@
-"""Losses: pure functions of `(student, teacher)` features, one a file."""
+"""Losses: pure functions of `(student, *teachers)` features, one a file."""
 
 from clipmap_hf.losses.affinity import affinity_loss
 from clipmap_hf.losses.contrastive import contrastive_loss

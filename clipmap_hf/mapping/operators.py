@@ -39,12 +39,12 @@ def project(tensor: torch.Tensor, operator: torch.Tensor, axis: int) -> torch.Te
         operator: `(small, big)`, or `(layers, small, big)` to apply a different one per layer.
         axis: Counted from the end (negative).
     """
-    moved = tensor.movedim(axis, -1)  # (..., big)
     if operator.ndim == 2:
-        return (moved @ operator.T).movedim(-1, axis)
-    rows = moved.reshape(len(operator), -1, moved.shape[-1])  # (layers, rows, big)
-    result = rows @ operator.mT  # (layers, rows, small)
-    return result.reshape(*moved.shape[:-1], operator.shape[-2]).movedim(-1, axis)
+        return (tensor.movedim(axis, -1) @ operator.T).movedim(-1, axis)
+    columns = tensor.movedim(axis, 1)  # (layers, big, ...)
+    # From the left: then the gradient of the operator, which may be the largest tensor of all, is contiguous.
+    result = operator @ columns.flatten(2) if tensor.ndim > 2 else operator @ columns[..., None]
+    return result.reshape(*operator.shape[:2], *columns.shape[2:]).movedim(1, axis)
 
 
 def project_axes(tensor: torch.Tensor, operators: Mapping[int, torch.Tensor]) -> torch.Tensor:

@@ -1,13 +1,7 @@
-"""What a recipe can be told: flat dataclasses, read from `--config file.yaml` and the command line (which wins)."""
+"""What a recipe can be told: flat dataclasses, one for each thing that it is about."""
 
-import argparse
-import dataclasses
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 
 __all__ = [
@@ -18,8 +12,7 @@ __all__ = [
     "StageArguments",
     "StudentArguments",
     "TeacherArguments",
-    "parse_arguments",
-    "save_arguments",
+    "TeacherCacheArguments",
 ]
 
 
@@ -42,9 +35,23 @@ class RunArguments:
     log_with: str | None = field(
         default=None, metadata={"help": "An experiment tracker of Accelerate, e.g. `tensorboard` or `wandb`."}
     )
+    checkpoint_every: int = field(
+        default=500, metadata={"help": "Steps between checkpoints, of which the last two are kept."}
+    )
+    resume: Literal["auto", "never"] = field(
+        default="auto",
+        metadata={"help": "Go on from the last checkpoint in `output_dir`, if there is one, or start anew."},
+    )
+    max_skipped: int = field(
+        default=10, metadata={"help": "Steps in a row that may be skipped because their gradient is not finite."}
+    )
 
     def __post_init__(self):
-        _check_ranges(self, at_least_0=("seed", "num_workers"), above_0=("log_every", "eval_every"))
+        _check_ranges(
+            self,
+            at_least_0=("seed", "num_workers", "max_skipped"),
+            above_0=("log_every", "eval_every", "checkpoint_every"),
+        )
 
 
 @dataclass
@@ -54,6 +61,10 @@ class DataArguments:
     train_data: str = field(
         metadata={"help": "Hub id, image folder, or path or glob of parquet files or webdataset tars."}
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read `train_data` shard by shard instead of making a local table of it."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows that a stream is shuffled among, per worker."})
     eval_data: str | None = field(default=None, metadata={"help": "Pairs to measure retrieval on; same forms."})
     train_split: str = field(default="train", metadata={"help": "Split of `train_data`."})
     eval_split: str = field(
@@ -88,6 +99,7 @@ class DataArguments:
 
     def __post_init__(self):
         _check_ranges(self, at_least_0=("flip", "rotation", "color_jitter", "grayscale", "max_bad_fraction"))
+        _check_ranges(self, above_0=("shuffle_buffer",))
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
                 f"crop_scale={self.crop_scale} must be two ascending shares of the area, such as 0.9 1.0."
@@ -98,8 +110,39 @@ class DataArguments:
 class TeacherArguments:
     """The model to compress."""
 
-    teacher: str = field(metadata={"help": "Hub id or folder of a CLIPModel."})
-    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub teacher."})
+    teacher: list[str] = field(
+        metadata={"help": "Hub id or folder of a CLIPModel. Of several, the first is mapped, and all together teach."}
+    )
+    teacher_revision: list[str] = field(
+        default_factory=list, metadata={"help": "Branch, tag or commit of each teacher on the Hub."}
+    )
+
+    def __post_init__(self):
+        if self.teacher_revision and len(self.teacher_revision) != len(self.teacher):
+            raise ValueError(
+                f"{len(self.teacher)} teachers need as many revisions, or none; got {self.teacher_revision}."
+            )
+
+    @property
+    def teachers(self) -> list[tuple[str, str | None]]:
+        """Id and revision of each."""
+        return list(zip(self.teacher, self.teacher_revision or [None] * len(self.teacher), strict=True))
+
+
+@dataclass
+class TeacherCacheArguments:
+    """Where the teachers' embeddings are kept, so that they are computed once."""
+
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the embeddings; made if it is not there. By default, none are kept."},
+    )
+    views: int = field(
+        default=4, metadata={"help": "Views of each image and caption to keep; training goes through them in turn."}
+    )
+
+    def __post_init__(self):
+        _check_ranges(self, above_0=("views",))
 
 
 @dataclass
@@ -136,7 +179,11 @@ class StageArguments:
         default=1.0, metadata={"help": "Passes over the training data; ignored when `steps` is set."}
     )
     steps: int | None = field(default=None, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=256, metadata={"help": "Pairs per optimizer step."})
+    batch_size: int = field(default=256, metadata={"help": "Pairs per optimizer step, of all processes together."})
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Pairs to hold in memory at a time: same gradient, a third more time (gradient caching)."},
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.2, metadata={"help": "Decoupled decay of matrices."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Linear warm-up: steps, or a share of all if below 1."})
@@ -149,7 +196,7 @@ class StageArguments:
 
     def __post_init__(self):
         _check_ranges(self, at_least_0=("epochs", "steps", "learning_rate", "weight_decay", "warmup_steps"))
-        _check_ranges(self, above_0=("batch_size", "max_grad_norm", "logit_scale", "adam_epsilon"))
+        _check_ranges(self, above_0=("batch_size", "micro_batch_size", "max_grad_norm", "logit_scale", "adam_epsilon"))
         if self.logit_scale > 100:
             raise ValueError(f"logit_scale={self.logit_scale} must not exceed 100, CLIP's bound.")
 
@@ -175,112 +222,3 @@ def _check_ranges(arguments: Any, at_least_0: tuple[str, ...] = (), above_0: tup
         value = getattr(arguments, name)
         if value is not None and not (value >= 0 if name in at_least_0 else value > 0):
             raise ValueError(f"{name}={value} must be {'at least 0' if name in at_least_0 else 'above 0'}.")
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of a recipe's examples as they are."""
-
-
-def parse_arguments(
-    *dataclass_types: type,
-    stages: dict[str, type] | None = None,
-    others: tuple[type, ...] = (),
-    other_stages: dict[str, type] | None = None,
-    description: str | None = None,
-    argv: list[str] | None = None,
-) -> tuple:
-    """
-    Reads dataclasses from the command line and from `--config file.yaml`; the command line wins.
-
-    Args:
-        dataclass_types: Flat dataclasses whose fields become `--options` and top-level YAML keys.
-        stages: `{name: dataclass}` whose fields become `--{name}_{option}` and keys of the YAML section `name:`.
-        others: Dataclasses of another recipe that reads the same YAML; their keys are known there, and left alone.
-        other_stages: Sections of another recipe that reads the same YAML; their keys are checked, and left alone.
-        description: Shown by `--help`.
-        argv: Arguments instead of `sys.argv[1:]`.
-
-    Returns:
-        One instance per dataclass type, then one per stage.
-
-    Raises:
-        ValueError: If the YAML file has a key that no dataclass knows.
-    """
-    from transformers import HfArgumentParser  # seconds to import on a cold disk, and only needed here
-
-    stages = stages or {}
-    prefixed = [_with_prefix(name, stage) for name, stage in stages.items()]
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path, help="YAML file with values for these options; the command line wins")
-    config, argv = finder.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if config.config is not None:
-        known = {f.name for one in [*dataclass_types, *prefixed] for f in dataclasses.fields(one)}
-        ignored = {f.name for one in others for f in dataclasses.fields(one)} - known
-        argv = _yaml_options(config.config, known, ignored, {**stages, **(other_stages or {})}, stages) + argv
-    parser = HfArgumentParser(
-        [*dataclass_types, *prefixed],
-        description=description,
-        parents=[finder],
-        allow_abbrev=False,
-        formatter_class=_HelpFormatter,
-    )
-    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    plain, staged = parsed[: len(dataclass_types)], parsed[len(dataclass_types) :]
-    return *plain, *(
-        stage(**{f.name: getattr(values, f"{name}_{f.name}") for f in dataclasses.fields(stage)})
-        for (name, stage), values in zip(stages.items(), staged, strict=False)  # a namespace with `config` comes last
-    )
-
-
-def save_arguments(path: Path, *arguments: Any, **stages: Any) -> None:
-    """Writes resolved arguments as YAML that `--config` reads back; `stages` become sections under their names."""
-    plain = {key: value for one in arguments for key, value in dataclasses.asdict(one).items()}
-    content = {key: value for key, value in plain.items() if value != []}  # an option takes at least one value
-    content |= {name: dataclasses.asdict(one) for name, one in stages.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-
-
-def _yaml_options(
-    path: Path, known: set[str], ignored: set[str], sections: dict[str, type], own: dict[str, type]
-) -> list[str]:
-    """The file's values as command-line options, so that both are converted and checked by one parser."""
-    content = yaml.safe_load(path.read_text()) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
-    options = []
-    for key, value in content.items():
-        if key in sections:
-            if not isinstance(value or {}, dict):
-                raise ValueError(f"{path}: section {key!r} must hold `key: value` lines, got {value!r}.")
-            allowed = {f.name for f in dataclasses.fields(sections[key])}
-            _check_known(path, value or {}, allowed, f" in section {key!r}")
-            if key in own:
-                for name, inner in (value or {}).items():
-                    options += _option(f"{key}_{name}", inner)
-        elif key not in ignored:
-            _check_known(path, {key}, known | set(sections), "")
-            options += _option(key, value)
-    return options
-
-
-def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
-    unknown = sorted(set(map(str, keys)) - allowed)
-    if unknown:
-        raise ValueError(f"{path}: unknown keys {unknown}{where}; allowed are {sorted(allowed)}.")
-
-
-def _option(name: str, value: Any) -> list[str]:
-    if value is None or value == []:
-        return []
-    if isinstance(value, dict):
-        raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-
-
-def _with_prefix(name: str, stage: type) -> type:
-    """A copy of the dataclass `stage` (whose fields are scalars) with every field renamed `{name}_{field}`."""
-    fields = [
-        (f"{name}_{f.name}", f.type, field(default=f.default, metadata=f.metadata)) for f in dataclasses.fields(stage)
-    ]
-    return dataclasses.make_dataclass(f"{name.title()}{stage.__name__}", fields, namespace={"__module__": __name__})

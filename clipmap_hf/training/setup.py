@@ -1,9 +1,11 @@
 """From a recipe's arguments to what they name: the student's config, pairs, collators, evaluation, a trained stage."""
 
 import dataclasses
+import glob
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,7 +13,10 @@ from torch.utils.data import DataLoader
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.pairs import PairDataset, load_pairs
+from clipmap_hf.data.loader import PairDataset, PairStream
+from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.teacher_cache import TeacherCache
+from clipmap_hf.distributed import process_count, process_index
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments, StudentArguments
 from clipmap_hf.training.stages import Stage
@@ -23,9 +28,14 @@ __all__ = [
     "evaluation_function",
     "map_config",
     "run_stage",
+    "source_files",
+    "stage_seed",
     "training_collator",
     "training_pairs",
 ]
+
+# What may change between a run and its resumption.
+_INDIFFERENT = {"eval_data", "eval_split", "image_backend", "max_bad_fraction"}
 
 
 def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | None:
@@ -53,15 +63,16 @@ def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | No
     return dataclasses.replace(config, seed=seed, **given)
 
 
-def training_pairs(data: DataArguments) -> PairDataset:
+def training_pairs(data: DataArguments) -> PairDataset | PairStream:
     """The training pairs that `data` names."""
     pairs = load_pairs(
         data.train_data,
         split=data.train_split,
         image_column=data.image_column,
         caption_columns=[*data.caption_column, *data.keyword_column],
+        streaming=data.streaming,
     )
-    return PairDataset(pairs)
+    return PairStream(pairs, data.shuffle_buffer) if data.streaming else PairDataset(pairs)
 
 
 def training_collator(data: DataArguments, processor, seed: int) -> PairCollator:
@@ -87,7 +98,13 @@ def training_collator(data: DataArguments, processor, seed: int) -> PairCollator
 def evaluation_batches(
     data: DataArguments, processor, batch_size: int = 256, num_workers: int = 0
 ) -> DataLoader | None:
-    """The pairs of `data.eval_data`, preprocessed, with all captions of the first column; `None` if there are none."""
+    """
+    The pairs of `data.eval_data`, preprocessed, with all captions of the first column; of several processes, each has
+    its share of them. `None` if there is no evaluation data.
+
+    Raises:
+        ValueError: If there are fewer pairs than processes.
+    """
     if data.eval_data is None:
         return None
     pairs = load_pairs(
@@ -97,7 +114,10 @@ def evaluation_batches(
         caption_columns=data.caption_column[:1],
     )
     collator = PairCollator(processor.tokenizer, processor.image_processor, data.caption_column[:1])
-    return DataLoader(PairDataset(pairs), batch_size, collate_fn=collator, num_workers=num_workers)
+    if len(pairs) < process_count():
+        raise ValueError(f"{data.eval_data!r} has {len(pairs)} pairs, fewer than the {process_count()} processes.")
+    pairs = pairs.shard(process_count(), process_index(), contiguous=True)
+    return DataLoader(pairs, batch_size, collate_fn=collator, num_workers=num_workers)
 
 
 def evaluation_function(
@@ -108,6 +128,22 @@ def evaluation_function(
     return None if batches is None else lambda model: evaluate_retrieval(model, batches)
 
 
+def source_files(data: DataArguments) -> dict[str, Any]:
+    """What tells one set of training pairs from another: names and sizes of its files, or its id, and its columns."""
+    path = Path(data.train_data)
+    found = sorted(path.rglob("*") if path.is_dir() else map(Path, glob.glob(data.train_data, recursive=True)))
+    return {
+        "files": {one.name: one.stat().st_size for one in found if one.is_file()} or data.train_data,
+        "split": data.train_split,
+        "image_column": data.image_column,
+    }
+
+
+def stage_seed(name: str, seed: int) -> int:
+    """A stage's own seed: with one for all, a second stage would see the first one's batches and crops again."""
+    return zlib.crc32(f"{name}-{seed}".encode())
+
+
 def run_stage(
     stage: Stage,
     arguments: StageArguments,
@@ -116,25 +152,30 @@ def run_stage(
     processor,
     *,
     name: str,
-    pairs: PairDataset | None = None,
+    pairs: PairDataset | PairStream | None = None,
     evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     save: Callable[[Path, dict[str, float]], None] | None = None,
+    config: dict[str, Any] | None = None,
+    teacher_cache: TeacherCache | None = None,
 ) -> TrainResult:
     """
-    Trains a stage on `data`; arguments as in `Trainer`.
-
-    The stage's own seed is derived from `run.seed` and `name`: with one seed for all, a second stage would see the
-    first one's batches and crops again.
+    Trains a stage on `data`, with the `stage_seed` of its name and `run.seed`; arguments as in `Trainer`. With a
+    `teacher_cache`, training goes through the views that it holds.
     """
-    run = dataclasses.replace(run, seed=zlib.crc32(f"{name}-{run.seed}".encode()))
+    run = dataclasses.replace(run, seed=stage_seed(name, run.seed))
+    collator = training_collator(data, processor, run.seed)
+    if teacher_cache is not None:
+        collator.teacher_cache, collator.views = teacher_cache, teacher_cache.views
+    decisive = {key: value for key, value in dataclasses.asdict(data).items() if key not in _INDIFFERENT}
     return Trainer(
         stage,
         arguments,
         run,
         training_pairs(data) if pairs is None else pairs,
-        training_collator(data, processor, run.seed),
+        collator,
         evaluate,
         save,
         data.max_bad_fraction,
         name,
+        {**decisive, "views": collator.views, **(config or {})},
     ).train()

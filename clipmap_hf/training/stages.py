@@ -1,12 +1,16 @@
-"""What is trained, against whom, by which losses: one module per stage, whose `forward(batch)` returns the loss."""
+"""What is trained, against whom, by which losses: one module per stage, whose `forward(chunks)` returns the loss."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from clipmap_hf.data.collate import normalized_pixels
+from clipmap_hf.distributed import average_gradients, gather
 from clipmap_hf.features import ClipFeatures
 from clipmap_hf.losses import affinity_loss, contrastive_loss
 from clipmap_hf.mapping.mapper import WeightMapper
@@ -15,18 +19,24 @@ from clipmap_hf.mapping.mapper import WeightMapper
 __all__ = ["ContrastiveStage", "DistillationStage", "MappingStage", "Stage"]
 
 MAX_LOGIT_SCALE = 100.0
-_INPUTS = ("input_ids", "attention_mask", "pixel_values")
+Batch = Mapping[str, torch.Tensor]
 
 
 class Stage(nn.Module):
     """
-    A training stage. The loop calls it on collated batches and knows nothing else of it.
+    A training stage. The loop calls it on the chunks of a batch and knows nothing else of it.
+
+    Of several chunks, only the embeddings are kept; the loss spans them all, and those of all processes, and in its
+    backward pass every chunk is computed once more, with the same random numbers, for its gradient (gradient caching).
+    So a step needs the memory of one chunk, a third more time, and has the gradient of the whole batch.
 
     Args:
         trained: The module whose parameters are trained; it has a `logit_scale` (the logarithm).
         logit_scale: Reciprocal temperature of all logits, the teacher's included (Tables 8 and 9: 50).
         learn_logit_scale: Whether to train it from there, clamped at 100 as CLIP's.
     """
+
+    averages_gradients = False  # whether backward leaves the mean of all processes, so that no wrapper has to
 
     def __init__(self, trained: nn.Module, logit_scale: float, learn_logit_scale: bool):
         super().__init__()
@@ -35,8 +45,8 @@ class Stage(nn.Module):
         trained.logit_scale.data.fill_(self.initial_logit_scale)
         trained.logit_scale.requires_grad_(learn_logit_scale)
 
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns `{"loss": …}` and the scalars to log."""
+    def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        """Returns `{"loss": …}` over the chunks of all processes, and the scalars to log."""
         raise NotImplementedError
 
     def student(self) -> nn.Module:
@@ -48,45 +58,66 @@ class Stage(nn.Module):
         if self.trained.logit_scale.requires_grad:
             self.trained.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
-    def _student_features(self, batch: Mapping[str, torch.Tensor]) -> ClipFeatures:
-        output = self.trained(**{name: batch[name] for name in _INPUTS})
-        return ClipFeatures.from_output(output, self.trained.logit_scale)
+    def _model(self, chunks: Sequence[Batch]) -> Callable:
+        """What computes the student's `CLIPOutput` of each of these chunks."""
+        return self.trained
+
+    def _student_features(self, chunks: Sequence[Batch]) -> ClipFeatures:
+        model = self._model(chunks)
+        if len(chunks) == 1:
+            embeds = [_embed(model, chunks[0])]
+        else:
+            embeds = [checkpoint(_embed, model, chunk, use_reentrant=False) for chunk in chunks]
+        return _features(embeds, self.trained.logit_scale)
 
 
 class ContrastiveStage(Stage):
     """Trains all weights of a `CLIPModel` on the contrastive loss: pretraining, and the from-scratch baseline."""
 
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        features = self._student_features(batch)
+    def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        features = self._student_features(chunks)
         return {"loss": contrastive_loss(features), "logit_scale": features.logit_scale}
 
 
 class MappingStage(ContrastiveStage):
-    """Trains the operators of a `WeightMapper` on the contrastive loss, the teacher frozen (paper A.3, Eq. 12)."""
+    """
+    Trains the operators of a `WeightMapper` on the contrastive loss, the teacher frozen (paper A.3, Eq. 12). The
+    weights are mapped once for all chunks of a step, and what processes exchange are gradients of the student's size.
+    """
 
     trained: WeightMapper
+    averages_gradients = True
 
     def student(self) -> nn.Module:
         return self.trained.export()
 
+    def _model(self, chunks: Sequence[Batch]) -> Callable:
+        # Those of all processes: the gradient that comes back is the mean of theirs, for the rows that any looks up.
+        token_ids = gather(torch.cat([chunk["input_ids"].flatten() for chunk in chunks])) if self.training else None
+        weights = self.trained.materialize(token_ids)
+        trained = [name for name, weight in weights.items() if weight.requires_grad]
+        weights |= zip(trained, average_gradients([weights[name] for name in trained]), strict=True)
+        return lambda **inputs: functional_call(self.trained.skeleton, weights, args=(), kwargs=inputs)
+
 
 class DistillationStage(Stage):
     """
-    Trains all student weights against a frozen teacher: `(1 - λ) contrastive + λ affinity` (Eq. 11–13).
+    Trains all student weights against frozen teachers: `(1 - λ) contrastive + λ affinity` (Eq. 11–13).
 
     Args:
         trained: The student.
-        teacher: A `CLIPModel` that reads the same inputs; kept in eval mode and out of the stage's state dict.
+        teachers: `CLIPModel`s that read the same inputs; kept in eval mode and out of the stage's state dict. Without
+            any, chunks must bring `teacher_embeds`, from a `TeacherCache`.
         distillation_weight: λ of Eq. 13.
 
     Raises:
-        ValueError: If λ is no share, or the two models read different inputs.
+        ValueError: If λ is no share, or the models read different inputs.
     """
 
     def __init__(
         self,
         trained: nn.Module,
-        teacher: nn.Module,
+        teachers: Sequence[nn.Module],
         logit_scale: float,
         learn_logit_scale: bool,
         distillation_weight: float = 1.0,
@@ -94,22 +125,45 @@ class DistillationStage(Stage):
         super().__init__(trained, logit_scale, learn_logit_scale)
         if not 0 <= distillation_weight <= 1:
             raise ValueError(f"distillation_weight={distillation_weight} must lie between 0 and 1 (Eq. 13's λ).")
-        _check_same_inputs(trained.config, teacher.config)
+        for teacher in teachers:
+            _check_same_inputs(trained.config, teacher.config)
         self.distillation_weight = distillation_weight
-        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: not a submodule, so never saved or wrapped
+        # In a list, they are no submodules, so never saved, wrapped or sent to other processes.
+        self._teachers = [teacher.requires_grad_(False).eval() for teacher in teachers]
 
     def _apply(self, fn, *args, **kwargs):
-        self._teacher[0]._apply(fn, *args, **kwargs)
+        for teacher in self._teachers:
+            teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            output = self._teacher[0](**{name: batch[name] for name in _INPUTS})
-        scale = torch.tensor(self.initial_logit_scale, device=output.image_embeds.device)
-        teacher, student = ClipFeatures.from_output(output, scale), self._student_features(batch)
-        affinity, contrastive = affinity_loss(student, teacher), contrastive_loss(student)
+    def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        teachers, student = self._teacher_features(chunks), self._student_features(chunks)
+        affinity, contrastive = affinity_loss(student, *teachers), contrastive_loss(student)
         loss = self.distillation_weight * affinity + (1 - self.distillation_weight) * contrastive
         return {"loss": loss, "affinity": affinity, "contrastive": contrastive, "logit_scale": student.logit_scale}
+
+    @torch.no_grad()
+    def _teacher_features(self, chunks: Sequence[Batch]) -> list[ClipFeatures]:
+        embeds = [
+            [(images.float(), texts.float()) for images, texts in chunk["teacher_embeds"]]
+            if "teacher_embeds" in chunk
+            else [_embed(teacher, chunk) for teacher in self._teachers]
+            for chunk in chunks
+        ]
+        scale = torch.tensor(self.initial_logit_scale, device=embeds[0][0][0].device)
+        return [_features(of_teacher, scale) for of_teacher in zip(*embeds, strict=True)]
+
+
+def _embed(model: Callable, chunk: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalized embeddings of a chunk's images and texts."""
+    inputs = {name: chunk[name] for name in ("input_ids", "attention_mask")}
+    return ClipFeatures.embeds(model(**inputs, pixel_values=normalized_pixels(chunk)))
+
+
+def _features(embeds: Sequence[tuple[torch.Tensor, torch.Tensor]], logit_scale: torch.Tensor) -> ClipFeatures:
+    """The chunks' embeddings put together, those of all processes with them."""
+    images, texts = (gather(torch.cat(pieces)) for pieces in zip(*embeds, strict=True))
+    return ClipFeatures(images, texts, logit_scale.float().exp())
 
 
 def _check_same_inputs(student: PretrainedConfig, teacher: PretrainedConfig) -> None:

@@ -1,26 +1,33 @@
-"""The one Accelerate loop: step, log, evaluate, save. It knows stages only by their `forward(batch)`."""
+"""The one Accelerate loop: step, log, checkpoint, evaluate, save. It knows stages only by their `forward(chunks)`."""
 
 import json
+import logging
 import math
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.utils import set_seed, tqdm
-from torch.utils.data import DataLoader
-from transformers import get_cosine_schedule_with_warmup
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, gather_object, send_to_device, tqdm
 
 from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.pairs import PairDataset
+from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
+from clipmap_hf.distributed import gather, join_processes
 from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.checkpoints import Checkpoints, Progress
+from clipmap_hf.training.optimization import adamw, learning_rate_at, step_count
+from clipmap_hf.training.preemption import Preempted, watch_sigterm
 from clipmap_hf.training.stages import Stage
 
 
-__all__ = ["TrainResult", "Trainer", "parameter_groups"]
+__all__ = ["TrainResult", "Trainer"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,32 +38,18 @@ class TrainResult:
     Args:
         steps: Optimizer steps taken.
         pairs: Pairs trained on, repetitions counted.
-        seconds: Wall-clock time of training, evaluations left out.
-        bad_rows: Rows left out as undecodable or without caption.
+        seconds: Wall-clock time of training, evaluations and checkpoints left out.
+        bad_rows: Rows left out, by reason.
+        skipped: Steps skipped because the loss or its gradient was not finite.
         metrics: The last evaluation.
     """
 
     steps: int
     pairs: int
     seconds: float
-    bad_rows: int
+    bad_rows: dict[str, int]
+    skipped: int
     metrics: dict[str, float]
-
-
-def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """
-    AdamW's groups of the trainable parameters: matrices decay; vectors, scalars, position embeddings and depth
-    matrices (whose one-hot start is no neighborhood of zero) do not.
-    """
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-
-    def decays(name: str, parameter: torch.nn.Parameter) -> bool:
-        return parameter.ndim >= 2 and "position_embedding" not in name and "_depth" not in name
-
-    return [
-        {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if not decays(name, p)], "weight_decay": 0.0},
-    ]
 
 
 class Trainer:
@@ -69,11 +62,16 @@ class Trainer:
         run: Where and how to run.
         pairs: Training pairs.
         collator: Makes batches of them.
-        evaluate: Called with the current `CLIPModel`, returns metrics; `mean_recall` decides what is best.
-        save: Called with a folder and the last metrics: `output_dir` for the last state, `output_dir/best` for the
-            best evaluated one.
+        evaluate: Called in every process with the current `CLIPModel`, returns metrics; `mean_recall` decides what is
+            best.
+        save: Called in the main process with a folder and the last metrics: `output_dir` for the last state,
+            `output_dir/best` for the best evaluated one.
         max_bad_fraction: Share of bad rows above which training stops.
         name: Names the stage in logs.
+        config: What else decides the result, as JSON values; a checkpoint of another `config` is refused.
+
+    Raises:
+        ValueError: If batch, steps and data do not fit each other.
     """
 
     def __init__(
@@ -81,163 +79,205 @@ class Trainer:
         stage: Stage,
         arguments: StageArguments,
         run: RunArguments,
-        pairs: PairDataset,
+        pairs: PairDataset | PairStream,
         collator: PairCollator,
         evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
         save: Callable[[Path, dict[str, float]], None] | None = None,
         max_bad_fraction: float = 0.01,
         name: str = "train",
+        config: dict[str, Any] | None = None,
     ):
         self.stage, self.arguments, self.run = stage, arguments, run
         self.pairs, self.collator = pairs, collator
         self.evaluate, self.save = evaluate, save
-        self.max_bad_fraction, self.name = max_bad_fraction, name
+        self.max_bad_fraction, self.name, self.config = max_bad_fraction, name, config or {}
         self.output_dir = Path(run.output_dir)
-        self.steps_per_epoch = len(pairs) // arguments.batch_size
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"batch_size={arguments.batch_size} is larger than the {len(pairs)} training pairs; lower it."
-            )
-        self.steps = arguments.steps if arguments.steps is not None else round(arguments.epochs * self.steps_per_epoch)
-        if arguments.steps is None and arguments.epochs > 0 and self.steps == 0:
-            raise ValueError(
-                f"epochs={arguments.epochs} of {len(pairs)} pairs is less than one step; set steps instead."
-            )
+        self.log_file = self.output_dir / "metrics.jsonl"
+        self.steps = step_count(arguments, pairs)
+        self.progress, self.metrics = Progress(), {}
 
     def train(self) -> TrainResult:
-        """Runs all steps and returns what came out; writes `metrics.jsonl` as it goes."""
-        args, run = self.arguments, self.run
-        set_seed(run.seed)
-        accelerator = self._accelerator()
-        loader = DataLoader(
-            self.pairs,
-            batch_size=args.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=run.num_workers,
-            collate_fn=self.collator,
-        )
-        optimizer, schedule = self._optimization()
-        stage, optimizer, loader, schedule = accelerator.prepare(self.stage, optimizer, loader, schedule)
-        state = _Progress(accelerator, self)
+        """
+        Runs the steps that are left and returns what came out; writes `metrics.jsonl` as it goes.
+
+        Raises:
+            Preempted: After SIGTERM, when the step is finished and a checkpoint written.
+            FloatingPointError: If more than `max_skipped` steps in a row had no finite gradient.
+            ValueError: If too many rows are bad, or the checkpoints are those of a run with another configuration.
+        """
+        run = self.run
+        self.accelerator = self._accelerator()
+        stage, optimizer = self._prepare()
+        plan = self._plan()
+        checkpoints = Checkpoints(self.output_dir / "checkpoints", self.accelerator, self._identity(plan))
+        self.progress = progress = (checkpoints.resume() if run.resume == "auto" else None) or Progress()
+        self._open_log()
+        chunks_of_steps = self.pairs.steps(plan, self.collator, progress.step)
+        bar = tqdm(initial=progress.step, total=self.steps, desc=self.name, unit="step", mininterval=1.0)
         stage.train()
-        epoch = 0
-        while state.step < self.steps:
-            self.pairs.set_epoch(epoch)
-            loader.set_epoch(epoch)
-            for batch in loader:
-                state.count_bad_rows(batch.pop("bad_rows"), len(batch["input_ids"]), self.max_bad_fraction)
-                output = stage(batch)
-                accelerator.backward(output["loss"])
-                norm = accelerator.clip_grad_norm_(stage.parameters(), args.max_grad_norm)
-                learning_rate = schedule.get_last_lr()[0]
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                self.stage.after_step()
-                state.after_step(output, norm, learning_rate)
-                if state.step == self.steps:
-                    break
-            epoch += 1
-        result = state.finish()
-        accelerator.end_training()
-        return result
+        if self._evaluation_is_due() and progress.evaluated < progress.step:
+            self._evaluate_and_save()
+        with watch_sigterm() as terminated:
+            while progress.step < self.steps:
+                start = time.perf_counter()
+                values = self._step(stage, optimizer, self._received(next(chunks_of_steps)))
+                progress.seconds += time.perf_counter() - start
+                bar.update()
+                if progress.step % run.log_every == 0 or progress.step == self.steps:
+                    bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{progress.pairs / progress.seconds:.0f}")
+                    self._log(values)
+                stop = self._any_process(terminated.is_set()) and progress.step < self.steps
+                if stop or progress.step % run.checkpoint_every == 0 or progress.step == self.steps:
+                    progress.log_bytes = self.log_file.stat().st_size if self.accelerator.is_main_process else 0
+                    checkpoints.save(progress)
+                if stop:
+                    logger.warning(
+                        "Stopped by SIGTERM at step %d; the same command goes on from there.", progress.step
+                    )
+                    raise Preempted
+                if self._evaluation_is_due():
+                    self._evaluate_and_save()
+        bar.close()
+        self._evaluate_and_save()
+        self.accelerator.end_training()
+        return TrainResult(
+            progress.step, progress.pairs, progress.seconds, progress.bad_rows, progress.skipped, self.metrics
+        )
 
     def _accelerator(self) -> Accelerator:
         run = self.run
+        join_processes()
         accelerator = Accelerator(
             mixed_precision=run.mixed_precision,
             log_with=run.log_with,
             project_dir=run.output_dir,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=run.seed),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        if accelerator.num_processes > 1:
-            raise ValueError(
-                f"{accelerator.num_processes} processes were started, but the contrastive batch does not span "
-                "processes yet; start one."
-            )
         if run.log_with:
             accelerator.init_trackers(self.name, config=asdict(self.arguments))
         return accelerator
 
-    def _optimization(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        args = self.arguments
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.stage, args.weight_decay),
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
+    def _plan(self) -> BatchPlan:
+        return BatchPlan(
+            self.arguments.batch_size,
+            self.arguments.micro_batch_size,
+            self.run.seed,
+            self.run.num_workers,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
         )
-        warmup = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * self.steps
-        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(min(warmup, self.steps)), self.steps)
-        return optimizer, schedule
 
+    def _identity(self, plan: BatchPlan) -> dict[str, Any]:
+        """All that decides the result: no checkpoint of anything else is gone on with."""
+        identity = {"stage": self.name, **asdict(self.arguments), **self.config, "seed": self.run.seed}
+        identity |= {"mixed_precision": self.accelerator.mixed_precision, "processes": plan.world_size}
+        if isinstance(self.pairs, PairStream):  # whose order depends on who reads which shard
+            return identity | {"num_workers": plan.num_workers, "shards": self.pairs.pairs.num_shards}
+        return identity | {"rows": len(self.pairs)}
 
-class _Progress:
-    """Counts, logs, evaluates and saves for one call of `Trainer.train`."""
-
-    def __init__(self, accelerator: Accelerator, trainer: Trainer):
-        self.accelerator, self.trainer = accelerator, trainer
-        self.step = self.pairs = self.bad_rows = 0
-        self.metrics: dict[str, float] = {}
-        self.best = -math.inf
-        self.log_file = trainer.output_dir / "metrics.jsonl"
-        trainer.output_dir.mkdir(parents=True, exist_ok=True)
-        self.log_file.write_text("")  # a run that starts again starts its log again
-        self.bar = tqdm(total=trainer.steps, desc=trainer.name, unit="step", mininterval=1.0)
-        self.started, self.paused = time.perf_counter(), 0.0
-
-    def count_bad_rows(self, bad: int, good: int, max_fraction: float) -> None:
-        self.bad_rows += bad
-        self.pairs += good
-        rows = self.bad_rows + self.pairs
-        if self.bad_rows > max_fraction * max(rows, 1000):  # one bad row in the first batch is no verdict
+    def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        accelerator, optimizer = self.accelerator, adamw(self.stage, self.arguments)
+        if not self.stage.averages_gradients:
+            return accelerator.prepare(self.stage, optimizer)
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
-                f"{self.bad_rows} of {rows} rows could not be used, more than max_bad_fraction={max_fraction}; the "
-                "log names the reasons. Mend the data, or raise the limit."
+                f"The {self.name} stage exchanges gradients itself and cannot run under "
+                f"{accelerator.distributed_type.value}; launch it with recipes/accelerate_configs/multi_gpu.yaml."
+            )
+        return accelerator.prepare_model(self.stage, evaluation_mode=True), accelerator.prepare(optimizer)
+
+    def _received(self, chunks: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+        """Counts the good and bad rows of all processes, and moves this one's chunks to its device."""
+        progress, device = self.progress, self.accelerator.device
+        bad = sum((Counter(chunk.pop("bad_rows")) for chunk in chunks), Counter())
+        chunks = [chunk for chunk in chunks if chunk]
+        good = sum(len(chunk["input_ids"]) for chunk in chunks)
+        good_rows, bad_rows = gather(torch.tensor([[good, bad.total()]], device=device)).sum(dim=0).tolist()
+        progress.pairs += good_rows
+        if bad_rows:
+            progress.bad_rows = dict(sum(gather_object([bad]), Counter(progress.bad_rows)))
+        total = sum(progress.bad_rows.values())
+        if total > self.max_bad_fraction * max(total + progress.pairs, 1000):  # one in the first batch is no verdict
+            raise ValueError(
+                f"{total} of {total + progress.pairs} rows could not be used, more than max_bad_fraction="
+                f"{self.max_bad_fraction}: {progress.bad_rows}; the log names them. Mend the data, or raise the limit."
+            )
+        if not chunks:
+            raise ValueError(f"None of the {bad.total()} rows of this process's batch can be used: {dict(bad)}.")
+        return send_to_device(chunks, device, non_blocking=True)
+
+    def _step(self, stage: torch.nn.Module, optimizer: torch.optim.Optimizer, chunks: list) -> dict[str, float]:
+        args, accelerator, progress = self.arguments, self.accelerator, self.progress
+        # What is random in a step depends on nothing before it, so a checkpoint holds no generator.
+        torch.manual_seed(zlib.crc32(f"{self.run.seed}-{progress.step}-{accelerator.process_index}".encode()))
+        rate = learning_rate_at(progress.step, self.steps, args.learning_rate, args.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        output = stage(chunks)
+        accelerator.backward(output["loss"])
+        norm = accelerator.clip_grad_norm_(stage.parameters(), args.max_grad_norm)
+        values = {name: value.item() for name, value in output.items()}
+        values |= {"grad_norm": float(norm), "learning_rate": rate}
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        if finite or accelerator.scaler is not None:  # which skips by itself, and learns from it
+            optimizer.step()
+        optimizer.zero_grad()
+        self.stage.after_step()
+        progress.step += 1
+        self._count_skipped(finite, values)
+        return values
+
+    def _count_skipped(self, finite: bool, values: dict[str, float]) -> None:
+        progress = self.progress
+        progress.skipped += not finite
+        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        if not finite:
+            logger.warning(
+                "Step %d skipped: loss %s, gradient norm %s.", progress.step, values["loss"], values["grad_norm"]
+            )
+        if progress.skipped_in_a_row > self.run.max_skipped:
+            raise FloatingPointError(
+                f"{progress.skipped_in_a_row} steps in a row up to {progress.step} had no finite loss and gradient, "
+                f"more than max_skipped={self.run.max_skipped}. Lower the learning rate, or use fp32; the last "
+                "checkpoint is from before."
             )
 
-    def after_step(self, output: dict[str, torch.Tensor], norm: torch.Tensor, learning_rate: float) -> None:
-        self.step += 1
-        run = self.trainer.run
-        self.bar.update()
-        if self.step % run.log_every == 0 or self.step == self.trainer.steps:
-            values = {name: value.item() for name, value in output.items()}
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(
-                    f"The loss is {values['loss']} at step {self.step}. Lower the learning rate, or use fp32."
-                )
-            self.bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{self.pairs / self.seconds():.0f}")
-            self._log({**values, "grad_norm": float(norm), "learning_rate": learning_rate})
-        due = run.eval_every is not None and self.step % run.eval_every == 0
-        if due and self.step != self.trainer.steps:
-            self._evaluate_and_save()
+    def _any_process(self, flag: bool) -> bool:
+        return bool(gather(torch.tensor([flag], device=self.accelerator.device, dtype=torch.uint8)).any())
 
-    def finish(self) -> TrainResult:
-        seconds = self.seconds()
-        self._evaluate_and_save()
-        self.bar.close()
-        return TrainResult(self.step, self.pairs, seconds, self.bad_rows, self.metrics)
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started - self.paused
+    def _evaluation_is_due(self) -> bool:
+        every, step = self.run.eval_every, self.progress.step
+        return every is not None and 0 < step < self.steps and step % every == 0
 
     def _evaluate_and_save(self) -> None:
-        start, trainer = time.perf_counter(), self.trainer
-        if trainer.evaluate is not None:
-            self.metrics = trainer.evaluate(trainer.stage.student())
+        progress, is_main = self.progress, self.accelerator.is_main_process
+        if self.evaluate is not None:
+            self.metrics = self.evaluate(self.stage.student())
             self._log({f"eval_{name}": value for name, value in self.metrics.items()})
-        if trainer.save is not None:
-            trainer.save(trainer.output_dir, self.metrics)
-            if self.metrics and self.metrics["mean_recall"] > self.best and trainer.run.eval_every is not None:
-                self.best = self.metrics["mean_recall"]
-                trainer.save(trainer.output_dir / "best", self.metrics)
-        self.paused += time.perf_counter() - start
+        progress.evaluated = progress.step
+        best = self.metrics.get("mean_recall", -math.inf)
+        improved = self.run.eval_every is not None and best > (-math.inf if progress.best is None else progress.best)
+        if improved:
+            progress.best = best
+        if self.save is not None and is_main:
+            self.save(self.output_dir, self.metrics)
+            if improved:
+                self.save(self.output_dir / "best", self.metrics)
+        self.accelerator.wait_for_everyone()
+
+    def _open_log(self) -> None:
+        """Cuts `metrics.jsonl` back to where the run is taken up: to nothing at its start."""
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            lines = self.log_file.read_bytes() if self.log_file.exists() else b""
+            self.log_file.write_bytes(lines[: self.progress.log_bytes])
 
     def _log(self, values: dict[str, float]) -> None:
-        line = {"stage": self.trainer.name, "step": self.step, "pairs": self.pairs, "bad_rows": self.bad_rows}
-        line |= {"seconds": round(self.seconds(), 3), **values}
-        with self.log_file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.accelerator.log(values, step=self.step)
+        progress = self.progress
+        if self.accelerator.is_main_process:
+            line = {"stage": self.name, "step": progress.step, "pairs": progress.pairs}
+            line |= {"bad_rows": progress.bad_rows, "skipped": progress.skipped}
+            line |= {"seconds": round(progress.seconds, 3), **values}
+            with self.log_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log(values, step=progress.step)

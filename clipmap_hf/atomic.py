@@ -1,0 +1,88 @@
+"""Files that are there whole or not at all: written beside their place, synced to disk, then renamed into it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+__all__ = ["atomic_files", "atomic_folder", "temporary_folder"]
+
+
+def temporary_folder(folder: Path) -> Path:
+    """Where `atomic_folder` and `atomic_files` write before they rename; of a killed process, it may be left over."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """
+    Yields an empty folder to write to, which becomes `folder` when everything is written.
+
+    Raises:
+        OSError: If it cannot be written; `folder` is then as it was.
+    """
+    with _written(folder) as temporary:
+        yield temporary
+        _sync(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        _sync_entry(folder.parent)
+
+
+@contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """
+    Yields an empty folder to write to, whose files replace those of the same name in `folder` when all are written.
+
+    Raises:
+        OSError: If they cannot be written; `folder` is then as it was.
+    """
+    with _written(folder / "files") as temporary:
+        yield temporary
+        _sync(temporary)
+        for path in sorted(temporary.rglob("*")):
+            target = folder / path.relative_to(temporary)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                os.replace(path, target)
+        shutil.rmtree(temporary)
+        _sync_entry(folder)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    temporary = temporary_folder(folder)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # torch.save and safetensors have words of their own for a disk that is full
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(
+            f"{folder.parent} could not be written to ({error}). What was there is as it was; make room, or name "
+            "another folder."
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

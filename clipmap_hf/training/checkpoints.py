@@ -1,0 +1,126 @@
+"""Checkpoints of a run: written whole or not at all, taken up by the same command, refused by another."""
+
+import json
+import logging
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from clipmap_hf.atomic import atomic_folder, temporary_folder
+
+
+__all__ = ["Checkpoints", "Progress"]
+
+logger = logging.getLogger(__name__)
+
+_STATE, _KEPT = "progress.json", 2
+
+
+@dataclass
+class Progress:
+    """
+    How far a run is.
+
+    Args:
+        step: Optimizer steps taken, those skipped among them.
+        pairs: Pairs trained on, of all processes.
+        bad_rows: Rows left out, by reason.
+        skipped: Steps skipped because the loss or its gradient was not finite.
+        skipped_in_a_row: How many of them lie directly behind.
+        seconds: Time of training, in seconds; evaluations and checkpoints left out.
+        evaluated: The step of the last evaluation.
+        best: The best `mean_recall` so far.
+        log_bytes: Length of `metrics.jsonl`.
+    """
+
+    step: int = 0
+    pairs: int = 0
+    bad_rows: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    evaluated: int = 0
+    best: float | None = None
+    log_bytes: int = 0
+
+
+class Checkpoints:
+    """
+    The checkpoints of one run, of which the last two are kept.
+
+    Args:
+        folder: Where they lie.
+        accelerator: Knows what is trained.
+        config: All that decides the result; JSON values.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, config: dict[str, Any]):
+        self.folder, self.accelerator = folder, accelerator
+        self.config = json.loads(json.dumps(config))  # as it will be read
+
+    def save(self, progress: Progress) -> None:
+        """Writes the state of all processes, on return safely on disk; then removes older checkpoints."""
+        accelerator, path = self.accelerator, self.folder / f"step-{progress.step:08d}"
+        is_main = accelerator.is_main_process
+        with atomic_folder(path) if is_main else nullcontext(temporary_folder(path)) as folder:
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(folder))
+            accelerator.wait_for_everyone()
+            if is_main:
+                files = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
+                state = {"progress": asdict(progress), "config": self.config, "files": files}
+                (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+        if is_main:
+            for old in self._paths()[:-_KEPT]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def resume(self) -> Progress | None:
+        """
+        Loads the last good checkpoint and returns how far it is; `None` if there is none.
+
+        Raises:
+            ValueError: If it was made by a run with another configuration; names what differs.
+        """
+        for path in reversed(self._paths()):
+            state = _read_state(path)
+            if state is None:
+                logger.warning("Checkpoint %s is damaged; the one before it is used.", path)
+                continue
+            self._check_config(path, state["config"])
+            self.accelerator.load_state(str(path))
+            return Progress(**state["progress"])
+        return None
+
+    def _check_config(self, path: Path, config: dict[str, Any]) -> None:
+        names = sorted(config.keys() | self.config.keys())
+        changed = [
+            f"{name} was {config.get(name)!r}, is {self.config.get(name)!r}"
+            for name in names
+            if config.get(name) != self.config.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{path} belongs to a run with another configuration: {'; '.join(changed)}. Take that again, name "
+                "another output_dir, or start anew with resume=never."
+            )
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself, `None` if files of it are missing or cut off."""
+    if not (path / _STATE).is_file():
+        return None
+    state = json.loads((path / _STATE).read_text())
+    files = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
+    return state if state["files"].items() <= files.items() else None

@@ -1,0 +1,125 @@
+"""Reads the dataclasses of `arguments.py` from a YAML file and the command line, which wins; writes them back."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+__all__ = ["parse_arguments", "save_arguments"]
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of a recipe's examples as they are."""
+
+
+def parse_arguments(
+    *dataclass_types: type,
+    stages: dict[str, type] | None = None,
+    others: tuple[type, ...] = (),
+    other_stages: dict[str, type] | None = None,
+    description: str | None = None,
+    argv: list[str] | None = None,
+) -> tuple:
+    """
+    Reads dataclasses from the command line and from `--config file.yaml`; the command line wins.
+
+    Args:
+        dataclass_types: Flat dataclasses whose fields become `--options` and top-level YAML keys.
+        stages: `{name: dataclass}` whose fields become `--{name}_{option}` and keys of the YAML section `name:`.
+        others: Dataclasses of another recipe that reads the same YAML; their keys are known there, and left alone.
+        other_stages: Sections of another recipe that reads the same YAML; their keys are checked, and left alone.
+        description: Shown by `--help`.
+        argv: Arguments instead of `sys.argv[1:]`.
+
+    Returns:
+        One instance per dataclass type, then one per stage.
+
+    Raises:
+        ValueError: If the YAML file has a key that no dataclass knows.
+    """
+    from transformers import HfArgumentParser  # seconds to import on a cold disk, and only needed here
+
+    stages = stages or {}
+    prefixed = [_with_prefix(name, stage) for name, stage in stages.items()]
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path, help="YAML file with values for these options; the command line wins")
+    config, argv = finder.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if config.config is not None:
+        known = {f.name for one in [*dataclass_types, *prefixed] for f in dataclasses.fields(one)}
+        ignored = {f.name for one in others for f in dataclasses.fields(one)} - known
+        argv = _yaml_options(config.config, known, ignored, {**stages, **(other_stages or {})}, stages) + argv
+    parser = HfArgumentParser(
+        [*dataclass_types, *prefixed],
+        description=description,
+        parents=[finder],
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    plain, staged = parsed[: len(dataclass_types)], parsed[len(dataclass_types) :]
+    return *plain, *(
+        stage(**{f.name: getattr(values, f"{name}_{f.name}") for f in dataclasses.fields(stage)})
+        for (name, stage), values in zip(stages.items(), staged, strict=False)  # a namespace with `config` comes last
+    )
+
+
+def save_arguments(path: Path, *arguments: Any, **stages: Any) -> None:
+    """Writes resolved arguments as YAML that `--config` reads back; `stages` become sections under their names."""
+    plain = {key: value for one in arguments for key, value in dataclasses.asdict(one).items()}
+    content = {key: value for key, value in plain.items() if value != []}  # an option takes at least one value
+    content |= {name: dataclasses.asdict(one) for name, one in stages.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # every process writes it, and others read it already
+    temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    os.replace(temporary, path)
+
+
+def _yaml_options(
+    path: Path, known: set[str], ignored: set[str], sections: dict[str, type], own: dict[str, type]
+) -> list[str]:
+    """The file's values as command-line options, so that both are converted and checked by one parser."""
+    content = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
+    options = []
+    for key, value in content.items():
+        if key in sections:
+            if not isinstance(value or {}, dict):
+                raise ValueError(f"{path}: section {key!r} must hold `key: value` lines, got {value!r}.")
+            allowed = {f.name for f in dataclasses.fields(sections[key])}
+            _check_known(path, value or {}, allowed, f" in section {key!r}")
+            if key in own:
+                for name, inner in (value or {}).items():
+                    options += _option(f"{key}_{name}", inner)
+        elif key not in ignored:
+            _check_known(path, {key}, known | set(sections), "")
+            options += _option(key, value)
+    return options
+
+
+def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
+    unknown = sorted(set(map(str, keys)) - allowed)
+    if unknown:
+        raise ValueError(f"{path}: unknown keys {unknown}{where}; allowed are {sorted(allowed)}.")
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if value is None or value == []:
+        return []
+    if isinstance(value, dict):
+        raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def _with_prefix(name: str, stage: type) -> type:
+    """A copy of the dataclass `stage` (whose fields are scalars) with every field renamed `{name}_{field}`."""
+    fields = [
+        (f"{name}_{f.name}", f.type, field(default=f.default, metadata=f.metadata)) for f in dataclasses.fields(stage)
+    ]
+    return dataclasses.make_dataclass(f"{name.title()}{stage.__name__}", fields, namespace={"__module__": __name__})

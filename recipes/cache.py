@@ -1,0 +1,52 @@
+r"""
+Computes what teachers make of the training pairs, once: of several views of each image, and of each caption. Goes on
+where it was interrupted; several processes share the work. recipes/distill.py, told the same, then only reads.
+
+    python recipes/cache.py --teacher openai/clip-vit-base-patch16 --train_data 'shards/*.tar' --image_column jpg \
+        --caption_column txt --teacher_cache cache --views 5
+    python recipes/distill.py … --teacher_cache cache --views 5
+"""
+
+from dataclasses import dataclass, field
+
+from clipmap_hf.training.arguments import (
+    DataArguments,
+    DistillationArguments,
+    MappingArguments,
+    RunArguments,
+    StudentArguments,
+    TeacherArguments,
+    TeacherCacheArguments,
+)
+from clipmap_hf.training.parsing import parse_arguments
+
+
+@dataclass
+class CacheRunArguments:
+    seed: int = field(default=0, metadata={"help": "The seed of the distillation that will use the cache."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment images."})
+
+
+def main() -> None:
+    data, teacher, cache, run = parse_arguments(
+        DataArguments,
+        TeacherArguments,
+        TeacherCacheArguments,
+        CacheRunArguments,
+        others=(StudentArguments, RunArguments),
+        other_stages={"mapping": MappingArguments, "distillation": DistillationArguments},
+        description=__doc__,
+    )
+    if cache.teacher_cache is None:
+        raise ValueError("Say where the embeddings shall lie: --teacher_cache FOLDER.")
+    from clipmap_hf.distributed import join_processes
+    from clipmap_hf.runs import Teacher, make_teacher_cache
+
+    processes = join_processes()
+    teachers = [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers]
+    made = make_teacher_cache(teachers, teachers[0].processor, data, cache, seed=run.seed, num_workers=run.num_workers)
+    processes.print(f"{cache.teacher_cache}: {made.views} views of each image")
+
+
+if __name__ == "__main__":
+    main()
