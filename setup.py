@@ -38,6 +38,7 @@ EXTRAS = {
     "test": ["pytest>=9.0", "pytest-xdist>=3.8"],
     "quality": ["ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
     "plots": ["matplotlib>=3.10"],
+    "benchmarks": ["webdataset>=1.0"],  # what recipes/benchmarks/data.py compares with
 }
 EXTRAS["dev"] = sorted(requirement for extra in EXTRAS.values() for requirement in extra)
 

@@ -3,13 +3,16 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 
-__all__ = ["atomic_files", "atomic_folder", "temporary_folder"]
+__all__ = ["atomic_files", "atomic_folder", "temporary_folder", "write_atomically"]
+
+
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")  # torch.save, on a full disk
 
 
 def temporary_folder(folder: Path) -> Path:
@@ -54,6 +57,25 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         _sync_entry(folder)
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """
+    Writes one file; several processes may write the same.
+
+    Raises:
+        OSError: If it cannot be written; `path` is then as it was.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        _sync_entry(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
+
+
 @contextmanager
 def _written(folder: Path) -> Iterator[Path]:
     temporary = temporary_folder(folder)
@@ -63,16 +85,18 @@ def _written(folder: Path) -> Iterator[Path]:
         yield temporary
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # torch.save and safetensors have words of their own for a disk that is full
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_CANNOT_WRITE):
             raise
-        raise OSError(
-            f"{folder.parent} could not be written to ({error}). What was there is as it was; make room, or name "
-            "another folder."
-        ) from error
+        raise _not_written(folder.parent, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _not_written(path: Path, error: Exception) -> OSError:
+    number = getattr(error, "errno", None)
+    message = f"{path} could not be written ({error}). What was there is as it was; make room, or name another folder."
+    return OSError(message) if number is None else OSError(number, message)
 
 
 def _sync(folder: Path) -> None:

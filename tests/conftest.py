@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.utils import logging
@@ -39,6 +40,14 @@ def dataset_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps the first precision it was told for the life of the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +189,19 @@ def pairs_tar(tiny_pairs, tmp_path_factory) -> Path:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return path
+
+
+@pytest.fixture(scope="session")
+def pairs_tars(pairs_tar, tmp_path_factory) -> str:
+    """A glob of four tars, which together hold what `pairs_tar` holds."""
+    folder = tmp_path_factory.mktemp("tars")
+    with tarfile.open(pairs_tar) as whole:
+        members = whole.getmembers()
+        for shard in range(4):
+            with tarfile.open(folder / f"pairs-{shard}.tar", "w") as part:
+                for member in members[12 * shard : 12 * (shard + 1)]:
+                    part.addfile(member, whole.extractfile(member))
+    return str(folder / "*.tar")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+"""Arguments without sense are refused when they are made."""
+
+import dataclasses
 
 import pytest
 
@@ -12,186 +12,8 @@ from clipmap_hf.training.arguments import (
     StageArguments,
     StudentArguments,
     TeacherArguments,
+    TeacherCacheArguments,
 )
-from clipmap_hf.training.parsing import parse_arguments, save_arguments
-
-
-@dataclass
-class Simple:
-    name: str = field(metadata={"help": "Required."})
-    rate: float = 0.5
-    count: int | None = None
-    words: list[str] = field(default_factory=lambda: ["a"])
-    way: Literal["left", "right"] = "left"
-    fast: bool = False
-
-
-@pytest.fixture
-def config(tmp_path):
-    """Writes a YAML file and returns the options that read it."""
-
-    def write(text: str) -> list[str]:
-        path = tmp_path / "config.yaml"
-        path.write_text(text)
-        return ["--config", str(path)]
-
-    return write
-
-
-def parse(argv: list[str]) -> Simple:
-    return parse_arguments(Simple, argv=argv)[0]
-
-
-def test_defaults_without_a_file():
-    assert parse(["--name", "x"]) == Simple("x")
-
-
-def test_a_file_gives_values_of_every_type(config):
-    options = config("name: x\nrate: 0.25\ncount: 3\nwords: [b, c d]\nway: right\nfast: true\n")
-    assert parse(options) == Simple("x", 0.25, 3, ["b", "c d"], "right", True)
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["options first", "file first"])
-def test_the_command_line_wins_over_the_file(config, first):
-    file = config("name: from file\nrate: 0.25\nwords: [b, c]\nfast: true\n")
-    options = ["--rate", "0.75", "--words", "d", "--fast", "false"]
-    assert parse(options + file if first else file + options) == Simple("from file", 0.75, None, ["d"], fast=False)
-
-
-def test_scientific_notation_in_a_file_is_a_float(config):
-    arguments = parse(config("name: x\nrate: 1e-4\n"))
-    assert isinstance(arguments.rate, float) and arguments.rate == 1e-4
-
-
-def test_null_and_an_empty_file_mean_the_default(config):
-    assert parse(config("name: x\ncount: null\nrate:\n")) == Simple("x")
-    assert parse([*config(""), "--name", "x"]) == Simple("x")
-
-
-def test_an_unknown_key_of_a_file_is_an_error_that_lists_the_known(config):
-    with pytest.raises(ValueError, match=r"config\.yaml: unknown keys \['speed'\]; allowed are .*'count'.*'rate'"):
-        parse(config("name: x\nspeed: 3\n"))
-
-
-def test_a_file_without_keys_is_an_error(config):
-    with pytest.raises(ValueError, match="must hold `key: value` lines, got a list"):
-        parse(config("- name\n- rate\n"))
-
-
-def test_a_file_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
-        parse(["--config", str(tmp_path / "nothing.yaml")])
-
-
-def test_an_unknown_option_is_an_error():
-    with pytest.raises(ValueError, match="--speed"):
-        parse(["--name", "x", "--speed", "3"])
-
-
-@pytest.mark.parametrize("option", ["--nam", "--rat", "--conf"])
-def test_options_cannot_be_abbreviated(option):
-    with pytest.raises(ValueError, match=option):
-        parse(["--name", "x", option, "1"])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("name: x\nway: up\n", "--way: invalid choice: 'up'"),
-        ("name: x\ncount: many\n", "--count: invalid int value: 'many'"),
-        ("rate: 1\n", "required: --name"),
-    ],
-)
-def test_wrong_values_of_a_file_are_reported_like_options(config, capsys, text, message):
-    with pytest.raises(SystemExit):
-        parse(config(text))
-    assert message in capsys.readouterr().err
-
-
-STAGES = {"mapping": MappingArguments, "distillation": DistillationArguments}
-
-
-def test_stage_sections_and_prefixed_options(config):
-    file = config("name: x\nmapping:\n  steps: 7\n  learning_rate: 1e-3\ndistillation:\n  distillation_weight: 0.5\n")
-    simple, mapping, distillation = parse_arguments(
-        Simple, stages=STAGES, argv=[*file, "--mapping_steps", "9", "--distillation_learn_logit_scale", "true"]
-    )
-    assert simple == Simple("x")
-    assert mapping == MappingArguments(steps=9, learning_rate=1e-3)
-    assert distillation == DistillationArguments(distillation_weight=0.5, learn_logit_scale=True)
-
-
-def test_each_stage_keeps_its_own_defaults():
-    _, mapping, distillation = parse_arguments(Simple, stages=STAGES, argv=["--name", "x"])
-    assert mapping == MappingArguments() and distillation == DistillationArguments()
-    assert mapping.learning_rate != distillation.learning_rate
-
-
-def test_an_empty_section_means_the_defaults(config):
-    assert parse_arguments(Simple, stages=STAGES, argv=config("name: x\nmapping:\n"))[1] == MappingArguments()
-
-
-def test_an_unknown_key_of_a_section_is_an_error(config):
-    file = config("name: x\nmapping:\n  learning_rat: 1\n")
-    with pytest.raises(
-        ValueError, match=r"unknown keys \['learning_rat'\] in section 'mapping'; allowed .*'batch_size'"
-    ):
-        parse_arguments(Simple, stages=STAGES, argv=file)
-
-
-def test_a_section_of_no_stage_is_an_error(config):
-    with pytest.raises(ValueError, match=r"unknown keys \['pretraining'\]"):
-        parse_arguments(Simple, stages=STAGES, argv=config("name: x\npretraining:\n  steps: 1\n"))
-
-
-def test_sections_of_other_recipes_are_checked_then_left_alone(config):
-    own, other = {"mapping": MappingArguments}, {"distillation": DistillationArguments}
-    file = config("name: x\nmapping:\n  steps: 7\ndistillation:\n  steps: 100\n")
-    assert parse_arguments(Simple, stages=own, other_stages=other, argv=file) == (
-        Simple("x"),
-        MappingArguments(steps=7),
-    )
-    wrong = config("name: x\ndistillation:\n  stepps: 100\n")
-    with pytest.raises(ValueError, match=r"unknown keys \['stepps'\] in section 'distillation'"):
-        parse_arguments(Simple, stages=own, other_stages=other, argv=wrong)
-
-
-def test_saved_arguments_come_back_through_config(tmp_path):
-    types = (DataArguments, TeacherArguments, StudentArguments, RunArguments)
-    first = parse_arguments(
-        *types,
-        stages=STAGES,
-        argv=[
-            *("--train_data", "pairs-{0..9}.tar", "--caption_column", "text", "keywords", "--crop_scale", "0.5", "1"),
-            *("--teacher", "me/teacher", "--student", "small", "--tie_ffn", "true", "--output_dir", "out dir"),
-            *("--mixed_precision", "no", "--mapping_learning_rate", "1e-7", "--mapping_weight_decay", "0"),
-            *("--distillation_steps", "12", "--distillation_learn_logit_scale", "true"),
-        ],
-    )
-    path = tmp_path / "new" / "arguments.yaml"
-    save_arguments(path, *first[:4], mapping=first[4], distillation=first[5])
-    second = parse_arguments(*types, stages=STAGES, argv=["--config", str(path)])
-    assert second == first
-    assert first[0].caption_column == ["text", "keywords"] and first[0].crop_scale == [0.5, 1.0]
-    assert first[2].tie_ffn is True and first[4].learning_rate == 1e-7 and first[3].mixed_precision == "no"
-
-
-@pytest.mark.parametrize(
-    ("kind", "required"),
-    [
-        (RunArguments, {"output_dir": "o"}),
-        (DataArguments, {"train_data": "t"}),
-        (TeacherArguments, {"teacher": "t"}),
-        (StudentArguments, {}),
-        (StageArguments, {}),
-        (MappingArguments, {}),
-        (DistillationArguments, {}),
-    ],
-)
-def test_every_default_survives_saving_and_reading(tmp_path, kind, required):
-    path = Path(tmp_path / "arguments.yaml")
-    save_arguments(path, kind(**required))
-    assert parse_arguments(kind, argv=["--config", str(path)]) == (kind(**required),)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +23,17 @@ def test_every_default_survives_saving_and_reading(tmp_path, kind, required):
         (StageArguments, {"batch_size": 0}, "batch_size=0 must be above 0"),
         (StageArguments, {"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0"),
         (StageArguments, {"logit_scale": 150.0}, "must not exceed 100"),
+        (StageArguments, {"micro_batch_size": 0}, "micro_batch_size=0 must be above 0"),
         (RunArguments, {"output_dir": "out", "eval_every": 0}, "eval_every=0 must be above 0"),
+        (RunArguments, {"output_dir": "out", "checkpoint_every": 0}, "checkpoint_every=0 must be above 0"),
+        (RunArguments, {"output_dir": "out", "max_skipped": -1}, "max_skipped=-1 must be at least 0"),
+        (DataArguments, {"train_data": "x", "shuffle_buffer": 0}, "shuffle_buffer=0 must be above 0"),
+        (TeacherCacheArguments, {"views": 0}, "views=0 must be above 0"),
+        (
+            TeacherArguments,
+            {"teacher": ["a", "b"], "teacher_revision": ["v1"]},
+            r"2 teachers need as many revisions, or none; got \['v1'\]",
+        ),
         (DataArguments, {"train_data": "x", "crop_scale": [0.9]}, "two ascending shares"),
         (DataArguments, {"train_data": "x", "crop_scale": [1.0, 0.5]}, "two ascending shares"),
     ],
@@ -209,3 +41,26 @@ def test_every_default_survives_saving_and_reading(tmp_path, kind, required):
 def test_numbers_without_sense_are_errors_that_say_what_is_allowed(cls, values, message):
     with pytest.raises(ValueError, match=message):
         cls(**values)
+
+
+def test_each_teacher_has_its_revision_or_none():
+    assert TeacherArguments(["a", "b"]).teachers == [("a", None), ("b", None)]
+    assert TeacherArguments(["a", "b"], ["v1", "v2"]).teachers == [("a", "v1"), ("b", "v2")]
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        DataArguments,
+        DistillationArguments,
+        MappingArguments,
+        RunArguments,
+        StageArguments,
+        StudentArguments,
+        TeacherArguments,
+        TeacherCacheArguments,
+    ],
+)
+def test_every_argument_is_explained(cls):
+    for field in dataclasses.fields(cls):
+        assert field.metadata.get("help", "").endswith("."), field.name

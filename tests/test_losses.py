@@ -103,3 +103,32 @@ def test_images_and_texts_are_treated_alike(name):
 def test_student_and_teacher_may_differ_in_width(name):
     loss = LOSSES[name](random_features(0, dim=4), random_features(1, dim=16))
     assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_targets_of_several_teachers_are_averaged_after_the_softmax():
+    student, certain, undecided = (
+        features_of_logits(logits) for logits in ([[1.0, 0.0], [0.0, 0.0]], [[9.0, 0.0], [0.0, 9.0]], [[0.0] * 2] * 2)
+    )
+    high = (1 / (1 + math.exp(-9)) + 0.5) / 2  # of softmaxes; the mean of the logits would make it 0.989
+    undecided_rows = math.log(2)
+    decided_rows = -(high * log_softmax([1, 0], 0) + (1 - high) * log_softmax([1, 0], 1))
+    assert affinity_loss(student, certain, undecided).item() == pytest.approx(
+        (decided_rows + undecided_rows) / 2, abs=1e-6
+    )
+
+
+def test_teachers_of_other_widths_teach_together():
+    student, teachers = random_features(0), [random_features(1, dim=4), random_features(2, dim=16, scale=9.0)]
+    together = affinity_loss(student, *teachers)
+    # The cross-entropy is linear in its targets, so their mean gives the mean loss.
+    apart = sum(affinity_loss(student, teacher) for teacher in teachers) / 2
+    torch.testing.assert_close(together, apart, atol=1e-6, rtol=0)
+    torch.testing.assert_close(affinity_loss(student, *teachers[::-1]), together, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        affinity_loss(student, teachers[0], teachers[0]), affinity_loss(student, teachers[0]), atol=1e-6, rtol=0
+    )
+
+
+def test_affinity_without_a_teacher_is_an_error():
+    with pytest.raises(ValueError, match="at least one teacher"):
+        affinity_loss(random_features(0))

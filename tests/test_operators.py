@@ -55,6 +55,17 @@ def test_a_layered_operator_is_applied_to_its_own_layer(shape, axis, equation):
     torch.testing.assert_close(result, torch.einsum(equation, tensor, operator), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_the_gradient_of_a_layered_operator_is_contiguous(axis):
+    """The largest tensors of a mapping: AdamW and its all-reduce would copy one that is not."""
+    tensor, operator = draw(3, 6, 5), draw(3, 4, (3, 6, 5)[axis], seed=1).requires_grad_()
+    project(tensor, operator, axis).sum().backward()
+    assert operator.grad.is_contiguous()
+    equation = {-1: "lab,lsb->las", -2: "lab,lsa->lsb"}[axis]
+    (expected,) = torch.autograd.grad(torch.einsum(equation, tensor, operator).sum(), operator)
+    torch.testing.assert_close(operator.grad, expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("layered", [False, True], ids=["shared", "one layered"])
 def test_axes_may_be_given_in_any_order(layered):
     tensor = draw(3, 6, 5)

@@ -26,6 +26,7 @@ READERS = {
             "map": ["--train_data", "pairs.parquet", "--output_dir", "out"],
             "compress": ["--train_data", "pairs.parquet", "--output_dir", "out"],
             "distill": ["--train_data", "pairs.parquet", "--output_dir", "out", "--student_model", "mapped"],
+            "cache": ["--train_data", "pairs.parquet", "--teacher_cache", "cache"],
         }
         for name in PAPER
     },
@@ -149,13 +150,13 @@ def test_the_paper_s_values_stand_in_the_file_itself(name):
 @pytest.mark.parametrize("name", PAPER)
 def test_the_paper_s_configs_make_its_students(read, name):
     arguments = read("map", "--config", str(CONFIGS / f"{name}.yaml"), *READERS[f"{name}.yaml"]["map"])
-    assert arguments["TeacherArguments"].teacher == "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
+    assert arguments["TeacherArguments"].teachers == [("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", None)]
     assert map_config(arguments["StudentArguments"]) == PRESETS[name]
 
 
 def test_the_demo_s_student_is_cut_from_the_embedded_teacher(read):
     arguments = read("demo", "--config", str(CONFIGS / "demo.yaml"))
-    teacher = load_config(arguments["TeacherArguments"].teacher)
+    teacher = load_config(arguments["TeacherArguments"].teacher[0])
     student = student_config(teacher, map_config(arguments["StudentArguments"]))
     assert student.vision_config.num_hidden_layers < teacher.vision_config.num_hidden_layers
 

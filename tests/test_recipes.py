@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,15 +26,20 @@ MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "arguments.
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A function that runs a recipe to its end: `start("map.py", "--teacher", …)`."""
-    environment = os.environ | {
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Of a recipe's process."""
+    return os.environ | {
         "PYTHONPATH": str(REPOSITORY),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("datasets")),
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+@pytest.fixture(scope="module")
+def start(environment):
+    """A function that runs a recipe to its end: `start("map.py", "--teacher", …)`."""
 
     def run(recipe: str, *argv, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
         command = [sys.executable, *launcher, str(RECIPES / recipe), *map(str, argv)]
@@ -159,7 +166,7 @@ def test_map_reads_a_webdataset(finish, steps, teacher_folder, pairs_tar, tmp_pa
     data = ("--train_data", pairs_tar, "--image_column", "png", "--caption_column", "txt")
     finish("map.py", "--teacher", teacher_folder, *SMALL, *data, *steps("mapping"), "--output_dir", tmp_path)
     check_student(tmp_path, vision_width=32)
-    assert log_of(tmp_path)[-1]["pairs"] == 16 and log_of(tmp_path)[-1]["bad_rows"] == 0
+    assert log_of(tmp_path)[-1]["pairs"] == 16 and log_of(tmp_path)[-1]["bad_rows"] == {}
 
 
 @pytest.mark.recipes
@@ -173,6 +180,92 @@ def test_distill_trains_a_mapped_student(finish, steps, mapped_folder, teacher_f
     card = ModelCard.load(tmp_path / "README.md")
     assert "| teacher |" in card.text and "| student |" in card.text and "distillation:\n  epochs:" in card.text
     assert {"affinity", "contrastive"} <= log_of(tmp_path)[0].keys()
+
+
+@pytest.mark.recipes
+def test_a_cache_made_beforehand_distills_like_the_live_teacher(
+    finish, steps, mapped_folder, teacher_folder, pairs_parquet, tmp_path
+):
+    shared = ("--teacher", teacher_folder, "--train_data", pairs_parquet, "--crop_scale", 0.4, 1.0)
+    cache = ("--teacher_cache", tmp_path / "cache", "--views", 2)
+    printed = finish("cache.py", *shared, *cache, "--seed", 3, "--num_workers", 1)
+    assert "2 views of each image" in printed
+    files = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    distill = ("distill.py", *shared, "--student_model", mapped_folder, "--seed", 3, *steps("distillation"))
+    losses = {}
+    for name, options in (("live", ()), ("cached", cache)):
+        finish(*distill, *options, "--distillation_steps", 6, "--output_dir", tmp_path / name)
+        losses[name] = [line["loss"] for line in log_of(tmp_path / name)]
+    assert len(losses["live"]) == 6 and losses["cached"] == pytest.approx(losses["live"], rel=1e-3)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == files
+    check_student(tmp_path / "cached", vision_width=32)
+
+
+@pytest.mark.recipes
+def test_a_cache_without_a_folder_is_an_error_that_names_the_option(start):
+    result = start("cache.py", "--teacher", "clip", "--train_data", "pairs.parquet")
+    assert result.returncode != 0 and "--teacher_cache FOLDER" in result.stderr
+
+
+@pytest.mark.recipes
+def test_distill_takes_several_teachers_and_keeps_their_embeddings(
+    finish, steps, mapped_folder, teacher_folder, pairs_parquet, tmp_path
+):
+    models = ("--student_model", mapped_folder, "--teacher", teacher_folder, mapped_folder)
+    cache = ("--teacher_cache", tmp_path / "cache", "--views", 1)
+    argv = (*models, "--train_data", pairs_parquet, *cache, *steps("distillation"))
+    finish("distill.py", *argv, "--output_dir", tmp_path / "out")
+    check_student(tmp_path / "out", vision_width=32)
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())["manifest"]
+    assert [one["id"] for one in manifest["teachers"]] == [teacher_folder.name, mapped_folder.name]
+    assert ", with mapped" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.recipes
+def test_streams_are_mapped_and_distilled_in_micro_batches(finish, steps, teacher_folder, pairs_tars, tmp_path):
+    data = ("--train_data", pairs_tars, "--streaming", "true", "--shuffle_buffer", 5, "--num_workers", 2)
+    columns = ("--image_column", "png", "--caption_column", "txt")
+    micro = ("--mapping_micro_batch_size", 4, "--distillation_micro_batch_size", 2)
+    argv = ("--teacher", teacher_folder, *SMALL, *data, *columns, *micro, *steps("mapping", "distillation"))
+    finish("compress.py", *argv, "--output_dir", tmp_path)
+    check_student(tmp_path, vision_width=32)
+    for folder in (tmp_path / "mapped", tmp_path):
+        assert [line["pairs"] for line in log_of(folder)] == [8, 16]
+    arguments = yaml.safe_load((tmp_path / "arguments.yaml").read_text())
+    assert arguments["streaming"] is True and arguments["mapping"]["micro_batch_size"] == 4
+
+
+@pytest.mark.recipes
+def test_micro_batches_map_like_whole_batches(finish, steps, mapped_folder, teacher_folder, pairs_parquet, tmp_path):
+    data = ("--train_data", pairs_parquet, "--mapping_micro_batch_size", 2)
+    finish("map.py", "--teacher", teacher_folder, *SMALL, *data, *steps("mapping"), "--output_dir", tmp_path)
+    losses = [[line["loss"] for line in log_of(one) if "loss" in line] for one in (mapped_folder, tmp_path)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.recipes
+def test_a_terminated_recipe_exits_with_75_and_the_same_command_finishes_it(
+    finish, environment, teacher_folder, pairs_parquet, tmp_path
+):
+    numbers = ("--mapping_steps", 60, "--mapping_batch_size", 8, "--mapping_micro_batch_size", 4, "--log_every", 1)
+    argv = ("map.py", "--teacher", teacher_folder, *SMALL, "--train_data", pairs_parquet, *numbers)
+    finish(*argv, "--output_dir", tmp_path / "whole")
+    command = [sys.executable, str(RECIPES / argv[0]), *map(str, argv[1:]), "--output_dir", str(tmp_path / "out")]
+    log = tmp_path / "out" / "metrics.jsonl"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while not (log.exists() and log.read_bytes().count(b"\n") >= 5):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75 and "Stopped by SIGTERM" in errors
+    assert 5 <= len(log_of(tmp_path / "out")) < 60 and not (tmp_path / "out" / "model.safetensors").exists()
+    finish(*argv, "--output_dir", tmp_path / "out")
+    for name in ("model.safetensors", "map/clipmap.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    lines = [[line | {"seconds": 0} for line in log_of(tmp_path / name)] for name in ("whole", "out")]
+    assert lines[0] == lines[1] and len(lines[0]) == 60
 
 
 @pytest.mark.recipes

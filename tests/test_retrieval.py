@@ -95,10 +95,18 @@ def test_several_captions_of_an_image_all_count(tiny_teacher, tiny_batch):
     assert 0 <= evaluate_retrieval(tiny_teacher, [batch])["text_to_image_recall@1"] <= 1
 
 
-@pytest.mark.parametrize("batches", [[], [{"bad_rows": 2}]], ids=["none", "unreadable"])
+@pytest.mark.parametrize("batches", [[], [{"bad_rows": {"no image": 2}}]], ids=["none", "unreadable"])
 def test_an_evaluation_of_nothing_or_of_unreadable_pairs_is_an_error(tiny_teacher, batches):
     with pytest.raises(ValueError, match="no evaluation pairs|2 evaluation pairs cannot be read"):
         evaluate_retrieval(tiny_teacher, batches)
+
+
+def test_unreadable_pairs_are_counted_to_the_end(tiny_teacher, tiny_batch):
+    batch = tiny_batch | {"image_of_text": torch.arange(8)}
+    batches = [batch | {"bad_rows": {}}, batch | {"bad_rows": {"no caption": 1}}, {"bad_rows": {"no image": 3}}]
+    with pytest.raises(ValueError, match="4 evaluation pairs cannot be read; the log says why"):
+        embed_pairs(tiny_teacher, batches)
+    assert len(embed_pairs(tiny_teacher, batches[:1])[0]) == 8
 
 
 def test_mean_recall_averages_all_cut_offs_and_both_ways(tiny_teacher, tiny_batch):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from clipmap_hf.atomic import write_atomically
 from clipmap_hf.data.cache_files import (
     INDEX,
     MANIFEST,
@@ -26,7 +27,6 @@ from clipmap_hf.data.cache_files import (
     read_counts,
     read_json,
     start_cache,
-    write_file,
     write_json,
     written_blocks,
 )
@@ -93,12 +93,12 @@ def build_teacher_cache(
         for teacher in teachers:
             stack.enter_context(evaluating(teacher))
         for block in _blocks(tally.counting(batches), lambda: _Block(teachers, views), block_size):
-            write_file(block_file(folder, rank, blocks), block.content(), rank)
+            write_atomically(block_file(folder, rank, blocks), block.content())
             blocks += 1
             logger.info("Teacher cache: block %d of process %d, %d rows so far", blocks, rank, tally.rows)
     if tally.bad_rows:
         logger.warning("Teacher cache: of %d rows, %s were left out", tally.rows, tally.reasons())
-    write_json(marker, {"blocks": blocks, "rows": tally.rows, "bad_rows": tally.bad_rows}, rank)
+    write_json(marker, {"blocks": blocks, "rows": tally.rows, "bad_rows": tally.bad_rows})
 
 
 def finish_teacher_cache(folder: str | Path) -> None:
@@ -125,7 +125,9 @@ def finish_teacher_cache(folder: str | Path) -> None:
     teachers = sum(name.startswith("images.") for name in filled[0])
     index = {kind: _sorted_keys([block[f"{kind}_keys"].numpy() for block in arrays]) for kind in ("image", "text")}
     named = {f"{kind}_{name}": torch.from_numpy(array) for kind, one in index.items() for name, array in one.items()}
-    write_file(folder / INDEX, save(named))
+    for leftover in folder.glob(f".{INDEX}.*.tmp"):  # of a process that was killed
+        leftover.unlink()
+    write_atomically(folder / INDEX, save(named))
     summary = {
         "rows": sum(one["rows"] for one in counts),
         "bad_rows": bad_rows,

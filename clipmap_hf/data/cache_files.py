@@ -1,9 +1,7 @@
 """The files of a teacher cache: their names, how they are written whole or not at all, and how they are read."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+
+from clipmap_hf.atomic import write_atomically
 
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "read_counts",
     "read_json",
     "start_cache",
-    "write_file",
     "write_json",
     "written_blocks",
 ]
@@ -125,36 +124,16 @@ def start_cache(folder: Path, asked: Mapping[str, Any], rank: int = 0) -> None:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        write_json(path, asked, rank)
-    for leftover in folder.glob(f".rank-{rank}-*"):
+        write_json(path, asked)
+    for leftover in folder.glob(f".rank-{rank}-*.tmp"):
         leftover.unlink()
     found, flat = read_json(path), lambda cache: {**cache["manifest"], **cache, "manifest": None}
     check_manifest(flat(found), flat(asked), folder)
 
 
-def write_file(path: Path, content: bytes, rank: int = 0) -> None:
-    """Writes a file that is either whole or not there, whenever the process is stopped."""
-    partial = path.with_name(f".rank-{rank}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"The teacher cache cannot write '{path}': {error.strerror}. Make room or make the folder writable, and "
-            "build again; what is written is kept",
-        ) from error
-
-
-def write_json(path: Path, content: Mapping[str, Any], rank: int = 0) -> None:
-    """Writes JSON by `write_file`."""
-    write_file(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), rank)
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON, whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 def written_blocks(folder: Path, rank: int) -> list[Path]:

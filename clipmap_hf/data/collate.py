@@ -16,7 +16,7 @@ from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 
 
-__all__ = ["PairCollator", "caption_text", "content_key", "filled_texts", "normalized_pixels"]
+__all__ = ["PairCollator", "caption_text", "content_key", "decoded", "filled_texts", "normalized_pixels"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,19 @@ def normalized_pixels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     # In place, for a fresh tensor of this size at every step of the way takes three times as long.
     mean, std = (batch[name][:, None, None] for name in ("image_mean", "image_std"))
     return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def decoded(row: Mapping[str, Any]) -> tuple[bytes, Image.Image]:
+    """
+    The image file of a row, and its image.
+
+    Raises:
+        BadRowError: If there is none, or the reader could not read the row.
+    """
+    if row.get("error") is not None:
+        raise BadRowError(row["error"])
+    content = image_bytes(row["image"])
+    return content, decode_image(content)
 
 
 class _Example(NamedTuple):
@@ -141,10 +154,7 @@ class PairCollator:
         return size["height"] if "height" in size else size["shortest_edge"]
 
     def _example(self, row: Mapping[str, Any]) -> _Example:
-        if row.get("error") is not None:  # the reader's word for what it could not read
-            raise BadRowError(row["error"])
-        content = image_bytes(row["image"])
-        image = decode_image(content)
+        content, image = decoded(row)
         if self.augmentation is not None:
             return self.view(row, content, image, row["epoch"] % self.views if self.views else row["epoch"])
         captions = row[self.caption_columns[0]]

@@ -11,8 +11,8 @@ import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clipmap_hf.data.collate import PairCollator, content_key
-from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
+from clipmap_hf.data.collate import PairCollator, content_key, decoded
+from clipmap_hf.data.images import BadRowError
 
 
 __all__ = ["ViewCollator", "rows_of_rank", "view_batches"]
@@ -88,10 +88,7 @@ class ViewCollator:
         examples, bad = [], Counter()
         for row in rows:
             try:
-                if row.get("error") is not None:  # the reader's word for what it could not read
-                    raise BadRowError(row["error"])
-                content = image_bytes(row["image"])
-                image = decode_image(content)
+                content, image = decoded(row)
                 examples += [self.collator.view(row, content, image, view) for view in range(self.views)]
             except BadRowError as error:
                 bad[error.reason] += 1

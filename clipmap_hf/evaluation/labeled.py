@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset
 
-from clipmap_hf.data.images import decode_image, image_bytes
+from clipmap_hf.data.collate import decoded
+from clipmap_hf.data.images import BadRowError
 
 
 __all__ = ["class_names", "labeled_batches"]
@@ -24,7 +25,7 @@ def class_names(dataset: Dataset, label_column: str) -> list[str]:
         return feature.names
     if feature.dtype != "string":
         raise ValueError(f"Column {label_column!r} holds {feature.dtype}; class names need a ClassLabel or strings.")
-    return sorted(set(dataset[label_column]))
+    return sorted({label for label in dataset[label_column] if label is not None})
 
 
 def labeled_batches(
@@ -41,12 +42,15 @@ def labeled_batches(
         batch_size: Images per batch.
 
     Raises:
-        BadRowError: If an image cannot be decoded; an evaluation leaves nothing out.
+        BadRowError: If an image cannot be decoded or has no label; an evaluation leaves nothing out.
     """
     number = {name: index for index, name in enumerate(names)}
     for start in range(0, len(dataset), batch_size):
-        rows = dataset[start : start + batch_size]
-        images = [decode_image(image_bytes(image)) for image in rows["image"]]
-        labels = [label if isinstance(label, int) else number[label] for label in rows[label_column]]
+        rows = dataset.select(range(start, min(start + batch_size, len(dataset))))
+        images = [decoded(row)[1] for row in rows]
+        labels = rows[label_column]
+        if None in labels:
+            raise BadRowError("no label", f"row {start + list(labels).index(None)}")
+        labels = [label if isinstance(label, int) else number[label] for label in labels]
         pixels = image_processor(images, return_tensors="pt")["pixel_values"]
         yield {"pixel_values": pixels, "labels": torch.tensor(labels)}

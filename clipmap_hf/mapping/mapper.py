@@ -96,7 +96,7 @@ class WeightMapper(nn.Module):
             for axis, space in enumerate(spec.rule.axes)
             if (name := self._operator_name(space, spec.tower)) in operators
         }
-        if spec.rule.lookup and token_ids is not None and token_ids.numel() < len(tensor):
+        if spec.rule.lookup and token_ids is not None:
             rows = token_ids.unique()
             mapped = project_axes(tensor[rows], along)
             return mapped.new_zeros(len(tensor), mapped.shape[1]).index_copy(0, rows, mapped)

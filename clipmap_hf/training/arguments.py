@@ -35,6 +35,9 @@ class RunArguments:
     log_with: str | None = field(
         default=None, metadata={"help": "An experiment tracker of Accelerate, e.g. `tensorboard` or `wandb`."}
     )
+    compile: bool = field(
+        default=False, metadata={"help": "Use torch.compile: faster steps, after minutes of compiling at the start."}
+    )
     checkpoint_every: int = field(
         default=500, metadata={"help": "Steps between checkpoints, of which the last two are kept."}
     )

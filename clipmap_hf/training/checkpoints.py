@@ -79,6 +79,12 @@ class Checkpoints:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
+    def clear(self) -> None:
+        """Removes all there are, which would otherwise outlive those of a run that starts anew."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
     def resume(self) -> Progress | None:
         """
         Loads the last good checkpoint and returns how far it is; `None` if there is none.
@@ -121,6 +127,9 @@ def _read_state(path: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself, `None` if files of it are missing or cut off."""
     if not (path / _STATE).is_file():
         return None
-    state = json.loads((path / _STATE).read_text())
+    try:
+        state = json.loads((path / _STATE).read_text())
+    except json.JSONDecodeError:
+        return None
     files = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
     return state if state["files"].items() <= files.items() else None

@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from clipmap_hf.atomic import write_atomically
 
 
 __all__ = ["parse_arguments", "save_arguments"]
@@ -74,10 +75,7 @@ def save_arguments(path: Path, *arguments: Any, **stages: Any) -> None:
     plain = {key: value for one in arguments for key, value in dataclasses.asdict(one).items()}
     content = {key: value for key, value in plain.items() if value != []}  # an option takes at least one value
     content |= {name: dataclasses.asdict(one) for name, one in stages.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # every process writes it, and others read it already
-    temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    os.replace(temporary, path)
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
 def _yaml_options(

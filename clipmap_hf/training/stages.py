@@ -1,7 +1,7 @@
 """What is trained, against whom, by which losses: one module per stage, whose `forward(chunks)` returns the loss."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ class Stage(nn.Module):
         self.initial_logit_scale = math.log(logit_scale)
         trained.logit_scale.data.fill_(self.initial_logit_scale)
         trained.logit_scale.requires_grad_(learn_logit_scale)
+        self._encode = _encode
 
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """Returns `{"loss": …}` over the chunks of all processes, and the scalars to log."""
@@ -58,16 +59,20 @@ class Stage(nn.Module):
         if self.trained.logit_scale.requires_grad:
             self.trained.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
-    def _model(self, chunks: Sequence[Batch]) -> Callable:
-        """What computes the student's `CLIPOutput` of each of these chunks."""
-        return self.trained
+    def compile_encoder(self) -> None:
+        """Lets `torch.compile` make the student's forward and backward pass faster, which takes a while at first."""
+        self._encode = torch.compile(_encode)
+
+    def _student_model(self, chunks: Sequence[Batch]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        """The module that encodes these chunks, and weights for it that take the place of its own."""
+        return self.trained, {}
 
     def _student_features(self, chunks: Sequence[Batch]) -> ClipFeatures:
-        model = self._model(chunks)
+        model = self._student_model(chunks)
         if len(chunks) == 1:
-            embeds = [_embed(model, chunks[0])]
+            embeds = [self._encode(*model, chunks[0])]
         else:
-            embeds = [checkpoint(_embed, model, chunk, use_reentrant=False) for chunk in chunks]
+            embeds = [checkpoint(self._encode, *model, chunk, use_reentrant=False) for chunk in chunks]
         return _features(embeds, self.trained.logit_scale)
 
 
@@ -91,13 +96,13 @@ class MappingStage(ContrastiveStage):
     def student(self) -> nn.Module:
         return self.trained.export()
 
-    def _model(self, chunks: Sequence[Batch]) -> Callable:
+    def _student_model(self, chunks: Sequence[Batch]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         # Those of all processes: the gradient that comes back is the mean of theirs, for the rows that any looks up.
         token_ids = gather(torch.cat([chunk["input_ids"].flatten() for chunk in chunks])) if self.training else None
         weights = self.trained.materialize(token_ids)
         trained = [name for name, weight in weights.items() if weight.requires_grad]
         weights |= zip(trained, average_gradients([weights[name] for name in trained]), strict=True)
-        return lambda **inputs: functional_call(self.trained.skeleton, weights, args=(), kwargs=inputs)
+        return self.trained.skeleton, weights
 
 
 class DistillationStage(Stage):
@@ -147,17 +152,19 @@ class DistillationStage(Stage):
         embeds = [
             [(images.float(), texts.float()) for images, texts in chunk["teacher_embeds"]]
             if "teacher_embeds" in chunk
-            else [_embed(teacher, chunk) for teacher in self._teachers]
+            else [_encode(teacher, {}, chunk) for teacher in self._teachers]
             for chunk in chunks
         ]
         scale = torch.tensor(self.initial_logit_scale, device=embeds[0][0][0].device)
         return [_features(of_teacher, scale) for of_teacher in zip(*embeds, strict=True)]
 
 
-def _embed(model: Callable, chunk: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalized embeddings of a chunk's images and texts."""
+def _encode(model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalized embeddings of a chunk's images and texts; `weights` take the place of the model's own."""
     inputs = {name: chunk[name] for name in ("input_ids", "attention_mask")}
-    return ClipFeatures.embeds(model(**inputs, pixel_values=normalized_pixels(chunk)))
+    inputs["pixel_values"] = normalized_pixels(chunk)
+    output = functional_call(model, weights, args=(), kwargs=inputs) if weights else model(**inputs)
+    return ClipFeatures.embeds(output)
 
 
 def _features(embeds: Sequence[tuple[torch.Tensor, torch.Tensor]], logit_scale: torch.Tensor) -> ClipFeatures:

@@ -110,7 +110,9 @@ class Trainer:
         stage, optimizer = self._prepare()
         plan = self._plan()
         checkpoints = Checkpoints(self.output_dir / "checkpoints", self.accelerator, self._identity(plan))
-        self.progress = progress = (checkpoints.resume() if run.resume == "auto" else None) or Progress()
+        if run.resume == "never":
+            checkpoints.clear()
+        self.progress = progress = checkpoints.resume() or Progress()
         self._open_log()
         chunks_of_steps = self.pairs.steps(plan, self.collator, progress.step)
         bar = tqdm(initial=progress.step, total=self.steps, desc=self.name, unit="step", mininterval=1.0)
@@ -170,13 +172,16 @@ class Trainer:
     def _identity(self, plan: BatchPlan) -> dict[str, Any]:
         """All that decides the result: no checkpoint of anything else is gone on with."""
         identity = {"stage": self.name, **asdict(self.arguments), **self.config, "seed": self.run.seed}
-        identity |= {"mixed_precision": self.accelerator.mixed_precision, "processes": plan.world_size}
+        identity |= {"mixed_precision": self.accelerator.mixed_precision, "compile": self.run.compile}
+        identity["processes"] = plan.world_size
         if isinstance(self.pairs, PairStream):  # whose order depends on who reads which shard
             return identity | {"num_workers": plan.num_workers, "shards": self.pairs.pairs.num_shards}
         return identity | {"rows": len(self.pairs)}
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         accelerator, optimizer = self.accelerator, adamw(self.stage, self.arguments)
+        if self.run.compile:
+            self.stage.compile_encoder()
         if not self.stage.averages_gradients:
             return accelerator.prepare(self.stage, optimizer)
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):

@@ -39,7 +39,7 @@ def main() -> None:
     steps = {}
     for name, stage in stages.items():
         if arguments.compile:
-            stage.compile_forward()
+            stage.compile_encoder()
         steps[name] = stepper(stage.to(device).train(), random_chunks(arguments, teacher.config, device))
     seconds = {name: [] for name in steps}
     for round_ in range(arguments.rounds + 1):

@@ -1,0 +1,58 @@
+"""Benchmarks run to their end and print a table; the sizes are too small for its numbers to mean anything."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import clipmap_hf
+
+
+REPOSITORY = Path(clipmap_hf.__file__).parents[1]
+BENCHMARKS = REPOSITORY / "recipes" / "benchmarks"
+# The smallest that each can be told to be, and what begins the rows of its table, or the lines that it prints.
+RUNS = {
+    "batch.py": (
+        "--stage contrastive mapping distillation --student tiny --batch_size 4 --micro_batch_size 2 --plain_steps 1 "
+        "--rounds 1",
+        [f"| {stage} | {pairs} |" for stage in ("contrastive", "mapping", "distillation") for pairs in (2, 4)],
+    ),
+    "data.py": ("--images 16 --rounds 1 --batch_size 8 --shuffle_buffer 8", ["| clipmap_hf |", "| webdataset |"]),
+    "full_size.py": ("--batch_size 2 --steps 1", ["batch 2: step 1 ", "peak memory "]),
+    "mapping_step.py": (
+        "--student tiny --batch_size 4 --micro_batch_size 2 --rounds 1",
+        ["| contrastive |", "| mapping |", "mapping / contrastive: median "],
+    ),
+    "teacher_cache.py": (
+        "--student tiny --batch_size 2 --rounds 1",
+        ["| cached teacher |", "| live teacher |", "| no teacher |", "live / cached: median ", "by multiply-adds, "],
+    ),
+}
+
+
+def test_every_benchmark_is_run():
+    assert RUNS.keys() == {path.name for path in BENCHMARKS.glob("*.py")}
+
+
+@pytest.mark.recipes
+@pytest.mark.parametrize("benchmark", sorted(RUNS))
+def test_benchmark_prints_its_table(benchmark, tmp_path):
+    if benchmark == "data.py" and find_spec("webdataset") is None:
+        pytest.skip("compares with the `webdataset` package, which is not installed")
+    options, beginnings = RUNS[benchmark]
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, str(BENCHMARKS / benchmark), *options.split()]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-5000:]
+    lines = result.stdout.splitlines()
+    for beginning in beginnings:
+        assert any(line.startswith(beginning) for line in lines), result.stdout

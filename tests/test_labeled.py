@@ -1,0 +1,74 @@
+"""Labeled images as batches for zero-shot classification."""
+
+import io
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from clipmap_hf.data.images import BadRowError
+from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.evaluation.labeled import class_names, labeled_batches
+
+
+@pytest.fixture
+def labeled(tiny_pairs):
+    """A function that makes a data set of 10 undecoded images with the given labels."""
+
+    def make(labels: list, feature=None) -> Dataset:
+        files = []
+        for row in tiny_pairs[: len(labels)]:
+            buffer = io.BytesIO()
+            row["image"].save(buffer, "PNG")
+            files.append({"bytes": buffer.getvalue(), "path": None})
+        features = Features({"image": Image(decode=False), "label": feature or Value("string")})
+        return Dataset.from_dict({"image": files, "label": labels}, features=features)
+
+    return make
+
+
+def test_strings_are_classes_in_sorted_order(labeled):
+    assert class_names(labeled(["pie", "bar", "pie", "circle"]), "label") == ["bar", "circle", "pie"]
+
+
+def test_class_labels_have_their_own_names_and_order(labeled):
+    dataset = labeled([1, 0, 1], ClassLabel(names=["pie", "bar", "unused"]))
+    assert class_names(dataset, "label") == ["pie", "bar", "unused"]
+
+
+def test_numbers_without_names_are_an_error(labeled):
+    with pytest.raises(ValueError, match="Column 'label' holds int64; class names need a ClassLabel or strings"):
+        class_names(labeled([1, 0], Value("int64")), "label")
+
+
+@pytest.mark.parametrize("strings", [True, False])
+def test_batches_have_pixels_and_labels_in_order(labeled, tiny_pairs, tiny_processor, strings):
+    names, numbers = ["pie", "bar", "circle"], [2, 0, 1, 1, 0]
+    labels = [names[number] for number in numbers]
+    dataset = labeled(labels) if strings else labeled(numbers, ClassLabel(names=names))
+    batches = list(labeled_batches(dataset, tiny_processor.image_processor, "label", names, batch_size=2))
+    assert [batch["labels"].tolist() for batch in batches] == [[2, 0], [1, 1], [0]]
+    expected = tiny_processor.image_processor([row["image"] for row in tiny_pairs[:5]], return_tensors="pt")
+    torch.testing.assert_close(torch.cat([batch["pixel_values"] for batch in batches]), expected["pixel_values"])
+
+
+def test_an_image_that_cannot_be_decoded_is_an_error(labeled, tiny_processor):
+    rows = labeled(["a", "b", "a"]).to_list()
+    rows[1]["image"] = {"bytes": b"no image", "path": None}
+    dataset = Dataset.from_list(rows, features=labeled(["a"]).features)
+    with pytest.raises(BadRowError, match="undecodable image"):
+        list(labeled_batches(dataset, tiny_processor.image_processor, "label", ["a", "b"]))
+
+
+def test_an_image_without_a_label_is_an_error_that_names_its_row(labeled, tiny_processor):
+    dataset = labeled(["a", "b", "a", None])
+    assert class_names(dataset, "label") == ["a", "b"]
+    with pytest.raises(BadRowError, match="no label: row 3"):
+        list(labeled_batches(dataset, tiny_processor.image_processor, "label", ["a", "b"], batch_size=2))
+
+
+def test_pairs_as_they_are_loaded_can_be_classified(pairs_parquet, tiny_processor):
+    dataset = load_pairs(str(pairs_parquet))
+    names = class_names(dataset, "caption")
+    (batch,) = labeled_batches(dataset, tiny_processor.image_processor, "caption", names)
+    assert len(names) == 24 and sorted(batch["labels"].tolist()) == list(range(24))

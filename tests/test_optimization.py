@@ -1,0 +1,138 @@
+"""For how many steps AdamW goes, how fast at which, and what it decays."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import CLIPModel
+
+from clipmap_hf.config import ClipMapConfig, TowerConfig
+from clipmap_hf.data.loader import PairDataset, PairStream
+from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.optimization import adamw, learning_rate_at, parameter_groups, step_count
+from clipmap_hf.training.stages import ContrastiveStage, MappingStage
+
+
+SMALL = ClipMapConfig(
+    vision=TowerConfig(hidden_size=32, num_hidden_layers=2), text=TowerConfig(hidden_size=16, num_hidden_layers=1)
+)
+
+
+# What decays
+
+
+def test_parameter_groups_decay_matrices_only(tiny_config):
+    model = CLIPModel(tiny_config())
+    decayed, rest = parameter_groups(ContrastiveStage(model, 50.0, learn_logit_scale=True), weight_decay=0.3)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in (decayed, rest)]
+    assert groups[0] | groups[1] == set(names.values()) and not groups[0] & groups[1]
+    for name in groups[0]:
+        assert name.endswith("weight") and "norm" not in name and "position" not in name
+    for name in groups[1]:
+        assert name.endswith(("bias", "class_embedding", "logit_scale")) or "norm" in name or "position" in name
+
+
+def test_parameter_groups_of_a_mapping_leave_depth_alone(tiny_teacher):
+    stage = MappingStage(WeightMapper(tiny_teacher, SMALL), 50.0, learn_logit_scale=False)
+    decayed, rest = parameter_groups(stage, weight_decay=0.3)
+    operators = stage.trained.operators
+    depth = {id(operators[f"{tower}_depth"].delta) for tower in ("vision", "text")}
+    assert {id(p) for p in rest["params"]} == depth
+    assert {id(p) for p in decayed["params"]} == {id(o.delta) for o in operators.values()} - depth
+
+
+def test_parameter_groups_leave_out_what_is_frozen(tiny_config):
+    stage = ContrastiveStage(CLIPModel(tiny_config()), 50.0, learn_logit_scale=False)
+    stage.trained.vision_model.requires_grad_(False)
+    grouped = {id(p) for group in parameter_groups(stage, 0.1) for p in group["params"]}
+    assert grouped == {id(p) for p in stage.parameters() if p.requires_grad}
+
+
+def test_adamw_has_the_numbers_of_the_stage():
+    arguments = StageArguments(
+        learning_rate=0.5, weight_decay=0.3, adam_beta1=0.7, adam_beta2=0.8, adam_epsilon=1e-3, batch_size=1
+    )
+    optimizer = adamw(torch.nn.Linear(3, 2), arguments)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.7, 0.8), 1e-3)
+
+
+def test_a_step_of_adamw_is_the_one_of_the_paper_it_is_from():
+    module, (beta1, beta2, epsilon, rate, decay) = torch.nn.Linear(2, 1, bias=False), (0.9, 0.98, 1e-6, 0.1, 0.2)
+    module.weight.data = torch.tensor([[1.0, -2.0]])
+    optimizer = adamw(module, StageArguments(learning_rate=rate, weight_decay=decay))
+    expected, mean, square = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
+    for step, gradient in enumerate(([0.5, 0.1], [-0.2, 0.3]), 1):
+        module.weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        for i, g in enumerate(gradient):
+            mean[i] = beta1 * mean[i] + (1 - beta1) * g
+            square[i] = beta2 * square[i] + (1 - beta2) * g * g
+            change = mean[i] / (1 - beta1**step) / (math.sqrt(square[i] / (1 - beta2**step)) + epsilon)
+            expected[i] -= rate * (decay * expected[i] + change)
+    torch.testing.assert_close(module.weight.detach(), torch.tensor([expected]), atol=1e-6, rtol=0)
+
+
+# How fast
+
+
+@pytest.mark.parametrize("warmup", [3, 0.5], ids=["steps", "share"])
+def test_the_rate_warms_up_from_zero_and_follows_half_a_cosine(warmup):
+    rates = [learning_rate_at(step, 6, 0.01, warmup) for step in range(7)]
+    assert rates == pytest.approx([0, 0.01 / 3, 0.02 / 3, 0.01, 0.0075, 0.0025, 0], abs=1e-12)
+
+
+def test_without_a_warmup_the_first_rate_is_the_peak():
+    assert [learning_rate_at(step, 2, 0.01, 0) for step in range(3)] == pytest.approx([0.01, 0.005, 0], abs=1e-12)
+
+
+def test_a_warmup_longer_than_the_run_is_cut_to_it():
+    assert [learning_rate_at(step, 3, 0.03, 2000) for step in range(3)] == pytest.approx([0, 0.01, 0.02])
+
+
+def test_a_share_of_the_steps_is_rounded_up():
+    assert learning_rate_at(1, 15, 1.0, 0.1) == 0.5  # two steps of 15
+    assert learning_rate_at(1, 15, 1.0, 1) == 1.0  # from 1 on, it is a number of steps
+
+
+# How long
+
+
+def pairs(count: int) -> PairDataset:
+    return PairDataset(range(count))
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "epochs", "steps"),
+    [(24, 8, 1, 3), (24, 7, 2, 6), (24, 4, 0.5, 3), (24, 24, 100, 100), (24, 8, 0, 0)],
+)
+def test_epochs_are_passes_over_full_batches(count, batch_size, epochs, steps):
+    assert step_count(StageArguments(epochs=epochs, batch_size=batch_size), pairs(count)) == steps
+
+
+def test_steps_win_over_epochs():
+    assert step_count(StageArguments(steps=5, epochs=100, batch_size=8), pairs(24)) == 5
+    assert step_count(StageArguments(steps=0, epochs=100, batch_size=8), pairs(24)) == 0
+
+
+def test_a_stream_takes_its_steps_and_has_no_epochs():
+    stream = PairStream(SimpleNamespace(num_shards=1))
+    assert step_count(StageArguments(steps=5), stream) == 5
+    with pytest.raises(ValueError, match="A stream has no length, so epochs cannot be counted; set steps"):
+        step_count(StageArguments(), stream)
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_a_batch_larger_than_the_data_is_an_error(steps):
+    with pytest.raises(ValueError, match="batch_size=25 is larger than the 24 training pairs; lower it"):
+        step_count(StageArguments(steps=steps, batch_size=25), pairs(24))
+
+
+def test_less_than_one_step_of_epochs_is_an_error():
+    with pytest.raises(ValueError, match=r"epochs=0\.1 of 24 pairs is less than one step"):
+        step_count(StageArguments(epochs=0.1, batch_size=8), pairs(24))

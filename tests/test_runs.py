@@ -1,0 +1,297 @@
+"""Mapping and distillation as the recipes run them, in this process."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig, runs
+from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.runs import Teacher, make_teacher_cache, run_distillation, run_mapping
+from clipmap_hf.training.arguments import (
+    DataArguments,
+    DistillationArguments,
+    MappingArguments,
+    RunArguments,
+    TeacherCacheArguments,
+)
+from clipmap_hf.training.trainer import TrainResult
+
+
+SMALL = ClipMapConfig(
+    vision=TowerConfig(hidden_size=32, num_hidden_layers=2), text=TowerConfig(hidden_size=16, num_hidden_layers=1)
+)
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def counted_once():
+    """Counting multiplications takes longer than a tiny run, and gives the same for the same sizes."""
+    known, count = {}, runs.model_cost
+
+    def model_cost(config):
+        key = config.to_json_string()
+        return known[key] if key in known else known.setdefault(key, count(config))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "model_cost", model_cost)
+        yield
+
+
+@pytest.fixture
+def teacher(tiny_teacher, tiny_processor) -> Teacher:
+    return Teacher(tiny_teacher, tiny_processor, "me/teacher")
+
+
+@pytest.fixture(scope="module")
+def second_model(tiny_config) -> CLIPModel:
+    return randomize(CLIPModel(tiny_config(projection_dim=16)), seed=1).eval()
+
+
+@pytest.fixture
+def teachers(teacher, second_model, tiny_processor) -> list[Teacher]:
+    """Two, of different projection dimensions."""
+    return [teacher, Teacher(copy.deepcopy(second_model), tiny_processor, "me/second", "v2")]
+
+
+@pytest.fixture
+def data(pairs_parquet) -> DataArguments:
+    return DataArguments(str(pairs_parquet), crop_scale=[0.4, 1.0], keyword_column=["keywords"])
+
+
+@pytest.fixture
+def distill(teacher, tiny_processor, data, tmp_path):
+    """A function that distills a fresh student: `distill(teachers, data=…, cache=…, steps=…)`."""
+
+    def run(teachers: list[Teacher], **values) -> tuple[TrainResult, list[dict], CLIPModel]:
+        student = WeightMapper(copy.deepcopy(teacher.model), SMALL).export()
+        numbers = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
+        numbers |= {name: values.pop(name) for name in ("steps", "micro_batch_size") if name in values}
+        options = {"data": data, "output_dir": str(tmp_path / "out"), "resume": "never", "seed": 0} | values
+        given = {name: options.pop(name) for name in ("cache", "recipe") if name in options}
+        chosen, processor = options.pop("data"), options.pop("processor", tiny_processor)
+        run = RunArguments(log_every=1, **options)
+        result = run_distillation(student, teachers, processor, DistillationArguments(**numbers), run, chosen, **given)
+        log = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+        return result, log, student
+
+    return run
+
+
+def losses(log: list[dict]) -> list[float]:
+    return [line["loss"] for line in log if "loss" in line]
+
+
+# Teachers that fit
+
+
+def with_processor(teacher: Teacher, **changes) -> Teacher:
+    """The teacher with a processor of its own, changed."""
+    processor = copy.deepcopy(teacher.processor)
+    for name, value in changes.items():
+        holder = processor.tokenizer if hasattr(processor.tokenizer, name) else processor.image_processor
+        setattr(holder, name, value)
+    return dataclasses.replace(teacher, processor=processor, id="me/other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
+        ({"image_std": [0.5, 0.5, 0.5]}, "image_std"),
+        ({"size": {"height": 64, "width": 64}}, "size"),
+        ({"model_max_length": 8}, "model_max_length"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "image_mean, image_std"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_teacher_that_preprocesses_otherwise_is_refused_by_name(distill, teacher, changes, words):
+    with pytest.raises(ValueError, match=rf"'me/other' and the student preprocess in different ways \({words}\)"):
+        distill([teacher, with_processor(teacher, **changes)])
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_by_name(distill, teacher, tiny_processor):
+    vocab = tiny_processor.tokenizer.get_vocab()
+    first, second = sorted(vocab)[:2]
+    swapped = vocab | {first: vocab[second], second: vocab[first]}  # of the same size
+    tokenizer = CLIPTokenizer(vocab=swapped, merges=[], model_max_length=tiny_processor.tokenizer.model_max_length)
+    other = CLIPProcessor(image_processor=tiny_processor.image_processor, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"'me/other' and the student preprocess .* \(vocabulary\)"):
+        distill([dataclasses.replace(teacher, processor=other, id="me/other")])
+
+
+def test_a_teacher_whose_processor_is_as_good_as_the_students_teaches(distill, teacher, teacher_folder):
+    loaded = Teacher.load(str(teacher_folder))
+    assert loaded.processor is not teacher.processor and loaded.id == str(teacher_folder)
+    assert isinstance(loaded.processor.image_processor, CLIPImageProcessorPil)
+    result, log, _ = distill([loaded], steps=1)
+    assert result.steps == 1 and losses(log) == losses(distill([teacher], steps=1)[1])
+
+
+# Distillation
+
+
+def test_a_distilled_student_is_written_with_its_card_and_results(distill, teachers, data, tmp_path):
+    data = dataclasses.replace(data, eval_data=data.train_data)
+    result, log, student = distill(teachers, data=data, eval_every=4, recipe="steps: 6\n")
+    written = CLIPModel.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(written[name], tensor), name
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "me/teacher" in card and ", with me/second" in card and "steps: 6" in card
+    assert f"{100 * result.metrics['image_to_text_recall@5']:.1f}" in card
+    assert [line["step"] for line in log if "eval_mean_recall" in line] == [4, 6]
+    assert (tmp_path / "out" / "best" / "model.safetensors").exists()
+
+
+def test_several_teachers_teach_otherwise_than_one(distill, teachers):
+    first, both, both_again = (distill(chosen)[1] for chosen in (teachers[:1], teachers, teachers))
+    assert losses(both) == losses(both_again) and abs(losses(first)[0] - losses(both)[0]) > 1e-2
+
+
+def test_a_distillation_is_not_gone_on_with_by_other_teachers_or_for_other_students(distill, teachers):
+    distill(teachers[:1])
+    with pytest.raises(ValueError, match=r"teachers was \['me/teacher'\], is \['me/teacher', 'me/second'\]"):
+        distill(teachers, resume="auto")
+
+
+def test_a_distillation_goes_on_where_it_stopped(distill, teachers, tmp_path, monkeypatch):
+    _, log, student = distill(teachers, checkpoint_every=2, output_dir=str(tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        count, step = [0], torch.optim.AdamW.step
+
+        def fail(self, *args, **kwargs):
+            count[0] += 1
+            if count[0] == 4:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        patch.setattr(torch.optim.AdamW, "step", fail)
+        with pytest.raises(KeyboardInterrupt):
+            distill(teachers, checkpoint_every=2)
+    _, again, resumed = distill(teachers, checkpoint_every=2, resume="auto")
+    assert losses(again) == losses(log)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
+
+
+# Teacher caches
+
+
+@pytest.fixture
+def cache(tmp_path) -> TeacherCacheArguments:
+    return TeacherCacheArguments(str(tmp_path / "cache"), views=2)
+
+
+def test_cached_teachers_teach_like_live_ones_while_their_views_last(distill, teachers, cache):
+    _, live, _ = distill(teachers, steps=9)
+    _, cached, student = distill(teachers, steps=9, cache=cache)
+    assert losses(cached)[:6] == pytest.approx(losses(live)[:6], rel=1e-3)  # two epochs of three steps
+    assert losses(cached)[6:] != pytest.approx(losses(live)[6:], rel=1e-3)  # the third has the views of the first
+    assert not [module for module in student.modules() if module is teachers[0].model]
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_cache_is_made_of_a_stream_and_teaches_one(distill, teachers, cache, pairs_tars, num_workers):
+    data = DataArguments(pairs_tars, streaming=True, shuffle_buffer=5, image_column="png", caption_column=["txt"])
+    options = {"data": data, "steps": 3, "num_workers": num_workers, "micro_batch_size": 4}
+    _, live, _ = distill(teachers, **options)
+    _, cached, _ = distill(teachers, cache=cache, **options)
+    assert losses(cached) == pytest.approx(losses(live), rel=1e-3)
+
+
+def test_a_cache_that_is_there_is_read_and_no_teacher_runs(distill, teachers, cache, tiny_processor, data):
+    made = make_teacher_cache(teachers, tiny_processor, data, cache)
+    assert made.views == 2 and made.manifest["teachers"][1] | {"weights": ""} == {
+        "id": "me/second",
+        "revision": "v2",
+        "weights": "",
+        "projection_dim": 16,
+    }
+    for teacher in teachers:
+        teacher.model.register_forward_pre_hook(lambda *_: pytest.fail("a teacher ran"))
+        teacher.model.vision_model.register_forward_pre_hook(lambda *_: pytest.fail("a teacher ran"))
+    result, log, _ = distill(teachers, cache=cache)
+    assert result.steps == 6 and all(0 < loss < 100 for loss in losses(log))
+
+
+REFUSED = {
+    "augmentation": ({"crop_scale": [0.5, 1.0]}, {}, {}, "augmentation"),
+    "flip": ({"flip": 0.5}, {}, {}, "augmentation"),
+    "captions": ({"keyword_column": []}, {}, {}, "captions"),
+    "seed": ({}, {"seed": 1}, {}, "seed"),
+    "views": ({}, {}, {"views": 3}, "views"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_cache_of_something_else_is_refused_and_the_difference_named(distill, teacher, cache, data, what):
+    changes, options, views, word = REFUSED[what]
+    distill([teacher], cache=cache, steps=1)
+    with pytest.raises(ValueError, match=rf"(?s)cache.*{word}"):
+        distill(
+            [teacher],
+            cache=dataclasses.replace(cache, **views),
+            data=dataclasses.replace(data, **changes),
+            steps=1,
+            **options,
+        )
+    distill([teacher], cache=cache, steps=1)  # still good
+
+
+def test_a_cache_of_other_teachers_is_refused(distill, teachers, cache, tiny_config, tiny_processor):
+    distill(teachers[:1], cache=cache, steps=1)
+    other_weights = randomize(CLIPModel(tiny_config()), seed=5).eval()
+    other = Teacher(other_weights, tiny_processor, "me/teacher")
+    for chosen in (teachers, teachers[::-1], [other]):
+        with pytest.raises(ValueError, match="(?s)cache.*teachers"):
+            distill(chosen, cache=cache, steps=1)
+
+
+def test_a_cache_of_other_files_is_refused(distill, teacher, cache, data, pairs_parquet, tmp_path):
+    distill([teacher], cache=cache, steps=1)
+    other = tmp_path / "other.parquet"
+    other.write_bytes(pairs_parquet.read_bytes())
+    with pytest.raises(ValueError, match=r"(?s)cache.*other\.parquet"):
+        distill([teacher], cache=cache, data=dataclasses.replace(data, train_data=str(other)), steps=1)
+
+
+def test_without_a_folder_nothing_is_cached(distill, teacher, tmp_path):
+    _, log, _ = distill([teacher], cache=TeacherCacheArguments(), steps=2)
+    assert losses(log) == losses(distill([teacher], steps=2)[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Mapping
+
+
+def test_a_mapping_trains_the_operators_and_writes_student_and_map(teacher_folder, data, tmp_path):
+    compressor = ClipMapCompressor.from_pretrained(teacher_folder, student=SMALL)
+    before = copy.deepcopy(compressor.mapper.state_dict())
+    arguments = MappingArguments(steps=2, batch_size=8, micro_batch_size=4, warmup_steps=0)
+    data = dataclasses.replace(data, eval_data=data.train_data)
+    result = run_mapping(compressor, arguments, RunArguments(str(tmp_path / "out")), data, recipe="steps: 2\n")
+    moved = {name for name, tensor in compressor.mapper.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if name.endswith("delta")} | {"logit_scale"}
+    assert (result.steps, result.pairs) == (2, 16) and 0 <= result.metrics["mean_recall"] <= 1
+    loaded = ClipMapCompressor.from_pretrained(tmp_path / "out")
+    for name, tensor in compressor.mapper.state_dict().items():
+        assert torch.equal(loaded.mapper.state_dict()[name], tensor), name
+    assert "steps: 2" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_mapping_is_not_gone_on_with_for_another_student(teacher_folder, data, tmp_path):
+    for depth, words in (("interval_front", None), ("spread", "student was .*interval_front.* is .*spread")):
+        config = dataclasses.replace(SMALL, depth=depth)
+        compressor = ClipMapCompressor.from_pretrained(teacher_folder, student=config)
+        arguments = MappingArguments(steps=1, batch_size=8), RunArguments(str(tmp_path / "out")), data
+        if words is None:
+            run_mapping(compressor, *arguments)
+        else:
+            with pytest.raises(ValueError, match=words):
+                run_mapping(compressor, *arguments)
