@@ -185,7 +185,7 @@ class ClipMapCompressor(nn.Module):
             results=results,
             recipe=recipe,
         )
-        write_student_folder(folder, student, self.processor, card)
+        write_student_folder(folder, student, self.processor, card, keep_map=include_map)  # to be replaced
         if include_map:
             self._write_map(folder / MAP_FOLDER)
 

@@ -9,6 +9,7 @@ from transformers import CLIPProcessor, PreTrainedModel
 
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.data.build_cache import build_teacher_cache, finish_teacher_cache
+from clipmap_hf.data.cache_files import MANIFEST, SUMMARY, read_json
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.teacher_cache import TeacherCache, cache_manifest, model_fingerprint
 from clipmap_hf.distributed import join_processes
@@ -24,6 +25,7 @@ from clipmap_hf.training.arguments import (
     TeacherCacheArguments,
 )
 from clipmap_hf.training.setup import (
+    config_values,
     evaluation_function,
     run_stage,
     source_files,
@@ -89,7 +91,10 @@ def run_mapping(
 
     processor = compressor.processor
     callbacks = {"evaluate": evaluation_function(data, processor, run), "save": save}
-    config = {"teachers": [compressor.teacher_id], "student": compressor.config.to_dict()}
+    config = {
+        "teachers": [[compressor.teacher_id, compressor.teacher_revision]],
+        "student": compressor.config.to_dict(),
+    }
     return run_stage(stage, arguments, run, data, processor, name="mapping", pairs=pairs, config=config, **callbacks)
 
 
@@ -131,6 +136,9 @@ def run_distillation(
     teacher_cache = make_teacher_cache(teachers, processor, data, cache, pairs=pairs, **numbers) if cached else None
     evaluate = evaluation_function(data, processor, run)
     teacher_metrics = None if evaluate is None else evaluate(teachers[0].model.to(join_processes().device))
+    if cached:  # the stage moves those that it uses
+        for teacher in teachers:
+            teacher.model.cpu()
     stage = DistillationStage(
         student,
         [teacher.model for teacher in teachers] if teacher_cache is None else [],
@@ -163,7 +171,10 @@ def run_distillation(
         pairs=pairs,
         evaluate=evaluate,
         save=save,
-        config={"teachers": [teacher.id for teacher in teachers], "student": student.config.to_dict()},
+        config={
+            "teachers": [[teacher.id, teacher.revision] for teacher in teachers],
+            "student": config_values(student.config),
+        },
         teacher_cache=teacher_cache,
     )
 
@@ -206,22 +217,27 @@ def make_teacher_cache(
         for teacher in teachers
     ]
     manifest = cache_manifest(names, collator, cache.views, source_files(data))
-    build_teacher_cache(
-        cache.teacher_cache,
-        [teacher.model.to(state.device) for teacher in teachers],
-        (training_pairs(data) if pairs is None else pairs).pairs,
-        collator,
-        manifest,
-        num_workers=num_workers,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        max_bad_fraction=data.max_bad_fraction,
-    )
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finish_teacher_cache(cache.teacher_cache)
-    state.wait_for_everyone()
-    return TeacherCache.open(cache.teacher_cache)
+    folder = Path(cache.teacher_cache)
+    complete = (folder / SUMMARY).is_file()
+    if not complete or read_json(folder / MANIFEST)["world_size"] == state.num_processes:
+        build_teacher_cache(
+            folder,
+            [teacher.model.to(state.device) for teacher in teachers],
+            (training_pairs(data) if pairs is None else pairs).pairs,
+            collator,
+            manifest,
+            num_workers=num_workers,
+            rank=state.process_index,
+            world_size=state.num_processes,
+            max_bad_fraction=data.max_bad_fraction,
+        )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish_teacher_cache(folder)
+        state.wait_for_everyone()
+    made = TeacherCache.open(folder)
+    made.check(manifest)  # a complete one may have been made by another number of processes
+    return made
 
 
 def _check_same_preprocessing(processor: CLIPProcessor, teacher: Teacher) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.families import family_for
     from clipmap_hf.models import load_config, load_processor
-    from clipmap_hf.training.setup import evaluation_function, run_stage, training_pairs
+    from clipmap_hf.training.setup import config_values, evaluation_function, run_stage, training_pairs
     from clipmap_hf.training.stages import ContrastiveStage
 
     join_processes()
@@ -65,17 +65,19 @@ def main() -> None:
 
     stage = ContrastiveStage(model, arguments.logit_scale, arguments.learn_logit_scale)
     evaluate = evaluation_function(data, processor, run)
-    run_stage(stage, arguments, run, data, processor, name="pretrain", pairs=pairs, evaluate=evaluate, save=save)
+    callbacks = {"evaluate": evaluate, "save": save}
+    shape = {"student": config_values(model.config)}
+    run_stage(stage, arguments, run, data, processor, name="pretrain", pairs=pairs, config=shape, **callbacks)
 
 
 def new_architecture(shape: ArchitectureArguments, pairs, caption_columns: list[str]):
     """A `CLIPConfig` of the given shape, and a processor whose tokenizer is learned from the captions."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor
 
-    from clipmap_hf.data.collate import caption_text
+    from clipmap_hf.data.collate import caption_text, filled_texts
     from clipmap_hf.data.tokenizer import train_clip_tokenizer
 
-    texts = (caption_text(row) for column in caption_columns for row in pairs[column] if row)
+    texts = (caption_text(row) for column in caption_columns for row in pairs[column] if filled_texts(row))
     tokenizer = train_clip_tokenizer(texts, shape.vocab_size, shape.context_length)
     tower = {"vision": (shape.vision_hidden_size, shape.vision_num_hidden_layers)}
     tower["text"] = (shape.text_hidden_size, shape.text_num_hidden_layers)

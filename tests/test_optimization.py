@@ -23,33 +23,48 @@ SMALL = ClipMapConfig(
 # What decays
 
 
+def names_by_decay(module: torch.nn.Module) -> dict[float, set[str]]:
+    """The trainable parameters by their decay, of which 0.3 is asked; each is in one group."""
+    groups = parameter_groups(module, weight_decay=0.3)
+    names, found = {id(p): name for name, p in module.named_parameters()}, {0.0: set(), 0.3: set()}
+    for group in groups:
+        found[group["weight_decay"]] |= {names[id(p)] for p in group["params"]}
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) and all(group["params"] for group in groups)
+    assert set(grouped) == {id(p) for p in module.parameters() if p.requires_grad}
+    return found
+
+
 def test_parameter_groups_decay_matrices_only(tiny_config):
     model = CLIPModel(tiny_config())
-    decayed, rest = parameter_groups(ContrastiveStage(model, 50.0, learn_logit_scale=True), weight_decay=0.3)
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = [{names[id(p)] for p in group["params"]} for group in (decayed, rest)]
-    assert groups[0] | groups[1] == set(names.values()) and not groups[0] & groups[1]
-    for name in groups[0]:
+    found = names_by_decay(ContrastiveStage(model, 50.0, learn_logit_scale=True))
+    assert found[0.3] | found[0.0] == {f"trained.{name}" for name, _ in model.named_parameters()}
+    for name in found[0.3]:
         assert name.endswith("weight") and "norm" not in name and "position" not in name
-    for name in groups[1]:
+    for name in found[0.0]:
         assert name.endswith(("bias", "class_embedding", "logit_scale")) or "norm" in name or "position" in name
+
+
+def test_scalars_have_a_group_of_their_own(tiny_config):
+    """FSDP shards everything else, and fused AdamW does not mix the two."""
+    stage = ContrastiveStage(CLIPModel(tiny_config()), 50.0, learn_logit_scale=True)
+    groups = [group["params"] for group in parameter_groups(stage, 0.3)]
+    assert [one for one in groups if any(p.ndim == 0 for p in one)] == [[stage.trained.logit_scale]]
+    assert len(groups) == 3
 
 
 def test_parameter_groups_of_a_mapping_leave_depth_alone(tiny_teacher):
     stage = MappingStage(WeightMapper(tiny_teacher, SMALL), 50.0, learn_logit_scale=False)
-    decayed, rest = parameter_groups(stage, weight_decay=0.3)
-    operators = stage.trained.operators
-    depth = {id(operators[f"{tower}_depth"].delta) for tower in ("vision", "text")}
-    assert {id(p) for p in rest["params"]} == depth
-    assert {id(p) for p in decayed["params"]} == {id(o.delta) for o in operators.values()} - depth
+    deltas = {f"trained.operators.{name}.delta" for name in stage.trained.operators}
+    depth = {f"trained.operators.{tower}_depth.delta" for tower in ("vision", "text")}
+    assert names_by_decay(stage) == {0.3: deltas - depth, 0.0: depth}
 
 
 def test_parameter_groups_leave_out_what_is_frozen(tiny_config):
     stage = ContrastiveStage(CLIPModel(tiny_config()), 50.0, learn_logit_scale=False)
     stage.trained.vision_model.requires_grad_(False)
-    grouped = {id(p) for group in parameter_groups(stage, 0.1) for p in group["params"]}
-    assert grouped == {id(p) for p in stage.parameters() if p.requires_grad}
+    found = names_by_decay(stage)
+    assert not [name for names in found.values() for name in names if "vision_model" in name or "scale" in name]
 
 
 def test_adamw_has_the_numbers_of_the_stage():
@@ -57,7 +72,7 @@ def test_adamw_has_the_numbers_of_the_stage():
         learning_rate=0.5, weight_decay=0.3, adam_beta1=0.7, adam_beta2=0.8, adam_epsilon=1e-3, batch_size=1
     )
     optimizer = adamw(torch.nn.Linear(3, 2), arguments)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.3]
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.7, 0.8), 1e-3)
 

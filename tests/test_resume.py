@@ -20,7 +20,7 @@ pytestmark = pytest.mark.recipes
 STEPS = 8
 TIMED_KILLS = 5
 SIZES = ("--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16)
-# Where a run kills itself, one start after the other, until the list is used up. The calls are counted anew each time.
+# Where a run kills itself, one start after the other. Calls are counted anew each time.
 DELIBERATE_KILLS = [
     ("os.replace", "before", 3),
     ("os.replace", "after", 4),
@@ -100,7 +100,7 @@ def recipes(teacher_folder, student_folder, pairs_parquet, shards, place) -> dic
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipes, place):
-    """A function that runs what it is named to its end; its folder, and its processor seconds before and in training."""
+    """A function that runs what it is named to its end; its folder, its processor seconds before and in training."""
     done = {}
 
     def run(name: str) -> tuple[Path, float, float]:
@@ -199,7 +199,9 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(uninterrupted, kil
 def test_a_run_killed_while_it_writes_ends_with_the_same_bits(uninterrupted, killed, recipes, place, name):
     expected, _, _ = uninterrupted(name)
     output = place / f"{name} killed while writing"
-    assert killed(name, DELIBERATE_KILLS, output).count(-9) >= 8
+    first = 3 * CASES.index(name)  # a run is finished before the list is, so each begins elsewhere
+    kills = [*DELIBERATE_KILLS[first:], *DELIBERATE_KILLS[:first]]
+    assert killed(name, kills, output).count(-9) >= 5
     check_same(expected, output, recipes[name][2])
 
 

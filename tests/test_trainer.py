@@ -689,7 +689,7 @@ def test_a_run_that_is_interrupted_in_every_step_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
 def test_an_interruption_at_any_step_between_checkpoints_changes_nothing(trainer_of, stage_of, tmp_path, step):
-    options = {"steps": 6, "checkpoint_every": 2, "micro_batch_size": 4, "log_every": 4}
+    options = {"steps": 6, "checkpoint_every": 2, "micro_batch_size": 4}
     whole = trainer_of(stage_of("contrastive", dropout=True), output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     options["resume"] = "auto"

@@ -15,16 +15,16 @@ MAP_FOLDER, MAP_CONFIG = "map", "clipmap_config.json"
 
 
 def write_student_folder(
-    folder: str | Path, student: PreTrainedModel, processor: CLIPProcessor, card: ModelCard
+    folder: str | Path, student: PreTrainedModel, processor: CLIPProcessor, card: ModelCard, keep_map: bool = False
 ) -> None:
     """
-    Writes all files of a student into `folder`, which is made if needed. A map of other weights that lies there is
-    removed.
+    Writes all files of a student into `folder`, which is made if needed. Unless `keep_map`, a map that lies there,
+    which belongs to other weights, is removed.
     """
     folder = Path(folder)
     with atomic_files(folder) as temporary:
         student.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         card.save(temporary / "README.md")
-    if (folder / MAP_FOLDER / MAP_CONFIG).exists():
+    if not keep_map and (folder / MAP_FOLDER / MAP_CONFIG).exists():
         shutil.rmtree(folder / MAP_FOLDER)

@@ -43,5 +43,5 @@ def push_folder(
         create_pr=create_pr,
         commit_message=commit_message,
         delete_patterns=delete_patterns,
-        ignore_patterns=["checkpoints/*", ".*.tmp/*"],
+        ignore_patterns=["checkpoints/*", "*/checkpoints/*", ".*.tmp/*", "*/.*.tmp/*"],
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from clipmap_hf.atomic import atomic_folder, temporary_folder
 
@@ -75,14 +76,15 @@ class Checkpoints:
                 state = {"progress": asdict(progress), "config": self.config, "files": files}
                 (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")
         if is_main:
-            for old in self._paths()[:-_KEPT]:
+            older = [one for one in self._paths() if one < path]  # later ones are damaged, or they would be in use
+            for old in {*self._paths()} - {path, *older[1 - _KEPT :]}:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
     def clear(self) -> None:
         """Removes all there are, which would otherwise outlive those of a run that starts anew."""
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.accelerator.is_main_process and self.folder.exists():
+            shutil.rmtree(self.folder)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> Progress | None:
@@ -90,17 +92,31 @@ class Checkpoints:
         Loads the last good checkpoint and returns how far it is; `None` if there is none.
 
         Raises:
-            ValueError: If it was made by a run with another configuration; names what differs.
+            ValueError: If it was made by a run with another configuration, which is named; if all are damaged; or if
+                the processes do not see the same.
         """
-        for path in reversed(self._paths()):
-            state = _read_state(path)
-            if state is None:
-                logger.warning("Checkpoint %s is damaged; the one before it is used.", path)
-                continue
-            self._check_config(path, state["config"])
-            self.accelerator.load_state(str(path))
-            return Progress(**state["progress"])
-        return None
+        if self.accelerator.is_main_process:
+            for leftover in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(leftover)  # of a process that was killed while it wrote
+        states = {path: _read_state(path) for path in reversed(self._paths())}
+        good = [path for path, state in states.items() if state is not None]
+        steps = gather_object([good[0].name if good else None])
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"The processes see different checkpoints, {steps}; they must share the folder {self.folder}."
+            )
+        if states and not good:
+            raise ValueError(
+                f"All checkpoints in {self.folder} are damaged: {[path.name for path in states]}. Restore one, or "
+                "start anew with resume=never."
+            )
+        if not good:
+            return None
+        for path in list(states)[: list(states).index(good[0])]:
+            logger.warning("Checkpoint %s is damaged; the one before it is used.", path)
+        self._check_config(good[0], states[good[0]]["config"])
+        self.accelerator.load_state(str(good[0]))
+        return Progress(**states[good[0]]["progress"])
 
     def _check_config(self, path: Path, config: dict[str, Any]) -> None:
         names = sorted(config.keys() | self.config.keys())

@@ -22,10 +22,12 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[
     def decays(name: str, parameter: torch.nn.Parameter) -> bool:
         return parameter.ndim >= 2 and "position_embedding" not in name and "_depth" not in name
 
-    return [
+    groups = [
         {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if not decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if p.ndim and not decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for _, p in trainable if not p.ndim], "weight_decay": 0.0},  # FSDP leaves scalars as they are
     ]
+    return [group for group in groups if group["params"]]
 
 
 def adamw(module: torch.nn.Module, arguments: StageArguments) -> torch.optim.AdamW:

@@ -22,6 +22,7 @@ from clipmap_hf.training.arguments import RunArguments, StageArguments
 from clipmap_hf.training.checkpoints import Checkpoints, Progress
 from clipmap_hf.training.optimization import adamw, learning_rate_at, step_count
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
+from clipmap_hf.training.sharding import copy_to_shard, update_whole
 from clipmap_hf.training.stages import Stage
 
 
@@ -128,7 +129,7 @@ class Trainer:
                 if progress.step % run.log_every == 0 or progress.step == self.steps:
                     bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{progress.pairs / progress.seconds:.0f}")
                     self._log(values)
-                stop = self._any_process(terminated.is_set()) and progress.step < self.steps
+                stop = self._any_process(terminated.is_set())
                 if stop or progress.step % run.checkpoint_every == 0 or progress.step == self.steps:
                     progress.log_bytes = self.log_file.stat().st_size if self.accelerator.is_main_process else 0
                     checkpoints.save(progress)
@@ -141,7 +142,8 @@ class Trainer:
                     self._evaluate_and_save()
         bar.close()
         self._evaluate_and_save()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # `end_training` would part the processes, and more may follow
+            tracker.finish()
         return TrainResult(
             progress.step, progress.pairs, progress.seconds, progress.bad_rows, progress.skipped, self.metrics
         )
@@ -179,17 +181,24 @@ class Trainer:
         return identity | {"rows": len(self.pairs)}
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        accelerator, optimizer = self.accelerator, adamw(self.stage, self.arguments)
+        accelerator, kind = self.accelerator, self.accelerator.distributed_type
+        if self.stage.averages_gradients and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"The {self.name} stage exchanges gradients itself and cannot run under {kind.value}; launch it with "
+                "recipes/accelerate_configs/multi_gpu.yaml."
+            )
+        if self.run.compile and self.arguments.micro_batch_size:
+            raise ValueError(
+                "compile and micro_batch_size do not go together: a chunk must be computed twice in the same way, and "
+                "torch.compile may change the way in between. Leave one of them out."
+            )
         if self.run.compile:
             self.stage.compile_encoder()
-        if not self.stage.averages_gradients:
-            return accelerator.prepare(self.stage, optimizer)
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"The {self.name} stage exchanges gradients itself and cannot run under "
-                f"{accelerator.distributed_type.value}; launch it with recipes/accelerate_configs/multi_gpu.yaml."
-            )
-        return accelerator.prepare_model(self.stage, evaluation_mode=True), accelerator.prepare(optimizer)
+        self.trained = copy_to_shard(self.stage, accelerator) if kind == DistributedType.FSDP else self.stage
+        optimizer = adamw(self.trained, self.arguments)
+        if self.stage.averages_gradients:
+            return accelerator.prepare_model(self.stage, evaluation_mode=True), accelerator.prepare(optimizer)
+        return accelerator.prepare(self.trained, optimizer)
 
     def _received(self, chunks: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
         """Counts the good and bad rows of all processes, and moves this one's chunks to its device."""
@@ -227,7 +236,7 @@ class Trainer:
         if finite or accelerator.scaler is not None:  # which skips by itself, and learns from it
             optimizer.step()
         optimizer.zero_grad()
-        self.stage.after_step()
+        self.trained.after_step()
         progress.step += 1
         self._count_skipped(finite, values)
         return values
@@ -243,8 +252,8 @@ class Trainer:
         if progress.skipped_in_a_row > self.run.max_skipped:
             raise FloatingPointError(
                 f"{progress.skipped_in_a_row} steps in a row up to {progress.step} had no finite loss and gradient, "
-                f"more than max_skipped={self.run.max_skipped}. Lower the learning rate, or use fp32; the last "
-                "checkpoint is from before."
+                f"more than max_skipped={self.run.max_skipped}. The last checkpoint is from before. Start anew in "
+                "another output_dir with a lower learning rate, or in fp32."
             )
 
     def _any_process(self, flag: bool) -> bool:
@@ -256,6 +265,8 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         progress, is_main = self.progress, self.accelerator.is_main_process
+        if self.trained is not self.stage:
+            update_whole(self.stage, self.trained)
         if self.evaluate is not None:
             self.metrics = self.evaluate(self.stage.student())
             self._log({f"eval_{name}": value for name, value in self.metrics.items()})
@@ -274,8 +285,8 @@ class Trainer:
         """Cuts `metrics.jsonl` back to where the run is taken up: to nothing at its start."""
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            lines = self.log_file.read_bytes() if self.log_file.exists() else b""
-            self.log_file.write_bytes(lines[: self.progress.log_bytes])
+            with self.log_file.open("ab") as file:
+                file.truncate(min(file.tell(), self.progress.log_bytes))
 
     def _log(self, values: dict[str, float]) -> None:
         progress = self.progress
