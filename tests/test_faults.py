@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,8 +203,8 @@ def test_a_run_terminated_while_it_evaluates_with_workers_ends_as_well(working, 
 
 @pytest.mark.parametrize("source", ["map", "stream"])
 def test_an_error_while_workers_run_ends_the_process(argv, place, pairs_tar, source):
-    log = place / f"mishap-{source}.log"
-    own = ["--output_dir", place / f"mishap-{source}", "--num_workers", 1]
+    output, log = place / f"mishap-{source}", place / f"mishap-{source}.log"
+    own = ["--output_dir", output, "--num_workers", 1]
     if source == "stream":
         own += ["--train_data", pairs_tar, "--image_column", "png", "--caption_column", "txt", "--streaming", "true"]
     started = [sys.executable, "-c", FAILING, RECIPES / "map.py", *argv, *own]
@@ -214,13 +215,13 @@ def test_an_error_while_workers_run_ends_the_process(argv, place, pairs_tar, sou
     finally:
         process.kill()
     assert "a mishap at step 2" in log.read_text()
-    wait_for(lambda: not running(FAILING), 10)
+    wait_for(lambda: not running(str(output)), 10)
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_an_error(working, place):
     process, workers, log = working(place / "without-worker")
     workers[0].kill()
     assert process.wait(timeout=60) == 1
-    assert "DataLoader worker" in log.read_text() and "exited unexpectedly" in log.read_text()
+    assert re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", log.read_text())
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive

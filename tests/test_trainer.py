@@ -863,16 +863,28 @@ def test_a_damaged_checkpoint_makes_the_one_before_be_used(trainer_of, caplog, n
     assert messages == [f"Checkpoint {last} is damaged; the one before it is used."]
 
 
-def test_when_every_checkpoint_is_damaged_the_run_starts_anew(trainer_of, caplog):
+def test_when_every_checkpoint_is_damaged_the_run_does_not_start_unasked(trainer_of):
     options = {"steps": 3, "checkpoint_every": 2}
     whole = trainer_of(**options)
     whole.train()
     for folder in checkpoints_of(whole):
         (folder / "model.safetensors").write_bytes(b"")
-    again = trainer_of(resume="auto", **options)
-    assert again.train().steps == 3
-    assert sum("is damaged" in record.getMessage() for record in caplog.records) == 2
-    assert not changed(state(whole.stage), again.stage) and len(log_of(again)) == 3
+    with pytest.raises(ValueError, match="All checkpoints in .* are damaged: .*step-00000003.*step-00000002.*never"):
+        trainer_of(resume="auto", **options).train()
+    again = trainer_of(resume="never", **options)
+    assert again.train().steps == 3 and not changed(state(whole.stage), again.stage)
+
+
+def test_the_checkpoint_just_written_outlives_damaged_ones_of_later_steps(trainer_of):
+    whole = trainer_of(steps=6, checkpoint_every=2)
+    whole.train()
+    for folder in checkpoints_of(whole)[1:]:
+        (folder / "model.safetensors").write_bytes(b"")
+    interrupted = trainer_of(steps=6, checkpoint_every=1, resume="auto")
+    interrupted.stage.after_step = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted):
+        interrupted.train()
+    assert [folder.name for folder in checkpoints_of(interrupted)] == ["step-00000004", "step-00000005"]
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(trainer_of, monkeypatch):
@@ -928,9 +940,13 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(trainer_of, in_main_t
     assert not changed(state(whole.stage), again.stage) and len(log_of(again)) == 4
 
 
-def test_sigterm_in_the_last_step_lets_the_run_end(trainer_of, in_main_thread):
+def test_sigterm_in_the_last_step_stops_the_run_and_the_next_one_saves(trainer_of, in_main_thread):
     saved = []
     trainer = trainer_of(steps=2, save=lambda folder, _: saved.append(folder.name))
     steps = []
     trainer.stage.after_step = lambda: (steps.append(1), len(steps) == 2 and os.kill(os.getpid(), signal.SIGTERM))
-    assert trainer.train().steps == 2 and saved == ["out"]
+    with pytest.raises(Preempted):  # or a stage that follows would run on until it is killed
+        trainer.train()
+    assert not saved
+    trainer_of(steps=2, save=lambda folder, _: saved.append(folder.name), resume="auto").train()
+    assert saved == ["out"]
