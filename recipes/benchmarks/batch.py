@@ -9,8 +9,8 @@ each in a process of its own, on random weights and data: a student of a ViT-B/1
 AdamW's state and the pixels of its whole batch (bytes, as the loader makes them) included: its resident set, or on a
 GPU what is allocated there. `at first` is what it had before its first step.
 
-On a CPU, glibc's allocator cannot use again most of what one chunk has freed for the next, so the resident set grows
-with every chunk, though what is in use does not. It gives memory back, as fast with huge pages as without, under
+On a CPU, the resident set grows with every chunk under glibc's allocator, though what is in use does not. It gives
+memory back (and without the second variable is a good deal slower) under
 
     MALLOC_MMAP_THRESHOLD_=1048576 THP_MEM_ALLOC_ENABLE=1 python recipes/benchmarks/batch.py
 """
