@@ -131,18 +131,19 @@ class Workshop:
 def trained(shop: Workshop, stage_name: str, case: str) -> dict[str, Any]:
     """What a training logged and left, what it sent, and whether all processes hold the same in the end."""
     trainer = shop.trainer(stage_name, case)
-    stage, rows = trainer.stage, []
+    stage, rows, wrappers = trainer.stage, [], []
     with counted_traffic() as sent:
         step = trainer._step
 
         def watched(wrapped, optimizer, chunks):
             rows.append([len(chunk["input_ids"]) for chunk in chunks])
+            wrappers[:] = [wrapped]
             return step(wrapped, optimizer, chunks)
 
         trainer._step = watched
         trainer.train()
     state = stage.state_dict()
-    wrapper = trainer.accelerator._models[-1]
+    (wrapper,) = wrappers
     report = {
         "log": [json.loads(line) for line in trainer.log_file.read_text().splitlines()],
         "rows": gather_object([rows]),
