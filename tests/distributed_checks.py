@@ -154,7 +154,7 @@ def trained(shop: Workshop, stage_name: str, case: str) -> dict[str, Any]:
         "teacher_bytes": sum(p.nbytes for p in load_model(str(shop.folder / "teacher")).parameters()),
     }
     if isinstance(wrapper, torch.nn.parallel.DistributedDataParallel):
-        report["reduced_by_ddp"] = wrapper._get_ddp_logging_data()["total_parameter_size_in_bytes"]
+        report["reduced_by_ddp"] = wrapper._get_ddp_logging_data()["total_parameter_size_bytes"]
     return report
 
 
