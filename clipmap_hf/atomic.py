@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -64,7 +65,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: If it cannot be written; `path` is then as it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ def join_processes() -> PartialState:
         ValueError: If there are several processes, but nothing they could talk by: each would train for itself, and
             they would overwrite each other's files.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # One may wait for another until its share of a teacher cache is made; launchers end all when one fails.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=12))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != started:
         raise ValueError(

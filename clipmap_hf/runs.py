@@ -81,7 +81,7 @@ def run_mapping(
         arguments: The stage's numbers.
         run: Where and how to run.
         data: Training and evaluation pairs.
-        recipe: The resolved arguments as YAML, for the card.
+        recipe: The resolved arguments as YAML, for the card and `arguments.yaml`.
         pairs: The training pairs, if they are loaded already.
     """
     stage = MappingStage(compressor.mapper, arguments.logit_scale, arguments.learn_logit_scale)
@@ -95,7 +95,9 @@ def run_mapping(
         "teachers": [[compressor.teacher_id, compressor.teacher_revision]],
         "student": compressor.config.to_dict(),
     }
-    return run_stage(stage, arguments, run, data, processor, name="mapping", pairs=pairs, config=config, **callbacks)
+    return run_stage(
+        stage, arguments, run, data, processor, name="mapping", pairs=pairs, config=config, recipe=recipe, **callbacks
+    )
 
 
 def run_distillation(
@@ -122,14 +124,13 @@ def run_distillation(
         run: Where and how to run.
         data: Training and evaluation pairs.
         cache: Where to keep the teachers' embeddings, which are computed first if they are not there.
-        recipe: The resolved arguments as YAML, for the card.
+        recipe: The resolved arguments as YAML, for the card and `arguments.yaml`.
         pairs: The training pairs, if they are loaded already.
 
     Raises:
         ValueError: If a teacher preprocesses images or texts in another way than the student.
     """
-    for teacher in teachers:
-        _check_same_preprocessing(processor, teacher)
+    _check_same_preprocessing(processor, teachers)
     pairs = training_pairs(data) if pairs is None else pairs
     cached = cache is not None and cache.teacher_cache is not None
     numbers = {"seed": run.seed, "num_workers": run.num_workers}
@@ -176,6 +177,7 @@ def run_distillation(
             "student": config_values(student.config),
         },
         teacher_cache=teacher_cache,
+        recipe=recipe,
     )
 
 
@@ -203,9 +205,11 @@ def make_teacher_cache(
         pairs: The training pairs, if they are loaded already.
 
     Raises:
-        ValueError: If what is there was made of something else; names what differs.
+        ValueError: If what is there was made of something else, which is named, or a teacher preprocesses in another
+            way than `processor`.
     """
     state = join_processes()
+    _check_same_preprocessing(processor, teachers)
     collator = training_collator(data, processor, stage_seed("distillation", seed))
     names = [
         {
@@ -240,8 +244,8 @@ def make_teacher_cache(
     return made
 
 
-def _check_same_preprocessing(processor: CLIPProcessor, teacher: Teacher) -> None:
-    """Raises if the student's pixels and tokens would be something else to the teacher."""
+def _check_same_preprocessing(processor: CLIPProcessor, teachers: Sequence[Teacher]) -> None:
+    """Raises if the student's pixels and tokens would be something else to a teacher."""
 
     def what(processor: CLIPProcessor) -> dict[str, Any]:
         images, tokenizer = processor.image_processor, processor.tokenizer
@@ -253,10 +257,12 @@ def _check_same_preprocessing(processor: CLIPProcessor, teacher: Teacher) -> Non
             "model_max_length": tokenizer.model_max_length,
         }
 
-    ours, theirs = what(processor), what(teacher.processor)
-    different = [name for name in ours if ours[name] != theirs[name]]
-    if different:
-        raise ValueError(
-            f"The teacher {teacher.id!r} and the student preprocess in different ways ({', '.join(different)}), so "
-            "they cannot learn from the same pixels and tokens. Take a teacher of the same processor."
-        )
+    ours = what(processor)
+    for teacher in teachers:
+        theirs = what(teacher.processor)
+        different = [name for name in ours if ours[name] != theirs[name]]
+        if different:
+            raise ValueError(
+                f"The teacher {teacher.id!r} and the student preprocess in different ways ({', '.join(different)}), "
+                "so they cannot learn from the same pixels and tokens. Take a teacher of the same processor."
+            )

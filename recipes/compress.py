@@ -21,7 +21,7 @@ from clipmap_hf.training.arguments import (
     TeacherArguments,
     TeacherCacheArguments,
 )
-from clipmap_hf.training.parsing import parse_arguments, save_arguments
+from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
 
 def main() -> None:
@@ -40,14 +40,12 @@ def main() -> None:
     from clipmap_hf.training.setup import map_config
 
     processes = join_processes()
-    arguments_file = Path(run.output_dir) / "arguments.yaml"
-    save_arguments(arguments_file, data, teacher, cache, student, run, mapping=mapping, distillation=distillation)
     config = map_config(student, run.seed)
     teacher_id, revision = teacher.teachers[0]
     compressor = ClipMapCompressor.from_pretrained(teacher_id, config, revision=revision, backend=data.image_backend)
     processes.print(compressor.cost())
     mapped = dataclasses.replace(run, output_dir=str(Path(run.output_dir) / "mapped"))
-    recipe = arguments_file.read_text()
+    recipe = arguments_yaml(data, teacher, cache, student, run, mapping=mapping, distillation=distillation)
     run_mapping(compressor, mapping, mapped, data, recipe=recipe)
     model, processor = compressor.export(), compressor.processor
     # The first is the map's, if one was gone on with.

@@ -21,7 +21,7 @@ from clipmap_hf.training.arguments import (
     StudentArguments,
     TeacherArguments,
 )
-from clipmap_hf.training.parsing import parse_arguments, save_arguments
+from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
 
 def parse(argv: list[str]) -> tuple:
@@ -53,9 +53,8 @@ def main() -> None:
 
     logging.disable_progress_bar()
     output, teacher_id = Path(run.output_dir), teacher_arguments.teacher[0]
-    arguments_file = output / "arguments.yaml"
     sections = {"mapping": mapping, "distillation": distillation, "manual": manual, "scratch": scratch}
-    save_arguments(arguments_file, data, teacher_arguments, student_arguments, run, **sections)
+    recipe = arguments_yaml(data, teacher_arguments, student_arguments, run, **sections)
     teacher, pairs = Teacher.load(teacher_id), training_pairs(data)
     compressor = ClipMapCompressor.from_pretrained(teacher_id, map_config(student_arguments, run.seed))
     processor, inherited = compressor.processor, compressor.export()
@@ -64,9 +63,8 @@ def main() -> None:
     def into(name: str) -> RunArguments:
         return dataclasses.replace(run, output_dir=str(output / name))
 
-    mapped = run_mapping(compressor, mapping, into("mapped"), training_only, pairs=pairs)
+    mapped = run_mapping(compressor, mapping, into("mapped"), training_only, recipe=recipe, pairs=pairs)
     student = compressor.export()
-    recipe = arguments_file.read_text()
     distilled = run_distillation(
         student, [teacher], processor, distillation, into("student"), data, recipe=recipe, pairs=pairs
     )

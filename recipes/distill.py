@@ -8,7 +8,6 @@ With `--teacher_cache DIR`, the teachers' embeddings are computed first (or by r
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from clipmap_hf.training.arguments import (
     DataArguments,
@@ -19,7 +18,7 @@ from clipmap_hf.training.arguments import (
     TeacherArguments,
     TeacherCacheArguments,
 )
-from clipmap_hf.training.parsing import parse_arguments, save_arguments
+from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
 
 @dataclass
@@ -45,8 +44,6 @@ def main() -> None:
     from clipmap_hf.runs import Teacher, run_distillation
 
     join_processes()
-    arguments_file = Path(run.output_dir) / "arguments.yaml"
-    save_arguments(arguments_file, data, teacher, cache, student, run, distillation=distillation)
     run_distillation(
         load_model(student.student_model, revision=student.student_revision),
         [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers],
@@ -55,7 +52,7 @@ def main() -> None:
         run,
         data,
         cache=cache,
-        recipe=arguments_file.read_text(),
+        recipe=arguments_yaml(data, teacher, cache, student, run, distillation=distillation),
     )
 
 

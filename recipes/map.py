@@ -7,8 +7,6 @@ with its map. Without a size, goes on with the map in the folder that `--teacher
     accelerate launch recipes/map.py --config recipes/configs/small.yaml --train_data … --output_dir mapped
 """
 
-from pathlib import Path
-
 from clipmap_hf.training.arguments import (
     DataArguments,
     DistillationArguments,
@@ -18,7 +16,7 @@ from clipmap_hf.training.arguments import (
     TeacherArguments,
     TeacherCacheArguments,
 )
-from clipmap_hf.training.parsing import parse_arguments, save_arguments
+from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
 
 def main() -> None:
@@ -38,13 +36,11 @@ def main() -> None:
     from clipmap_hf.training.setup import map_config
 
     processes = join_processes()
-    arguments_file = Path(run.output_dir) / "arguments.yaml"
-    save_arguments(arguments_file, data, teacher, student, run, mapping=mapping)
     config = map_config(student, run.seed)
     teacher_id, revision = teacher.teachers[0]
     compressor = ClipMapCompressor.from_pretrained(teacher_id, config, revision=revision, backend=data.image_backend)
     processes.print(compressor.cost())
-    run_mapping(compressor, mapping, run, data, recipe=arguments_file.read_text())
+    run_mapping(compressor, mapping, run, data, recipe=arguments_yaml(data, teacher, student, run, mapping=mapping))
 
 
 if __name__ == "__main__":

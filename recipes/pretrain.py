@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments
-from clipmap_hf.training.parsing import parse_arguments, save_arguments
+from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
 
 @dataclass
@@ -47,7 +47,7 @@ def main() -> None:
     from clipmap_hf.training.stages import ContrastiveStage
 
     join_processes()
-    save_arguments(Path(run.output_dir) / "arguments.yaml", data, architecture, run, arguments)
+    recipe = arguments_yaml(data, architecture, run, arguments)
     set_seed(run.seed)
     pairs = training_pairs(data)
     if architecture.config_from is not None:
@@ -64,10 +64,19 @@ def main() -> None:
             processor.save_pretrained(temporary)
 
     stage = ContrastiveStage(model, arguments.logit_scale, arguments.learn_logit_scale)
-    evaluate = evaluation_function(data, processor, run)
-    callbacks = {"evaluate": evaluate, "save": save}
-    shape = {"student": config_values(model.config)}
-    run_stage(stage, arguments, run, data, processor, name="pretrain", pairs=pairs, config=shape, **callbacks)
+    run_stage(
+        stage,
+        arguments,
+        run,
+        data,
+        processor,
+        name="pretrain",
+        pairs=pairs,
+        evaluate=evaluation_function(data, processor, run),
+        save=save,
+        config={"student": config_values(model.config)},
+        recipe=recipe,
+    )
 
 
 def new_architecture(shape: ArchitectureArguments, pairs, caption_columns: list[str]):

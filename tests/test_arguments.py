@@ -28,7 +28,8 @@ from clipmap_hf.training.arguments import (
         (RunArguments, {"output_dir": "out", "checkpoint_every": 0}, "checkpoint_every=0 must be above 0"),
         (RunArguments, {"output_dir": "out", "max_skipped": -1}, "max_skipped=-1 must be at least 0"),
         (DataArguments, {"train_data": "x", "shuffle_buffer": 0}, "shuffle_buffer=0 must be above 0"),
-        (TeacherCacheArguments, {"views": 0}, "views=0 must be above 0"),
+        (TeacherCacheArguments, {"teacher_cache": "x", "views": 0}, "views=0 must be above 0"),
+        (TeacherCacheArguments, {"views": 2}, "views=2 is for a teacher_cache; name its folder, or leave views out"),
         (
             TeacherArguments,
             {"teacher": ["a", "b"], "teacher_revision": ["v1"]},
@@ -41,6 +42,11 @@ from clipmap_hf.training.arguments import (
 def test_numbers_without_sense_are_errors_that_say_what_is_allowed(cls, values, message):
     with pytest.raises(ValueError, match=message):
         cls(**values)
+
+
+def test_a_cache_has_four_views_unless_another_number_is_given():
+    assert [one.views for one in (TeacherCacheArguments("x"), TeacherCacheArguments("x", 2))] == [4, 2]
+    assert TeacherCacheArguments().views is None
 
 
 def test_each_teacher_has_its_revision_or_none():

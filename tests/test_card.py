@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.training.arguments import RunArguments, StageArguments
-from clipmap_hf.training.parsing import save_arguments
+from clipmap_hf.training.parsing import arguments_yaml
 
 
 METHOD = "Its weights were mapped."
@@ -72,9 +72,8 @@ def test_without_results_or_recipe_there_are_no_such_sections(cost_table):
     assert "## Results" not in text and "## Recipe" not in text
 
 
-def test_the_recipe_can_be_copied_from_the_card(cost_table, tmp_path):
-    save_arguments(tmp_path / "arguments.yaml", RunArguments("groß"), mapping=StageArguments(learning_rate=8e-4))
-    recipe = (tmp_path / "arguments.yaml").read_text()
+def test_the_recipe_can_be_copied_from_the_card(cost_table):
+    recipe = arguments_yaml(RunArguments("groß"), mapping=StageArguments(learning_rate=8e-4))
     text = str(
         render_card("openai/clip-vit-base-patch16", cost_table, model_class="CLIPModel", method=METHOD, recipe=recipe)
     )

@@ -13,7 +13,7 @@ REPOSITORY = ROOT.parent
 MODULES = sorted(ROOT.rglob("*.py"))
 # From left to right: a module imports from its own part and from those before it.
 ORDER = (
-    ("atomic", "config", "distributed", "features", "models"),
+    ("atomic", "comparison", "config", "distributed", "features", "models"),
     ("families",),
     ("mapping",),
     ("selection",),

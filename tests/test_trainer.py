@@ -471,9 +471,20 @@ def test_a_chunk_without_good_rows_is_left_out(trainer_of, pairs):
     assert trainer.train().pairs == 16
 
 
-def test_a_step_without_good_rows_is_an_error_that_says_why(trainer_of, pairs):
-    trainer = trainer_of(pairs=spoiled(pairs, 24), max_bad_fraction=1.0)
-    with pytest.raises(ValueError, match=r"None of the 8 rows .* can be used: \{'no caption': 8\}"):
+def test_steps_without_good_rows_are_skipped_and_counted(trainer_of, pairs):
+    trainer = trainer_of(pairs=spoiled(pairs, 24), max_bad_fraction=1.0, steps=2)
+    before = {name: tensor.clone() for name, tensor in trainer.stage.state_dict().items()}
+    result = trainer.train()
+    assert (result.steps, result.skipped, result.pairs) == (2, 2, 0) and result.bad_rows == {"no caption": 16}
+    for name, tensor in trainer.stage.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_too_many_steps_without_good_rows_end_the_run_and_say_why(trainer_of, pairs):
+    trainer = trainer_of(pairs=spoiled(pairs, 24), max_bad_fraction=1.0, max_skipped=1)
+    with pytest.raises(
+        FloatingPointError, match=r"or no usable rows \(\{'no caption': 16\}\): more than max_skipped=1"
+    ):
         trainer.train()
 
 
@@ -781,10 +792,10 @@ CHANGES = {
     "steps": ({"steps": 4}, "steps was 3, is 4"),
     "batch_size": ({"batch_size": 6}, "batch_size was 8, is 6"),
     "seed": ({"seed": 1}, "seed was 0, is 1"),
-    "precision": ({"mixed_precision": "bf16"}, "mixed_precision was 'no', is 'bf16'"),
-    "compile": ({"compile": True}, "compile was False, is True"),
-    "name": ({"name": "other"}, "stage was 'train', is 'other'"),
-    "config": ({"config": {"crop": (0.5, 1)}}, r"crop was None, is \[0.5, 1\]"),
+    "precision": ({"mixed_precision": "bf16"}, 'mixed_precision was "no", is "bf16"'),
+    "compile": ({"compile": True}, "compile was false, is true"),
+    "name": ({"name": "other"}, 'stage was "train", is "other"'),
+    "config": ({"config": {"crop": (0.5, 1)}}, r"crop was nothing, is \[0.5, 1\]"),
     "both": ({"seed": 1, "max_grad_norm": 1.0}, "max_grad_norm was 5.0, is 1.0; seed was 0, is 1"),
 }
 
@@ -933,7 +944,7 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(trainer_of, in_main_t
         trainer.train()
     assert info.value.code == EXIT_PREEMPTED == 75 and isinstance(info.value, SystemExit)
     assert len(steps) == 2 and [path.name for path in checkpoints_of(trainer)] == ["step-00000002"]
-    assert "Stopped by SIGTERM at step 2; the same command goes on from there." in caplog.text
+    assert "Stopped by SIGTERM at step 2; resume=auto goes on from there." in caplog.text
     assert signal.getsignal(signal.SIGTERM) is previous
     again = trainer_of(name, steps=4, resume="auto")
     again.train()
@@ -950,3 +961,15 @@ def test_sigterm_in_the_last_step_stops_the_run_and_the_next_one_saves(trainer_o
     assert not saved
     trainer_of(steps=2, save=lambda folder, _: saved.append(folder.name), resume="auto").train()
     assert saved == ["out"]
+
+
+def test_sigterm_in_the_last_evaluation_stops_the_run_when_all_is_saved(trainer_of, in_main_thread):
+    def evaluate(_) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"mean_recall": 0.5}
+
+    saved = []
+    with pytest.raises(Preempted):
+        trainer_of(evaluate=evaluate, save=lambda folder, metrics: saved.append(metrics)).train()
+    assert saved == [{"mean_recall": 0.5}]
+    assert trainer_of(resume="auto").train().steps == 3

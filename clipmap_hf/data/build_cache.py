@@ -125,7 +125,7 @@ def finish_teacher_cache(folder: str | Path) -> None:
     teachers = sum(name.startswith("images.") for name in filled[0])
     index = {kind: _sorted_keys([block[f"{kind}_keys"].numpy() for block in arrays]) for kind in ("image", "text")}
     named = {f"{kind}_{name}": torch.from_numpy(array) for kind, one in index.items() for name, array in one.items()}
-    for leftover in folder.glob(f".{INDEX}.*.tmp"):  # of a process that was killed
+    for leftover in folder.glob(".*.tmp"):  # of processes that were killed
         leftover.unlink()
     write_atomically(folder / INDEX, save(named))
     summary = {

@@ -1,7 +1,7 @@
 """The files of a teacher cache: their names, how they are written whole or not at all, and how they are read."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from clipmap_hf.atomic import write_atomically
+from clipmap_hf.comparison import differences
 
 
 __all__ = [
@@ -64,17 +65,13 @@ def check_manifest(found: Mapping[str, Any], expected: Mapping[str, Any], folder
     Raises:
         ValueError: If they differ; it names every difference.
     """
-    cached, asked = dict(_flat(found)), dict(_flat(json.loads(json.dumps(expected))))
-    missing = object()
-    differences = [
-        f"{name} is {json.dumps(cached[name]) if name in cached else 'nothing'} in the cache, "
-        f"{json.dumps(asked[name]) if name in asked else 'nothing'} is asked"
-        for name in [*cached, *(name for name in asked if name not in cached)]
-        if cached.get(name, missing) != asked.get(name, missing)
+    different = [
+        f"{name} is {cached} in the cache, {asked} is asked"
+        for name, (cached, asked) in differences(found, expected).items()
     ]
-    if differences:
+    if different:
         raise ValueError(
-            f"The teacher cache in '{folder}' was built for something else: {'; '.join(differences)}. "
+            f"The teacher cache in '{folder}' was built for something else: {'; '.join(different)}. "
             "Ask for the same, or build another cache in another folder."
         )
 
@@ -83,7 +80,7 @@ def damaged_file(path: Path, what: str) -> ValueError:
     """The error for a file that is missing or truncated, or cannot be read."""
     return ValueError(
         f"A file of the teacher cache, '{path}', {what}. Copy the cache anew; or delete this file and build the cache "
-        "again with the same settings, which writes only what is missing."
+        "again with the same settings, which goes on from there."
     )
 
 
@@ -139,14 +136,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def written_blocks(folder: Path, rank: int) -> list[Path]:
     """The blocks of a process up to the first that is missing."""
     return list(takewhile(Path.is_file, (block_file(folder, rank, number) for number in count())))
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, and of lists of dicts, with their names joined by dots."""
-    if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
-        value = dict(enumerate(value))
-    if isinstance(value, dict) and value:
-        for key, entry in value.items():
-            yield from _flat(entry, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value

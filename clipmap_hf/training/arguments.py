@@ -140,12 +140,17 @@ class TeacherCacheArguments:
         default=None,
         metadata={"help": "Folder of the embeddings; made if it is not there. By default, none are kept."},
     )
-    views: int = field(
-        default=4, metadata={"help": "Views of each image and caption to keep; training goes through them in turn."}
+    views: int | None = field(
+        default=None,
+        metadata={"help": "Views of each image and caption to keep (4); training goes through them in turn."},
     )
 
     def __post_init__(self):
         _check_ranges(self, above_0=("views",))
+        if self.teacher_cache is None and self.views is not None:
+            raise ValueError(f"views={self.views} is for a teacher_cache; name its folder, or leave views out.")
+        if self.teacher_cache is not None and self.views is None:
+            self.views = 4
 
 
 @dataclass

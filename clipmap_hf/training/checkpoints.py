@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from clipmap_hf.atomic import atomic_folder, temporary_folder
+from clipmap_hf.comparison import differences
 
 
 __all__ = ["Checkpoints", "Progress"]
@@ -60,8 +61,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, config: dict[str, Any]):
-        self.folder, self.accelerator = folder, accelerator
-        self.config = json.loads(json.dumps(config))  # as it will be read
+        self.folder, self.accelerator, self.config = folder, accelerator, config
 
     def save(self, progress: Progress) -> None:
         """Writes the state of all processes, on return safely on disk; then removes older checkpoints."""
@@ -119,12 +119,7 @@ class Checkpoints:
         return Progress(**states[good[0]]["progress"])
 
     def _check_config(self, path: Path, config: dict[str, Any]) -> None:
-        names = sorted(config.keys() | self.config.keys())
-        changed = [
-            f"{name} was {config.get(name)!r}, is {self.config.get(name)!r}"
-            for name in names
-            if config.get(name) != self.config.get(name)
-        ]
+        changed = [f"{name} was {old}, is {new}" for name, (old, new) in differences(config, self.config).items()]
         if changed:
             raise ValueError(
                 f"{path} belongs to a run with another configuration: {'; '.join(changed)}. Take that again, name "

@@ -1,4 +1,4 @@
-"""Reads the dataclasses of `arguments.py` from a YAML file and the command line, which wins; writes them back."""
+"""Reads the dataclasses of `arguments.py` from a YAML file and the command line, which wins; and back into YAML."""
 
 import argparse
 import dataclasses
@@ -9,10 +9,8 @@ from typing import Any
 
 import yaml
 
-from clipmap_hf.atomic import write_atomically
 
-
-__all__ = ["parse_arguments", "save_arguments"]
+__all__ = ["arguments_yaml", "parse_arguments"]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -70,12 +68,12 @@ def parse_arguments(
     )
 
 
-def save_arguments(path: Path, *arguments: Any, **stages: Any) -> None:
-    """Writes resolved arguments as YAML that `--config` reads back; `stages` become sections under their names."""
+def arguments_yaml(*arguments: Any, **stages: Any) -> str:
+    """Resolved arguments as YAML that `--config` reads back; `stages` become sections under their names."""
     plain = {key: value for one in arguments for key, value in dataclasses.asdict(one).items()}
     content = {key: value for key, value in plain.items() if value != []}  # an option takes at least one value
     content |= {name: dataclasses.asdict(one) for name, one in stages.items()}
-    write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _yaml_options(

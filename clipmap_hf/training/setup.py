@@ -168,6 +168,7 @@ def run_stage(
     save: Callable[[Path, dict[str, float]], None] | None = None,
     config: dict[str, Any] | None = None,
     teacher_cache: TeacherCache | None = None,
+    recipe: str | None = None,
 ) -> TrainResult:
     """
     Trains a stage on `data`, with the `stage_seed` of its name and `run.seed`; arguments as in `Trainer`. With a
@@ -189,4 +190,5 @@ def run_stage(
         data.max_bad_fraction,
         name,
         {**decisive, "views": collator.views, **(config or {})},
+        recipe,
     ).train()

@@ -1,33 +1,86 @@
-"""FSDP: a copy of a stage is trained in shards, and the whole one is brought up to it whenever it is looked at."""
+"""What a stage needs to run under Accelerate's backends: DDP, FSDP on a copy of it in shards, DeepSpeed, or none."""
 
 import copy
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.optimization import adamw
 from clipmap_hf.training.stages import Stage
 
 
-__all__ = ["copy_to_shard", "update_whole"]
+__all__ = ["can_step", "prepare_stage", "update_whole"]
 
 
-def copy_to_shard(stage: Stage, accelerator: Accelerator) -> Stage:
+def prepare_stage(
+    stage: Stage, accelerator: Accelerator, arguments: StageArguments, local_size: int
+) -> tuple[Stage, nn.Module, torch.optim.Optimizer]:
     """
-    What `accelerator` may cut into shards in place of `stage`, which stays whole.
+    What is trained: `stage`, or under FSDP a copy of it; that as the backend wraps it; and its optimizer.
 
-    FSDP takes no scalars. The logit scale stays out of it, and needs nothing: every process has its whole gradient.
+    Args:
+        stage: What to train.
+        accelerator: Knows the backend.
+        arguments: The stage's numbers.
+        local_size: Pairs of a process in a step.
+
+    Raises:
+        ValueError: If the stage exchanges gradients itself, and the backend would too.
     """
+    kind = accelerator.distributed_type
+    if stage.averages_gradients:
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"The {type(stage).__name__} exchanges gradients itself and cannot run under {kind.value}; launch it "
+                "with recipes/accelerate_configs/multi_gpu.yaml."
+            )
+        optimizer = adamw(stage, arguments)
+        return stage, accelerator.prepare_model(stage, evaluation_mode=True), accelerator.prepare(optimizer)
+    if kind == DistributedType.DEEPSPEED:
+        _tell_deepspeed(stage, accelerator, arguments, local_size)
+    trained = _copy_to_shard(stage, accelerator) if kind == DistributedType.FSDP else stage
+    return trained, *accelerator.prepare(trained, adamw(trained, arguments))
+
+
+@torch.no_grad()
+def update_whole(stage: Stage, trained: Stage) -> None:
+    """Gives `stage` the weights of its copy in shards, if there is one; all processes take part."""
+    if trained is stage:
+        return
+    for whole, part in zip(stage.parameters(), trained.parameters(), strict=True):
+        whole.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
+
+
+def can_step(chunks: torch.Tensor, accelerator: Accelerator) -> bool:
+    """
+    Whether all processes can take a step together: each needs a chunk, and under FSDP, which exchanges weights in each
+    chunk, as many as the others.
+
+    Args:
+        chunks: How many each process has `(processes,)`.
+        accelerator: Knows the backend.
+    """
+    enough = bool((chunks > 0).all())
+    return enough and (accelerator.distributed_type != DistributedType.FSDP or bool((chunks == chunks[0]).all()))
+
+
+def _copy_to_shard(stage: Stage, accelerator: Accelerator) -> Stage:
+    """What FSDP may cut into shards in place of `stage`, which stays whole."""
     shared = getattr(stage, "_teachers", [])
     copied = copy.deepcopy(stage, {id(shared): shared})  # frozen teachers need no copy
+    # FSDP takes no scalars. The scale stays out of it, and needs nothing: every process has its whole gradient.
     accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList([copied.trained.logit_scale])]
     copied.trained.logit_scale.data = copied.trained.logit_scale.data.to(accelerator.device)
     return copied
 
 
-@torch.no_grad()
-def update_whole(stage: Stage, sharded: Stage) -> None:
-    """Gives `stage` the weights of its copy; all processes take part."""
-    for whole, part in zip(stage.parameters(), sharded.parameters(), strict=True):
-        whole.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
+def _tell_deepspeed(stage: Stage, accelerator: Accelerator, arguments: StageArguments, local_size: int) -> None:
+    """Gives DeepSpeed the numbers of a step, which it takes by itself."""
+    numbers = {"train_micro_batch_size_per_gpu": local_size, "gradient_accumulation_steps": 1}
+    accelerator.deepspeed_plugin.deepspeed_config.update(numbers | {"gradient_clipping": arguments.max_grad_norm})
+    # It broadcasts all parameters byte by byte, which fails for a scalar, but for those with this mark.
+    stage.trained.logit_scale.ds_optim_param = True

@@ -15,14 +15,15 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, gather_object, send_to_device, tqdm
 
+from clipmap_hf.atomic import write_atomically
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.distributed import gather, join_processes
 from clipmap_hf.training.arguments import RunArguments, StageArguments
 from clipmap_hf.training.checkpoints import Checkpoints, Progress
-from clipmap_hf.training.optimization import adamw, learning_rate_at, step_count
+from clipmap_hf.training.optimization import learning_rate_at, step_count
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
-from clipmap_hf.training.sharding import copy_to_shard, update_whole
+from clipmap_hf.training.sharding import can_step, prepare_stage, update_whole
 from clipmap_hf.training.stages import Stage
 
 
@@ -70,6 +71,7 @@ class Trainer:
         max_bad_fraction: Share of bad rows above which training stops.
         name: Names the stage in logs.
         config: What else decides the result, as JSON values; a checkpoint of another `config` is refused.
+        recipe: What was asked, as YAML, for `output_dir/arguments.yaml`.
 
     Raises:
         ValueError: If batch, steps and data do not fit each other.
@@ -87,11 +89,13 @@ class Trainer:
         max_bad_fraction: float = 0.01,
         name: str = "train",
         config: dict[str, Any] | None = None,
+        recipe: str | None = None,
     ):
         self.stage, self.arguments, self.run = stage, arguments, run
         self.pairs, self.collator = pairs, collator
         self.evaluate, self.save = evaluate, save
         self.max_bad_fraction, self.name, self.config = max_bad_fraction, name, config or {}
+        self.recipe = recipe
         self.output_dir = Path(run.output_dir)
         self.log_file = self.output_dir / "metrics.jsonl"
         self.steps = step_count(arguments, pairs)
@@ -108,8 +112,8 @@ class Trainer:
         """
         run = self.run
         self.accelerator = self._accelerator()
-        stage, optimizer = self._prepare()
         plan = self._plan()
+        stage, optimizer = self._prepare(plan)
         checkpoints = Checkpoints(self.output_dir / "checkpoints", self.accelerator, self._identity(plan))
         if run.resume == "never":
             checkpoints.clear()
@@ -134,14 +138,14 @@ class Trainer:
                     progress.log_bytes = self.log_file.stat().st_size if self.accelerator.is_main_process else 0
                     checkpoints.save(progress)
                 if stop:
-                    logger.warning(
-                        "Stopped by SIGTERM at step %d; the same command goes on from there.", progress.step
-                    )
+                    logger.warning("Stopped by SIGTERM at step %d; resume=auto goes on from there.", progress.step)
                     raise Preempted
                 if self._evaluation_is_due():
                     self._evaluate_and_save()
+            self._evaluate_and_save()
+            if self._any_process(terminated.is_set()):  # or a stage that follows would run on until it is killed
+                raise Preempted
         bar.close()
-        self._evaluate_and_save()
         for tracker in self.accelerator.trackers:  # `end_training` would part the processes, and more may follow
             tracker.finish()
         return TrainResult(
@@ -174,19 +178,13 @@ class Trainer:
     def _identity(self, plan: BatchPlan) -> dict[str, Any]:
         """All that decides the result: no checkpoint of anything else is gone on with."""
         identity = {"stage": self.name, **asdict(self.arguments), **self.config, "seed": self.run.seed}
-        identity |= {"mixed_precision": self.accelerator.mixed_precision, "compile": self.run.compile}
-        identity["processes"] = plan.world_size
+        identity |= {"compile": self.run.compile, "processes": plan.world_size}
+        identity["mixed_precision"] = self.accelerator.mixed_precision
         if isinstance(self.pairs, PairStream):  # whose order depends on who reads which shard
             return identity | {"num_workers": plan.num_workers, "shards": self.pairs.pairs.num_shards}
         return identity | {"rows": len(self.pairs)}
 
-    def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        accelerator, kind = self.accelerator, self.accelerator.distributed_type
-        if self.stage.averages_gradients and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"The {self.name} stage exchanges gradients itself and cannot run under {kind.value}; launch it with "
-                "recipes/accelerate_configs/multi_gpu.yaml."
-            )
+    def _prepare(self, plan: BatchPlan) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         if self.run.compile and self.arguments.micro_batch_size:
             raise ValueError(
                 "compile and micro_batch_size do not go together: a chunk must be computed twice in the same way, and "
@@ -194,19 +192,17 @@ class Trainer:
             )
         if self.run.compile:
             self.stage.compile_encoder()
-        self.trained = copy_to_shard(self.stage, accelerator) if kind == DistributedType.FSDP else self.stage
-        optimizer = adamw(self.trained, self.arguments)
-        if self.stage.averages_gradients:
-            return accelerator.prepare_model(self.stage, evaluation_mode=True), accelerator.prepare(optimizer)
-        return accelerator.prepare(self.trained, optimizer)
+        self.trained, *wrapped = prepare_stage(self.stage, self.accelerator, self.arguments, plan.local_size)
+        return wrapped
 
     def _received(self, chunks: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-        """Counts the good and bad rows of all processes, and moves this one's chunks to its device."""
+        """Counts the good and bad rows of all processes; this one's chunks on its device, none if one has too few."""
         progress, device = self.progress, self.accelerator.device
         bad = sum((Counter(chunk.pop("bad_rows")) for chunk in chunks), Counter())
         chunks = [chunk for chunk in chunks if chunk]
         good = sum(len(chunk["input_ids"]) for chunk in chunks)
-        good_rows, bad_rows = gather(torch.tensor([[good, bad.total()]], device=device)).sum(dim=0).tolist()
+        counts = gather(torch.tensor([[good, bad.total(), len(chunks)]], device=device))  # (processes, 3)
+        good_rows, bad_rows, _ = counts.sum(dim=0).tolist()
         progress.pairs += good_rows
         if bad_rows:
             progress.bad_rows = dict(sum(gather_object([bad]), Counter(progress.bad_rows)))
@@ -216,9 +212,7 @@ class Trainer:
                 f"{total} of {total + progress.pairs} rows could not be used, more than max_bad_fraction="
                 f"{self.max_bad_fraction}: {progress.bad_rows}; the log names them. Mend the data, or raise the limit."
             )
-        if not chunks:
-            raise ValueError(f"None of the {bad.total()} rows of this process's batch can be used: {dict(bad)}.")
-        return send_to_device(chunks, device, non_blocking=True)
+        return send_to_device(chunks, device, non_blocking=True) if can_step(counts[:, 2], self.accelerator) else []
 
     def _step(self, stage: torch.nn.Module, optimizer: torch.optim.Optimizer, chunks: list) -> dict[str, float]:
         args, accelerator, progress = self.arguments, self.accelerator, self.progress
@@ -227,13 +221,14 @@ class Trainer:
         rate = learning_rate_at(progress.step, self.steps, args.learning_rate, args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        output = stage(chunks)
-        accelerator.backward(output["loss"])
-        norm = accelerator.clip_grad_norm_(stage.parameters(), args.max_grad_norm)
-        values = {name: value.item() for name, value in output.items()}
-        values |= {"grad_norm": float(norm), "learning_rate": rate}
+        values = {"loss": math.nan, "grad_norm": math.nan, "learning_rate": rate}
+        if chunks:
+            output = stage(chunks)
+            accelerator.backward(output["loss"])
+            norm = accelerator.clip_grad_norm_(stage.parameters(), args.max_grad_norm)
+            values |= {name: value.item() for name, value in output.items()} | {"grad_norm": float(norm)}
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-        if finite or accelerator.scaler is not None:  # which skips by itself, and learns from it
+        if finite or (chunks and accelerator.scaler is not None):  # which skips by itself, and learns from it
             optimizer.step()
         optimizer.zero_grad()
         self.trained.after_step()
@@ -246,14 +241,14 @@ class Trainer:
         progress.skipped += not finite
         progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
         if not finite:
-            logger.warning(
-                "Step %d skipped: loss %s, gradient norm %s.", progress.step, values["loss"], values["grad_norm"]
-            )
-        if progress.skipped_in_a_row > self.run.max_skipped:
+            logger.warning("Step %d skipped: %s; rows left out so far: %s.", progress.step, values, progress.bad_rows)
+        skips = self.accelerator.distributed_type != DistributedType.DEEPSPEED  # which takes every step by itself
+        allowed = self.run.max_skipped if skips else 0
+        if progress.skipped_in_a_row > allowed:
             raise FloatingPointError(
                 f"{progress.skipped_in_a_row} steps in a row up to {progress.step} had no finite loss and gradient, "
-                f"more than max_skipped={self.run.max_skipped}. The last checkpoint is from before. Start anew in "
-                "another output_dir with a lower learning rate, or in fp32."
+                f"or no usable rows ({progress.bad_rows}): more than max_skipped={allowed}. The last checkpoint is "
+                "from before. Start anew in another output_dir with a lower learning rate, in fp32, or other data."
             )
 
     def _any_process(self, flag: bool) -> bool:
@@ -265,8 +260,7 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         progress, is_main = self.progress, self.accelerator.is_main_process
-        if self.trained is not self.stage:
-            update_whole(self.stage, self.trained)
+        update_whole(self.stage, self.trained)
         if self.evaluate is not None:
             self.metrics = self.evaluate(self.stage.student())
             self._log({f"eval_{name}": value for name, value in self.metrics.items()})
@@ -282,9 +276,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _open_log(self) -> None:
-        """Cuts `metrics.jsonl` back to where the run is taken up: to nothing at its start."""
+        """Writes what was asked, and cuts `metrics.jsonl` back to where the run is taken up, or to nothing."""
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            if self.recipe is not None:
+                write_atomically(self.output_dir / "arguments.yaml", self.recipe.encode())
             with self.log_file.open("ab") as file:
                 file.truncate(min(file.tell(), self.progress.log_bytes))
 
