@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, gather_object, send_to_device, tqdm
 
-from clipmap_hf.atomic import write_atomically
+from clipmap_hf.atomic import atomic_files
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.distributed import gather, join_processes
@@ -280,7 +280,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             if self.recipe is not None:
-                write_atomically(self.output_dir / "arguments.yaml", self.recipe.encode())
+                with atomic_files(self.output_dir) as folder:
+                    (folder / "arguments.yaml").write_text(self.recipe)
             with self.log_file.open("ab") as file:
                 file.truncate(min(file.tell(), self.progress.log_bytes))
 
