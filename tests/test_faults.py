@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed_processes import RECIPES, command, environment
+from distributed_processes import RECIPES, environment
 from distributed_runs import Run
 
 
@@ -20,6 +20,13 @@ STEPS = 80
 SIZES = ("--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16)
 FILES = ("model.safetensors", "map/clipmap.safetensors")
 # Raises in the loop, at its third step, while workers run.
+# Runs a recipe that starts its own processes by the named method.
+STARTING = """
+import multiprocessing, runpy, sys
+multiprocessing.set_start_method(sys.argv[1])
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 FAILING = """
 import runpy, sys
 from clipmap_hf.training import trainer
@@ -71,12 +78,15 @@ def working(argv, place):
     """A function that starts a run, in a group of its own, and returns it and its workers when it has made steps."""
     started = []
 
-    def start(output: Path, *more, workers: int = 2, before: tuple = ()) -> tuple[subprocess.Popen, list, Path]:
+    def start(output: Path, *more, workers: int = 2, method: str = "fork") -> tuple[subprocess.Popen, list, Path]:
         log = place / f"{output.name}.txt"
         own = ("--output_dir", output, "--num_workers", workers, *more)
         with log.open("w") as file:
             process = subprocess.Popen(
-                command(RECIPES / "map.py", *argv, *own), env=environment(), stderr=file, start_new_session=True
+                list(map(str, [sys.executable, "-c", STARTING, method, RECIPES / "map.py", *argv, *own])),
+                env=environment(),
+                stderr=file,
+                start_new_session=True,
             )
         started.append(process)
         wait_for(lambda: len(lines_of(output)) >= 3 or process.poll() is not None, 240)
@@ -189,6 +199,14 @@ def test_a_terminated_run_with_workers_leaves_a_checkpoint_and_no_process(workin
     assert 3 <= step < STEPS and f"Stopped by SIGTERM at step {step}" in log.read_text()
     assert "Traceback" not in log.read_text()
     finishes_as(output)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_killed_run_leaves_no_process(working, place, method):
+    process, workers, log = working(place / f"killed-{method}", method=method)
+    process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
 
 
 def test_a_run_terminated_while_it_evaluates_with_workers_ends_as_well(working, pairs_parquet, place):

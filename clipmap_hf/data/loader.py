@@ -1,6 +1,8 @@
 """The order of training pairs: endless steps, each a list of chunks, the same whenever a run is taken up again."""
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -12,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 
-__all__ = ["BatchPlan", "PairDataset", "PairStream"]
+__all__ = ["BatchPlan", "PairDataset", "PairStream", "end_with_parent"]
 
 
 @dataclass(frozen=True)
@@ -179,15 +181,24 @@ def _loading(plan: BatchPlan, collator: Callable) -> dict[str, Any]:
     return {
         "collate_fn": collator,
         "num_workers": plan.num_workers,
-        "worker_init_fn": _leave_process_group,
+        "worker_init_fn": _start_worker,
         "generator": generator,
         "pin_memory": torch.cuda.is_available(),
     }
 
 
-def _leave_process_group(worker: int) -> None:
-    """A SIGTERM for the whole group is for the trainer to answer, which needs its workers to finish the step."""
-    os.setpgid(0, 0)  # ignoring the signal instead would make a process that fails wait forever for its workers
+def end_with_parent(worker: int) -> None:
+    """
+    For a `DataLoader`'s workers to begin with: makes them end with the process that reads from them, also when that is
+    killed. Workers that are children of a server of forks would stay.
+    """
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _start_worker(worker: int) -> None:
+    os.setpgid(0, 0)  # a SIGTERM for the whole group is the trainer's to answer; it needs its workers for the step
+    end_with_parent(worker)
 
 
 def _grouped(chunks: Iterator[dict[str, Any]], plan: BatchPlan) -> Iterator[list[dict[str, Any]]]:

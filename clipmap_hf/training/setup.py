@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.loader import PairDataset, PairStream
+from clipmap_hf.data.loader import PairDataset, PairStream, end_with_parent
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.data.teacher_cache import TeacherCache
 from clipmap_hf.distributed import process_count, process_index
@@ -120,7 +120,7 @@ def evaluation_batches(
     if len(pairs) < process_count():
         raise ValueError(f"{data.eval_data!r} has {len(pairs)} pairs, fewer than the {process_count()} processes.")
     pairs = pairs.shard(process_count(), process_index(), contiguous=True)
-    return DataLoader(pairs, batch_size, collate_fn=collator, num_workers=num_workers)
+    return DataLoader(pairs, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
 
 
 def evaluation_function(
