@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 
-__all__ = ["Family", "TensorRule", "TensorSpec"]
+__all__ = ["Family", "NormRule", "TensorRule", "TensorSpec"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,20 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class NormRule:
+    """
+    A LayerNorm that only linear layers read, so that its scale and shift can be folded into them.
+
+    Args:
+        norm: Its name, with `*` for the layer's number.
+        readers: The names of the linear layers.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """
     A family of CLIP models that share tensor names.
@@ -66,6 +80,7 @@ class Family:
             to the whole model and have the size of the config attribute of `shared_spaces`.
         shared_spaces: The same for spaces that both towers share.
         layer_spaces: Spaces that are private to a layer; the rest are one per tower.
+        norms: The LayerNorms that can be folded into what reads them.
     """
 
     name: str
@@ -74,6 +89,7 @@ class Family:
     spaces: Mapping[str, str]
     shared_spaces: Mapping[str, str]
     layer_spaces: frozenset[str]
+    norms: tuple[NormRule, ...] = ()
 
     def match(self, name: str) -> TensorSpec:
         """

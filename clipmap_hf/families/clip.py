@@ -1,11 +1,16 @@
 """The axes of `CLIPModel`; MetaCLIP 2 has the same."""
 
-from clipmap_hf.families.base import Family, TensorRule
+from clipmap_hf.families.base import Family, NormRule, TensorRule
 
 
 __all__ = ["CLIP"]
 
 _LAYER = r"(?P<tower>vision|text)_model\.encoder\.layers\.(?P<layer>\d+)\."
+
+_LAYER_NORMS = {
+    "layer_norm1": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "layer_norm2": ("mlp.fc1",),
+}
 
 CLIP = Family(
     name="clip",
@@ -44,5 +49,17 @@ CLIP = Family(
         TensorRule(r"visual_projection\.weight", ("embed", "residual.in"), tower="vision"),
         TensorRule(r"text_projection\.weight", ("embed", "residual.in"), tower="text"),
         TensorRule(r"logit_scale", ()),
+    ),
+    norms=(
+        *(
+            NormRule(
+                f"{tower}_model.encoder.layers.*.{norm}",
+                tuple(f"{tower}_model.encoder.layers.*.{one}" for one in readers),
+            )
+            for tower in ("vision", "text")
+            for norm, readers in _LAYER_NORMS.items()
+        ),
+        NormRule("vision_model.post_layernorm", ("visual_projection",)),
+        NormRule("text_model.final_layer_norm", ("text_projection",)),
     ),
 )

@@ -1,0 +1,70 @@
+"""A tower's forward pass in steps: what its layers read, compute and write."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+
+__all__ = ["Tower"]
+
+
+class Tower:
+    """
+    One tower of a CLIP model, taken apart. The stream of a batch has the shape `(items, tokens, hidden_size)`.
+
+    Args:
+        model: A `CLIPModel`.
+        name: `vision` or `text`.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str):
+        self.config = getattr(model.config, f"{name}_config")
+        self.model, self.name = getattr(model, f"{name}_model"), name
+        self.layers: nn.ModuleList = self.model.encoder.layers
+        self.final_norm = self.model.post_layernorm if name == "vision" else self.model.final_layer_norm
+        self.projection = model.visual_projection if name == "vision" else model.text_projection
+
+    def embed(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The stream that the first layer reads."""
+        if self.name == "vision":
+            return self.model.pre_layrnorm(self.model.embeddings(batch["pixel_values"]))
+        return self.model.embeddings(input_ids=batch["input_ids"])
+
+    def attended(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
+        """What `out_proj` reads: the heads' outputs side by side, `(items, tokens, hidden_size)`."""
+        attention, read = layer.self_attn, layer.layer_norm1(stream)
+        query, key, value = (
+            project(read).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )  # (items, heads, tokens, head width)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=self.name == "text")
+        return out.transpose(1, 2).flatten(2)
+
+    def activated(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
+        """What `fc2` reads: the neurons' outputs, `(items, tokens, intermediate_size)`."""
+        return layer.mlp.activation_fn(layer.mlp.fc1(layer.layer_norm2(stream)))
+
+    def embeds(self, batch: Mapping[str, torch.Tensor], stream: torch.Tensor) -> torch.Tensor:
+        """The embeddings `(items, projection_dim)`, not normalized, from the stream behind the last layer."""
+        return self.projection(self.final_norm(pooled(stream, self.ends(batch))))
+
+    def ends(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Where the token lies that is pooled, `(items,)`; in a text, those behind it are padding."""
+        if self.name == "vision":
+            return torch.zeros(len(batch["pixel_values"]), dtype=torch.long, device=batch["pixel_values"].device)
+        ids, end = batch["input_ids"], self.config.eos_token_id
+        return ids.argmax(dim=1) if end == 2 else (ids == end).int().argmax(dim=1)  # 2 stands in old configs
+
+    def counts(self, batch: Mapping[str, torch.Tensor], stream: torch.Tensor) -> torch.Tensor:
+        """Which tokens are no padding, `(items, tokens)`."""
+        if self.name == "vision":
+            return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
+        return torch.arange(stream.shape[1], device=stream.device) <= self.ends(batch)[:, None]
+
+
+def pooled(stream: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """One token of each item, `(items, hidden_size)`."""
+    return stream[torch.arange(len(stream), device=stream.device), ends]
