@@ -1,10 +1,11 @@
 """
 The same function in other weights: LayerNorms without scale and shift, a residual stream without mean.
 
-A linear map may then be laid into the residual stream (`docs/calibrated.md`), for LayerNorm commutes with it up to a
-scalar.
+A linear map can then be laid into the residual stream: up to a scalar for each token, LayerNorm commutes with one whose
+rows and columns sum to zero.
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +20,7 @@ _SMALLEST_SCALE = 1e-3  # of a LayerNorm's largest; dividing a shift by less wou
 
 def fold(tensors: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
     """
-    Weights of a model with the same outputs (SliceGPT, section 3.2, for CLIP), in which
+    Weights of a model with the same outputs (what SliceGPT does to language models), in which
 
     * every LayerNorm that linear layers read has scale 1 and shift 0, for these layers have taken them over. The final
       ones keep a shift, because the projections have no bias; and where their scale is all but zero, scale and shift.
@@ -44,7 +45,7 @@ def fold(tensors: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch
                 _fold_norm(folded, name.removesuffix(".weight"), readers)
     for name, tensor in folded.items():
         axes = family.match(name).rule.axes
-        if "residual" in axes and "norm." not in name and "norm1." not in name and "norm2." not in name:
+        if "residual" in axes and not re.search(r"norm\d?\.", name):
             tensor -= tensor.mean(dim=axes.index("residual"), keepdim=True)
     return folded
 
