@@ -1,7 +1,9 @@
-"""An exact reparametrization: LayerNorms without scale and shift, a residual stream without mean."""
+"""An exact reparametrization: LayerNorms without scale and shift, a residual stream without mean.
 
-# Into such a stream a linear map can be laid: up to a scalar for each token, LayerNorm commutes with one whose rows and
-# columns sum to zero.
+Into such a stream a linear map can be laid: up to a scalar for each token, LayerNorm commutes with one whose rows
+and columns sum to zero.
+"""
+
 import re
 from collections.abc import Mapping
 
