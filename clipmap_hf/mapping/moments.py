@@ -1,0 +1,73 @@
+"""Sums over tokens from which linear layers are solved: as large as the layers, however many tokens there are."""
+
+import torch
+
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """
+    Weighted first and second moments of inputs and targets, in fp64.
+
+    Args:
+        inputs: Width of the inputs.
+        targets: Width of the targets.
+        device: Where the sums lie.
+    """
+
+    def __init__(self, inputs: int, targets: int = 0, device: torch.device | str = "cpu"):
+        options = {"dtype": torch.float64, "device": device}
+        self.weight, self.input, self.target = (torch.zeros(size, **options) for size in ((), inputs, targets))
+        self.input_input, self.input_target = (torch.zeros(inputs, size, **options) for size in (inputs, targets))
+
+    def add(
+        self, inputs: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> None:
+        """
+        Adds tokens.
+
+        Args:
+            inputs: `(tokens, inputs)`.
+            targets: `(tokens, targets)`; none, if only the inputs' moments are asked.
+            weights: How much each token counts, `(tokens,)`; 1 by default.
+        """
+        inputs = inputs.double()
+        targets = inputs.new_zeros(len(inputs), len(self.target)) if targets is None else targets.double()
+        weights = inputs.new_ones(len(inputs)) if weights is None else weights.double()
+        weighted = inputs * weights[:, None]
+        self.weight += weights.sum()
+        self.input += weighted.sum(dim=0)
+        self.target += weights @ targets
+        self.input_input += weighted.T @ inputs
+        self.input_target += weighted.T @ targets
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Of the inputs, `(inputs, inputs)`."""
+        mean = self.input / self.weight
+        return self.input_input / self.weight - torch.outer(mean, mean)
+
+    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The linear layer that gives the targets from the inputs with the least squared error.
+
+        Args:
+            ridge: Penalty of the squared weights, relative to the mean variance of the inputs.
+
+        Returns:
+            Its weight `(targets, inputs)` and bias `(targets,)`, in fp32.
+
+        Raises:
+            ValueError: If no token was added, or the inputs do not vary.
+        """
+        if not self.weight > 0:
+            raise ValueError("There are no tokens to solve a layer from.")
+        mean, target = self.input / self.weight, self.target / self.weight
+        covariance = self.covariance
+        variance = covariance.diagonal().mean()
+        if not variance > 0:
+            raise ValueError("The inputs of a layer are the same for all tokens; calibrate with more pairs.")
+        damped = covariance + ridge * variance * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+        weight = torch.linalg.solve(damped, self.input_target / self.weight - torch.outer(mean, target)).T
+        return weight.float(), (target - weight @ mean).float()
