@@ -49,7 +49,7 @@ class Tower:
 
     def embeds(self, batch: Mapping[str, torch.Tensor], stream: torch.Tensor) -> torch.Tensor:
         """The embeddings `(items, projection_dim)`, not normalized, from the stream behind the last layer."""
-        return self.projection(self.final_norm(pooled(stream, self.ends(batch))))
+        return self.projection(self.final_norm(_pooled(stream, self.ends(batch))))
 
     def ends(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Where the token lies that is pooled, `(items,)`; in a text, those behind it are padding."""
@@ -65,6 +65,6 @@ class Tower:
         return torch.arange(stream.shape[1], device=stream.device) <= self.ends(batch)[:, None]
 
 
-def pooled(stream: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def _pooled(stream: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """One token of each item, `(items, hidden_size)`."""
     return stream[torch.arange(len(stream), device=stream.device), ends]

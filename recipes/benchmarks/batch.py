@@ -25,7 +25,7 @@ from multiprocessing import get_context
 
 import psutil
 import torch
-from mapping_step import random_chunks
+from mapping_step import random_chunks, take_step
 from transformers import CLIPConfig, CLIPModel
 
 from clipmap_hf.config import PRESETS, student_config
@@ -106,14 +106,6 @@ def make_stage(name: str, student: str) -> Stage:
     if name == "contrastive":
         return ContrastiveStage(trained, **settings)
     return DistillationStage(trained, [CLIPModel(config)], **settings)
-
-
-def take_step(stage: Stage, optimizer: torch.optim.Optimizer, chunks: list[dict[str, torch.Tensor]]) -> None:
-    """One optimizer step on all chunks."""
-    stage(chunks)["loss"].backward()
-    torch.nn.utils.clip_grad_norm_(stage.parameters(), 5.0)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def memory(device: torch.device) -> tuple[float, float]:

@@ -9,6 +9,7 @@ data: a student of a ViT-B/16.
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 from transformers import CLIPConfig, CLIPModel
@@ -40,7 +41,9 @@ def main() -> None:
     for name, stage in stages.items():
         if arguments.compile:
             stage.compile_encoder()
-        steps[name] = stepper(stage.to(device).train(), random_chunks(arguments, teacher.config, device))
+        stage.to(device).train()
+        optimizer = adamw(stage, StageArguments(learning_rate=1e-6))
+        steps[name] = partial(take_step, stage, optimizer, random_chunks(arguments, teacher.config, device))
     seconds = {name: [] for name in steps}
     for round_ in range(arguments.rounds + 1):
         for name, step in steps.items():
@@ -58,17 +61,12 @@ def main() -> None:
     print(f"mapping / contrastive: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
-def stepper(stage: Stage, chunks: list[dict[str, torch.Tensor]]):
-    """A function that takes one optimizer step."""
-    optimizer = adamw(stage, StageArguments(learning_rate=1e-6))
-
-    def step() -> None:
-        stage(chunks)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(stage.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def take_step(stage: Stage, optimizer: torch.optim.Optimizer, chunks: list[dict[str, torch.Tensor]]) -> None:
+    """One optimizer step on all chunks."""
+    stage(chunks)["loss"].backward()
+    torch.nn.utils.clip_grad_norm_(stage.parameters(), 5.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def random_chunks(arguments, config: CLIPConfig, device: torch.device) -> list[dict[str, torch.Tensor]]:
