@@ -142,6 +142,30 @@ def test_a_later_start_is_exact_where_it_is_not_the_first_workers_turn():
     assert steps_of(stream(), 2, plan, 1) == steps_of(stream(), 3, plan)[1:]
 
 
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, index):
+        raise ConnectionResetError("the mount is gone")
+
+
+@pytest.mark.parametrize("lost", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr)
+def test_a_pipe_that_a_dying_worker_cuts_is_reported_as_its_death(lost, monkeypatch):
+    def cut(self):
+        raise lost
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_next_data", cut)
+    with pytest.raises(RuntimeError, match="DataLoader worker exited unexpectedly .* killed"):
+        next(map_style().steps(BatchPlan(4, num_workers=1), collate))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_connection_that_the_data_loses_is_not_blamed_on_a_worker(num_workers):
+    with pytest.raises(ConnectionResetError, match="the mount is gone"):
+        next(PairDataset(Broken()).steps(BatchPlan(4, num_workers=num_workers), collate))
+
+
 def test_workers_do_not_change_the_order_of_a_data_set():
     plans = [BatchPlan(8, 4, num_workers=workers) for workers in (0, 2)]
     assert steps_of(map_style(), 8, plans[0]) == steps_of(map_style(), 8, plans[1])

@@ -202,5 +202,12 @@ def _start_worker(worker: int) -> None:
 
 
 def _grouped(chunks: Iterator[dict[str, Any]], plan: BatchPlan) -> Iterator[list[dict[str, Any]]]:
-    while step := list(islice(chunks, plan.local_size // plan.chunk_size)):
-        yield step
+    try:
+        while step := list(islice(chunks, plan.local_size // plan.chunk_size)):
+            yield step
+    except (ConnectionError, EOFError) as error:
+        if not plan.num_workers or str(error).startswith("Caught "):  # raised by the data; a worker's comes as text
+            raise
+        raise RuntimeError(
+            "A DataLoader worker exited unexpectedly while a batch was read from it; was it killed, for want of memory?"
+        ) from error
