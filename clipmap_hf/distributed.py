@@ -1,7 +1,7 @@
 """What several processes exchange: rows of embeddings with their gradient, and means of gradients."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 from torch.autograd import Function
 
 
-__all__ = ["average_gradients", "gather", "join_processes", "process_count", "process_index"]
+__all__ = ["average_gradients", "gather", "join_processes", "process_count", "process_index", "sum_over_processes"]
 
 
 def join_processes() -> PartialState:
@@ -59,6 +59,13 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 def average_gradients(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The tensors as they are; on the way back, their gradients are averaged over all processes."""
     return tuple(tensors) if process_count() == 1 else _AverageGradients.apply(*tensors)
+
+
+def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
+    """Replaces each tensor by the sum of those of all processes."""
+    if process_count() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 class _Gather(Function):

@@ -11,7 +11,7 @@ from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_confi
 from clipmap_hf.families import CLIP
 from clipmap_hf.mapping.depth import DEPTH_RULES, interval_front
 from clipmap_hf.mapping.initializers import INITIALIZERS
-from clipmap_hf.mapping.mapper import WeightMapper, operator_shapes
+from clipmap_hf.mapping.mapper import WeightMapper, operator_shapes, operator_ties
 from clipmap_hf.training.optimization import parameter_groups
 
 
@@ -410,7 +410,9 @@ def test_every_initializer_starts_every_width_operator(tiny_teacher, tiny_batch,
 
 
 def test_unknown_names_are_errors_that_list_the_allowed(tiny_teacher):
-    with pytest.raises(ValueError, match=r"initializer='svd' is unknown; allowed are \['diagonal', 'kaiming'"):
+    with pytest.raises(
+        ValueError, match=r"initializer='svd' is unknown; allowed are \['calibrated', 'diagonal', 'importance'"
+    ):
         WeightMapper(tiny_teacher, ClipMapConfig(initializer="svd"))
     with pytest.raises(ValueError, match=r"depth='last' is unknown; allowed are \['interval_front', 'spread'\]"):
         WeightMapper(tiny_teacher, ClipMapConfig(depth="last"))
@@ -431,7 +433,8 @@ def test_operator_counts_of_the_papers_presets(preset, tie_ffn, count):
         tensors = CLIPModel(teacher).state_dict()
     kinds = list({spec.kind: spec for spec in CLIP.specs(tensors, teacher).values()}.values())
     student = student_config(teacher, PRESETS[preset])
-    width = sum(math.prod(shape) for shape in operator_shapes(CLIP, kinds, teacher, student, tie_ffn).values())
+    ties = operator_ties(ClipMapConfig(tie_ffn=tie_ffn))
+    width = sum(math.prod(shape) for shape in operator_shapes(CLIP, kinds, teacher, student, ties).values())
     towers = [(student.vision_config, teacher.vision_config), (student.text_config, teacher.text_config)]
     depth = sum(6 * small.num_hidden_layers * big.num_hidden_layers for small, big in towers)  # q, k, v, o, fc1, fc2
     assert width + depth == count

@@ -209,5 +209,5 @@ def _grouped(chunks: Iterator[dict[str, Any]], plan: BatchPlan) -> Iterator[list
         if not plan.num_workers or str(error).startswith("Caught "):  # raised by the data; a worker's comes as text
             raise
         raise RuntimeError(
-            "A DataLoader worker exited unexpectedly while a batch was read from it; was it killed, for want of memory?"
+            "A DataLoader worker exited unexpectedly while it handed over a batch; was it killed, for want of memory?"
         ) from error

@@ -3,7 +3,7 @@
 import torch
 
 
-__all__ = ["DEPTH_RULES", "interval_front", "one_hot_depth", "spread"]
+__all__ = ["DEPTH_RULES", "interval_front", "most_changing", "one_hot_depth", "spread"]
 
 
 def interval_front(teacher_layers: int, student_layers: int) -> list[int]:
@@ -17,6 +17,11 @@ def spread(teacher_layers: int, student_layers: int) -> list[int]:
     if student_layers == 1:
         return [teacher_layers - 1]
     return [round(i * (teacher_layers - 1) / (student_layers - 1)) for i in range(student_layers)]
+
+
+def most_changing(changed: torch.Tensor, student_layers: int) -> list[int]:
+    """The layers that turn the stream most, by `TowerStatistics.changed`; of calibrated starts, `similarity`."""
+    return changed.topk(student_layers).indices.sort().values.tolist()
 
 
 DEPTH_RULES = {"interval_front": interval_front, "spread": spread}

@@ -12,14 +12,12 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from clipmap_hf.config import ClipMapConfig, student_config
 from clipmap_hf.families import Family, TensorSpec, family_for
 from clipmap_hf.mapping.depth import DEPTH_RULES, one_hot_depth
-from clipmap_hf.mapping.initializers import INITIALIZERS
+from clipmap_hf.mapping.fold import fold
+from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, INITIALIZERS
 from clipmap_hf.mapping.operators import Operator, mix_depth, project_axes
 
 
-__all__ = ["WeightMapper", "operator_shapes"]
-
-# A.3: what reads the residual stream, or the values, does so through the operator that writes them.
-_TIES = {"residual.in": "residual", "value.in": "value", "patch": "residual"}
+__all__ = ["WeightMapper", "operator_shapes", "operator_ties"]
 
 
 class WeightMapper(nn.Module):
@@ -28,9 +26,13 @@ class WeightMapper(nn.Module):
     depth by a mixing matrix (CLIP-Map Eq. 2–4, A.3). Only the operators are parameters; the teacher's tensors are
     buffers that no state dict holds.
 
+    With the initializer `calibrated`, the teacher is folded first, and each student tensor, but for the token table,
+    is the mapped one plus a correction, which is trained with the operators.
+
     Args:
         teacher: The model to compress; its tensors are copied in fp32.
-        config: The student's size and how the operators start.
+        config: The student's size and how the operators start. With one of `CALIBRATED_INITIALIZERS` they are not a
+            number until `start_from_activations` sets them, or a state dict is loaded.
 
     Raises:
         ValueError: If the teacher is of no known family, the sizes do not fit it, or a name in `config` is unknown.
@@ -43,11 +45,15 @@ class WeightMapper(nn.Module):
         self.student_config = student_config(teacher.config, config)
         self.logit_scale = nn.Parameter(teacher.logit_scale.detach().float().clone(), requires_grad=False)
         tensors = {name: tensor.detach().float() for name, tensor in teacher.state_dict().items()}
-        self.kinds = _stack(self, tensors, self.family.specs(tensors, teacher.config))
-        self.operators = nn.ModuleDict(self._initial_operators(teacher.config))
+        specs = self.family.specs(tensors, teacher.config)
+        self.folds = config.initializer == "calibrated"
+        self.ties = operator_ties(config)
+        self.kinds = _stack(self, fold(tensors, self.family) if self.folds else tensors, specs)
         # The skeleton lends its forward pass; its own weights are never read, so it stays out of the registry.
         skeleton = AutoModel.from_config(copy.deepcopy(self.student_config), dtype=torch.float32)
         self.__dict__["skeleton"] = skeleton.requires_grad_(False)
+        self.operators = nn.ModuleDict(self._initial_operators(teacher.config))
+        self.corrections = nn.ModuleDict(self._initial_corrections() if self.folds else {})
 
     def forward(self, **inputs: torch.Tensor):
         """
@@ -69,6 +75,8 @@ class WeightMapper(nn.Module):
             weights = {}
             for index, spec in enumerate(self.kinds):
                 mapped = self._map(getattr(self, f"teacher_{index}"), spec, operators, token_ids)
+                if (name := _correction_name(spec)) in self.corrections:
+                    mapped = mapped + self.corrections[name]()
                 if spec.layer is None:
                     weights[spec.kind] = mapped.contiguous()
                 else:
@@ -82,6 +90,33 @@ class WeightMapper(nn.Module):
         student = AutoModel.from_config(copy.deepcopy(self.student_config), dtype=self.logit_scale.dtype)
         student.load_state_dict(self.materialize(), strict=True)
         return student.to(self.logit_scale.device).eval()
+
+    def start(self, operators: Mapping[str, torch.Tensor], depth: Mapping[str, torch.Tensor]) -> None:
+        """
+        Sets the operators, and all corrections to zero.
+
+        Args:
+            operators: All width operators, by name.
+            depth: The depth operator `(student_layers, teacher_layers)` of each tower.
+        """
+        for spec in self.kinds:
+            if spec.layer is not None:
+                operators = {**operators, self._depth_name(spec): depth[spec.tower]}
+        for name, operator in self.operators.items():
+            operator.start(operators[name])
+        for correction in self.corrections.values():
+            correction.start(torch.zeros_like(correction.initial))
+
+    @torch.no_grad()
+    def correct(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Sets the corrections so that the student has these weights (a state dict); its token table stays mapped."""
+        mapped = self.materialize()
+        for spec in self.kinds:
+            if (name := _correction_name(spec)) in self.corrections:
+                correction = self.corrections[name]
+                correction.start(
+                    correction() + self._student_tensor(weights, spec) - self._student_tensor(mapped, spec)
+                )
 
     def _map(
         self,
@@ -104,7 +139,7 @@ class WeightMapper(nn.Module):
         return mapped if spec.layer is None else mix_depth(mapped, operators[self._depth_name(spec)])
 
     def _operator_name(self, space: str | None, tower: str | None) -> str | None:
-        return None if space is None else _operator_name(self.family, space, tower, self.config.tie_ffn)
+        return None if space is None else _operator_name(self.family, space, tower, self.ties)
 
     def _depth_name(self, spec: TensorSpec) -> str:
         if self.config.depth_per == "tower":
@@ -113,17 +148,41 @@ class WeightMapper(nn.Module):
         return f"{spec.tower}_depth_{module.split('.')[-1]}"
 
     def _initial_operators(self, teacher: PretrainedConfig) -> dict[str, Operator]:
-        generator = torch.Generator().manual_seed(self.config.seed)
-        initialize = _named(INITIALIZERS, "initializer", self.config.initializer)
-        shapes = operator_shapes(self.family, self.kinds, teacher, self.student_config, self.config.tie_ffn)
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed)
+        calibrated = config.initializer in CALIBRATED_INITIALIZERS
+        functions = {**INITIALIZERS, **dict.fromkeys(CALIBRATED_INITIALIZERS, _not_yet_known)}
+        initialize = _named(functions, "initializer", config.initializer or "diagonal")
+        shapes = operator_shapes(self.family, self.kinds, teacher, self.student_config, self.ties)
         initial = {name: initialize(shape, generator) for name, shape in shapes.items()}
-        choose_layers = _named(DEPTH_RULES, "depth", self.config.depth)
+        rules = {**DEPTH_RULES, "similarity": None} if calibrated else DEPTH_RULES
+        choose_layers = _named(rules, "depth", config.depth)
         for spec in self.kinds:
             if spec.layer is not None:
-                depths = [getattr(c, f"{spec.tower}_config").num_hidden_layers for c in (teacher, self.student_config)]
-                initial[self._depth_name(spec)] = one_hot_depth(choose_layers(*depths), depths[0])
-        to_zero = self.config.decay_towards == "zero"
-        return {name: Operator(value, decay_to_zero=to_zero) for name, value in initial.items()}
+                big, small = (
+                    getattr(c, f"{spec.tower}_config").num_hidden_layers for c in (teacher, self.student_config)
+                )
+                depth = _not_yet_known((small, big)) if calibrated else one_hot_depth(choose_layers(big, small), big)
+                initial[self._depth_name(spec)] = depth
+        return {name: self._operator(value) for name, value in initial.items()}
+
+    def _initial_corrections(self) -> dict[str, Operator]:
+        weights = self.skeleton.state_dict()
+        return {
+            _correction_name(spec): self._operator(_not_yet_known(self._student_tensor(weights, spec).shape))
+            for spec in self.kinds
+            if not spec.rule.lookup
+        }
+
+    def _operator(self, initial: torch.Tensor) -> Operator:
+        return Operator(initial, decay_to_zero=self.config.decay_towards == "zero")
+
+    def _student_tensor(self, weights: Mapping[str, torch.Tensor], spec: TensorSpec) -> torch.Tensor:
+        """The student's tensor of a kind, stacked over layers."""
+        if spec.layer is None:
+            return weights[spec.kind]
+        layers = getattr(self.student_config, f"{spec.tower}_config").num_hidden_layers
+        return torch.stack([weights[spec.name(layer)] for layer in range(layers)])
 
     def _apply(self, fn: Callable, *args, **kwargs):
         self.skeleton._apply(fn, *args, **kwargs)
@@ -139,11 +198,18 @@ def operator_shapes(
     kinds: list[TensorSpec],
     teacher: PretrainedConfig,
     student: PretrainedConfig,
-    tie_ffn: bool = False,
+    ties: Mapping[str, str],
 ) -> dict[str, tuple[int, ...]]:
     """
     The width operators that a mapping needs, in the order of the table: `(small, big)`, or `(layers, small, big)` for
     a space that is private to a layer. A joint embedding that keeps its size has no operator.
+
+    Args:
+        family: Its table.
+        kinds: The kinds of tensors.
+        teacher: The teacher's config.
+        student: The student's config.
+        ties: Spaces that are mapped by the operators of others, as `operator_ties` gives them.
     """
     shapes = {}
     for spec in kinds:
@@ -153,15 +219,36 @@ def operator_shapes(
                 continue
             layered = space.removesuffix(".in") in family.layer_spaces
             layers = (getattr(teacher, f"{spec.tower}_config").num_hidden_layers,) if layered else ()
-            shapes[_operator_name(family, space, spec.tower, tie_ffn)] = (*layers, small, big)
+            shapes[_operator_name(family, space, spec.tower, ties)] = (*layers, small, big)
     return shapes
 
 
-def _operator_name(family: Family, space: str, tower: str | None, tie_ffn: bool) -> str:
-    if tie_ffn and space == "ffn.in":
-        space = "ffn"
-    space = _TIES.get(space, space).replace(".", "_")
+def operator_ties(config: ClipMapConfig) -> dict[str, str]:
+    """
+    The spaces that have no operator of their own, with those whose operator they go through. What reads the residual
+    stream, or the values, does so through the operator that writes them (A.3), and vision embeddings write the stream;
+    a calibrated start knows better ones for the last two.
+
+    Args:
+        config: Says how operators start, and whether those of the FFN are tied.
+    """
+    ties = {"residual.in": "residual"}
+    if config.initializer != "calibrated":
+        ties |= {"value.in": "value", "patch": "residual"}
+    return {**ties, "ffn.in": "ffn"} if config.tie_ffn else ties
+
+
+def _operator_name(family: Family, space: str, tower: str | None, ties: Mapping[str, str]) -> str:
+    space = ties.get(space, space).replace(".", "_")
     return space if space in family.shared_spaces else f"{tower}_{space}"
+
+
+def _correction_name(spec: TensorSpec) -> str:
+    return spec.kind.replace(".", "-")  # modules cannot have dots in their names
+
+
+def _not_yet_known(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
+    return torch.full(shape, torch.nan)
 
 
 def _stack(

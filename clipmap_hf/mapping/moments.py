@@ -2,6 +2,8 @@
 
 import torch
 
+from clipmap_hf.distributed import sum_over_processes
+
 
 __all__ = ["Moments"]
 
@@ -13,13 +15,16 @@ class Moments:
     Args:
         inputs: Width of the inputs.
         targets: Width of the targets.
+        diagonal: Keep the inputs' variances only, not their covariances: all that is asked of many inputs.
         device: Where the sums lie.
     """
 
-    def __init__(self, inputs: int, targets: int = 0, device: torch.device | str = "cpu"):
+    def __init__(self, inputs: int, targets: int = 0, *, diagonal: bool = False, device: torch.device | str = "cpu"):
+        self.diagonal = diagonal
         options = {"dtype": torch.float64, "device": device}
         self.weight, self.input, self.target = (torch.zeros(size, **options) for size in ((), inputs, targets))
-        self.input_input, self.input_target = (torch.zeros(inputs, size, **options) for size in (inputs, targets))
+        self.input_input = torch.zeros(inputs if diagonal else (inputs, inputs), **options)
+        self.input_target = torch.zeros(inputs, targets, **options)
 
     def add(
         self, inputs: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
@@ -39,14 +44,33 @@ class Moments:
         self.weight += weights.sum()
         self.input += weighted.sum(dim=0)
         self.target += weights @ targets
-        self.input_input += weighted.T @ inputs
+        self.input_input += (weighted * inputs).sum(dim=0) if self.diagonal else weighted.T @ inputs
         self.input_target += weighted.T @ targets
+
+    def sum_over_processes(self) -> None:
+        """Takes the tokens of all processes together."""
+        sum_over_processes([self.weight, self.input, self.target, self.input_input, self.input_target])
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Of the inputs, `(inputs,)`."""
+        return self.input / self.weight
+
+    @property
+    def second_moment(self) -> torch.Tensor:
+        """Of the inputs, `(inputs, inputs)`; the mean is not taken away."""
+        return self.input_input / self.weight
 
     @property
     def covariance(self) -> torch.Tensor:
         """Of the inputs, `(inputs, inputs)`."""
-        mean = self.input / self.weight
-        return self.input_input / self.weight - torch.outer(mean, mean)
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Of the inputs, `(inputs,)`."""
+        squares = self.input_input if self.diagonal else self.input_input.diagonal()
+        return squares / self.weight - self.mean**2
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -63,7 +87,7 @@ class Moments:
         """
         if not self.weight > 0:
             raise ValueError("There are no tokens to solve a layer from.")
-        mean, target = self.input / self.weight, self.target / self.weight
+        mean, target = self.mean, self.target / self.weight
         covariance = self.covariance
         variance = covariance.diagonal().mean()
         if not variance > 0:

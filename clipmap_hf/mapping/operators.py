@@ -22,8 +22,17 @@ class Operator(nn.Module):
 
     def __init__(self, initial: torch.Tensor, decay_to_zero: bool = False):
         super().__init__()
-        self.register_buffer("initial", torch.zeros_like(initial) if decay_to_zero else initial.clone())
-        self.delta = nn.Parameter(initial.clone() if decay_to_zero else torch.zeros_like(initial))
+        self.decay_to_zero = decay_to_zero
+        self.register_buffer("initial", torch.zeros_like(initial))
+        self.delta = nn.Parameter(torch.zeros_like(initial))
+        self.start(initial)
+
+    @torch.no_grad()
+    def start(self, initial: torch.Tensor) -> None:
+        """Sets the value to `initial`, and where weight decay pulls it."""
+        of_decay, other = (self.delta, self.initial) if self.decay_to_zero else (self.initial, self.delta)
+        of_decay.copy_(initial)
+        other.zero_()
 
     def forward(self) -> torch.Tensor:
         """The operator's current value."""

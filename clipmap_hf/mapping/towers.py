@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 
-__all__ = ["Tower"]
+__all__ = ["Tower", "pooled"]
 
 
 class Tower:
@@ -26,6 +26,11 @@ class Tower:
         self.layers: nn.ModuleList = self.model.encoder.layers
         self.final_norm = self.model.post_layernorm if name == "vision" else self.model.final_layer_norm
         self.projection = model.visual_projection if name == "vision" else model.text_projection
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.projection.weight.device
 
     def embed(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The stream that the first layer reads."""
@@ -49,7 +54,7 @@ class Tower:
 
     def embeds(self, batch: Mapping[str, torch.Tensor], stream: torch.Tensor) -> torch.Tensor:
         """The embeddings `(items, projection_dim)`, not normalized, from the stream behind the last layer."""
-        return self.projection(self.final_norm(_pooled(stream, self.ends(batch))))
+        return self.projection(self.final_norm(pooled(stream, self.ends(batch))))
 
     def ends(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Where the token lies that is pooled, `(items,)`; in a text, those behind it are padding."""
@@ -65,6 +70,6 @@ class Tower:
         return torch.arange(stream.shape[1], device=stream.device) <= self.ends(batch)[:, None]
 
 
-def _pooled(stream: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def pooled(stream: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """One token of each item, `(items, hidden_size)`."""
     return stream[torch.arange(len(stream), device=stream.device), ends]

@@ -1,11 +1,27 @@
-"""How width operators start: `name -> function(shape, generator)`, one a file."""
+"""How width operators start, one function a file.
 
+`INITIALIZERS: name -> function(shape, generator)` need no data;
+`CALIBRATED_INITIALIZERS: name -> function(statistics, teacher, student_config)` start from a teacher's activations.
+"""
+
+from clipmap_hf.mapping.initializers.calibrated import calibrated
 from clipmap_hf.mapping.initializers.diagonal import diagonal
+from clipmap_hf.mapping.initializers.importance import importance
 from clipmap_hf.mapping.initializers.kaiming import kaiming
 from clipmap_hf.mapping.initializers.random import random
 from clipmap_hf.mapping.initializers.xavier import xavier
 
 
-__all__ = ["INITIALIZERS", "diagonal", "kaiming", "random", "xavier"]
+__all__ = [
+    "CALIBRATED_INITIALIZERS",
+    "INITIALIZERS",
+    "calibrated",
+    "diagonal",
+    "importance",
+    "kaiming",
+    "random",
+    "xavier",
+]
 
 INITIALIZERS = {"diagonal": diagonal, "kaiming": kaiming, "random": random, "xavier": xavier}
+CALIBRATED_INITIALIZERS = {"calibrated": calibrated, "importance": importance}

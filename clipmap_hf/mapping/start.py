@@ -1,0 +1,71 @@
+"""Starts a mapper from its teacher's activations."""
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from clipmap_hf.mapping.calibration import calibrate, calibration_batch
+from clipmap_hf.mapping.depth import DEPTH_RULES, most_changing, one_hot_depth
+from clipmap_hf.mapping.fold import fold
+from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS
+from clipmap_hf.mapping.initializers.calibrated import gains_and_shifts
+from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.mapping.refit import refit
+
+
+__all__ = ["start_from_activations"]
+
+
+@torch.no_grad()
+def start_from_activations(
+    mapper: WeightMapper, teacher: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> None:
+    """
+    Sets the initial operators of a mapper, and the corrections of its student's weights, as its config says.
+
+    Args:
+        mapper: With an initializer of `CALIBRATED_INITIALIZERS`.
+        teacher: Its teacher; the activations are computed where it lies.
+        batches: Of `pixel_values` and `input_ids`, gone through several times. Of several processes, each has its own.
+
+    Raises:
+        TypeError: If `batches` is an iterator.
+        ValueError: If there are no pairs, or no images.
+    """
+    if iter(batches) is batches:
+        raise TypeError("Calibration goes through its batches several times; give a list or a DataLoader.")
+    config = mapper.config
+    model = copy.deepcopy(teacher).float().eval()
+    if mapper.folds:
+        model.load_state_dict(fold(model.state_dict(), mapper.family))
+    pairs = _Pairs(batches, model)
+    statistics = calibrate(model, pairs, neuron_covariance=mapper.folds and not config.refit)
+    operators = CALIBRATED_INITIALIZERS[config.initializer](statistics, model, mapper.student_config)
+    layers = {}
+    for name, of_tower in statistics.items():
+        big, small = (
+            getattr(one, f"{name}_config").num_hidden_layers for one in (model.config, mapper.student_config)
+        )
+        by_rule = config.depth in DEPTH_RULES
+        layers[name] = DEPTH_RULES[config.depth](big, small) if by_rule else most_changing(of_tower.changed, small)
+    depths = {name: one_hot_depth(chosen, len(statistics[name].changed)) for name, chosen in layers.items()}
+    mapper.start(operators, depths)
+    if not mapper.folds:
+        return
+    student = mapper.export().to(model.device)
+    gains_and_shifts(student, model, statistics, operators, layers)
+    if config.refit:
+        refit(student, model, statistics, operators, layers, pairs, config.refit_steps)
+    mapper.correct(student.state_dict())
+
+
+class _Pairs:
+    """Batches as calibration reads them, from the start at every iteration."""
+
+    def __init__(self, batches: Iterable[Mapping[str, torch.Tensor]], model: PreTrainedModel):
+        self.batches, self.config = batches, model.config
+
+    def __iter__(self):
+        return (calibration_batch(batch, self.config, index) for index, batch in enumerate(self.batches))
