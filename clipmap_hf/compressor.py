@@ -1,33 +1,35 @@
 """`ClipMapCompressor`: a teacher, the operators that map it, and the student they make, behind one object."""
 
-import json
+import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
+from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import CLIPProcessor, PreTrainedModel
 
-from clipmap_hf.atomic import atomic_folder
 from clipmap_hf.config import PRESETS, ClipMapConfig
+from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.distributed import join_processes
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER, write_student_folder
+from clipmap_hf.hub.map_folder import MAP_WEIGHTS, load_map_weights, map_file, read_map_config, write_map
 from clipmap_hf.hub.push import push_folder
+from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS
 from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.mapping.start import start_from_activations
 from clipmap_hf.models import load_model, load_processor
 
 
 __all__ = ["ClipMapCompressor"]
-
-MAP_WEIGHTS = "clipmap.safetensors"
 
 
 class ClipMapCompressor(nn.Module):
@@ -69,6 +71,9 @@ class ClipMapCompressor(nn.Module):
         source: str | os.PathLike,
         student: str | ClipMapConfig | None = None,
         *,
+        initializer: str | None = None,
+        calibration_data: str | Dataset | IterableDataset | Iterable[Mapping[str, torch.Tensor]] | None = None,
+        calibration_pairs: int = 2048,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         backend: str = "pil",
@@ -81,6 +86,12 @@ class ClipMapCompressor(nn.Module):
         Args:
             source: Hub id or folder.
             student: A key of `PRESETS`, or a `ClipMapConfig`.
+            initializer: How the operators start, if `student` does not say it: by default `calibrated` with
+                calibration data, `diagonal` without.
+            calibration_data: What the initializers `calibrated` and `importance` start from: anything `load_pairs`
+                reads; a data set with a column `image` and, or else texts are made up, `caption`; or batches of
+                `pixel_values` and `input_ids`, in a list or a `DataLoader`.
+            calibration_pairs: How many pairs to take of a data set.
             revision: Branch, tag or commit of `source` on the Hub.
             dtype: The teacher's weights are cast to it when loaded; the mapping itself is always fp32.
             backend: Of the image processor, `pil` or `torchvision`.
@@ -88,33 +99,45 @@ class ClipMapCompressor(nn.Module):
 
         Raises:
             ValueError: If `student` is unknown, does not fit the teacher, or is missing where there is no map; if
-                weights do not fit their config.
+                calibration data is missing or not used; if weights do not fit their config.
             OSError: If a file is missing or the Hub cannot be reached.
         """
         source = os.fspath(source)
-        if student is not None:
-            return cls._from_teacher(source, _as_config(student), revision, dtype, backend, kwargs)
-        return cls._continued(source, revision, dtype, backend, kwargs)
+        if student is None:
+            if initializer is not None or calibration_data is not None:
+                raise ValueError("A map that is gone on with has started already; leave initializer and data out.")
+            return cls._continued(source, revision, dtype, backend, kwargs)
+        config = _starting_config(student, initializer, calibration_data is not None)
+        compressor, teacher = cls._from_teacher(source, config, revision, dtype, backend, kwargs)
+        if config.initializer in CALIBRATED_INITIALIZERS:
+            if isinstance(calibration_data, str):
+                calibration_data = load_pairs(calibration_data)
+            if isinstance(calibration_data, (Dataset, IterableDataset)):
+                calibration_data = CalibrationPairs(calibration_data, compressor.processor, calibration_pairs)
+            start_from_activations(compressor.mapper, teacher.to(join_processes().device), calibration_data)
+        return compressor
 
     @classmethod
-    def _from_teacher(cls, source, config, revision, dtype, backend, kwargs) -> "ClipMapCompressor":
+    def _from_teacher(
+        cls, source, config, revision, dtype, backend, kwargs
+    ) -> tuple["ClipMapCompressor", PreTrainedModel]:
         teacher = load_model(source, revision=revision, dtype=dtype, **kwargs)
         processor = load_processor(source, revision=revision, backend=backend, **kwargs)
         commit = getattr(teacher.config, "_commit_hash", None) or revision  # a branch may move, a commit does not
-        return cls(teacher, config, processor, source, commit).eval()
+        return cls(teacher, config, processor, source, commit).eval(), teacher
 
     @classmethod
     def _continued(cls, source, revision, dtype, backend, kwargs) -> "ClipMapCompressor":
-        found = _map_file(source, MAP_CONFIG, revision, kwargs)
+        found = map_file(source, MAP_CONFIG, revision, kwargs)
         if found is None:
             raise ValueError(
                 f"{source!r} holds no {MAP_FOLDER}/{MAP_CONFIG}, so there is no mapping to go on with. To start one, "
                 f"say what to make: student= one of {sorted(PRESETS)}, or a ClipMapConfig."
             )
-        content = _read_map_config(found)
+        content = read_map_config(found)
         teacher_id = content["teacher"]
         try:
-            compressor = cls._from_teacher(
+            compressor, _ = cls._from_teacher(
                 teacher_id, content["map"], content["teacher_revision"], dtype, backend, kwargs
             )
         except OSError as error:
@@ -122,10 +145,10 @@ class ClipMapCompressor(nn.Module):
                 f"The map in {source!r} was made from the teacher {teacher_id!r}, which cannot be loaded: {error} If "
                 f"it has moved, correct `teacher` in {found}."
             ) from error
-        weights = _map_file(source, MAP_WEIGHTS, revision, kwargs)
+        weights = map_file(source, MAP_WEIGHTS, revision, kwargs)
         if weights is None:
             raise OSError(f"{source!r} has {MAP_FOLDER}/{MAP_CONFIG} but no {MAP_FOLDER}/{MAP_WEIGHTS}.")
-        _load_operators(compressor.mapper, weights)
+        load_map_weights(compressor.mapper, weights)
         return compressor
 
     @property
@@ -187,7 +210,12 @@ class ClipMapCompressor(nn.Module):
         )
         write_student_folder(folder, student, self.processor, card, keep_map=include_map)  # to be replaced
         if include_map:
-            self._write_map(folder / MAP_FOLDER)
+            content = {
+                "teacher": self.teacher_id,
+                "teacher_revision": self.teacher_revision,
+                "map": self.config.to_dict(),
+            }
+            write_map(folder / MAP_FOLDER, content, self.mapper.state_dict())
 
     def push_to_hub(
         self,
@@ -224,56 +252,17 @@ class ClipMapCompressor(nn.Module):
                 delete_patterns=None if include_map else [f"{MAP_FOLDER}/*"],  # it belongs to other weights
             )
 
-    def _write_map(self, folder: Path) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.mapper.state_dict().items()}
-        content = {
-            "teacher": self.teacher_id,
-            "teacher_revision": self.teacher_revision,
-            "map": self.config.to_dict(),
-        }
-        with atomic_folder(folder) as temporary:
-            save_file(tensors, temporary / MAP_WEIGHTS, metadata={"format": "pt"})
-            (temporary / MAP_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
-
-def _as_config(student: str | ClipMapConfig) -> ClipMapConfig:
-    if isinstance(student, ClipMapConfig):
-        return student
-    if not isinstance(student, str) or student not in PRESETS:
+def _starting_config(student: str | ClipMapConfig, initializer: str | None, has_data: bool) -> ClipMapConfig:
+    """The config of `student` with its initializer decided."""
+    if isinstance(student, str) and student in PRESETS:
+        student = PRESETS[student]
+    if not isinstance(student, ClipMapConfig):
         raise ValueError(f"student={student!r} is unknown; it must be one of {sorted(PRESETS)} or a ClipMapConfig.")
-    return PRESETS[student]
-
-
-def _map_file(source: str, name: str, revision: str | None, kwargs: dict[str, Any]) -> Path | None:
-    """A file of the map, `None` if `source` has none; a Hub that cannot be asked is an error, not an absence."""
-    if os.path.isdir(source):
-        path = Path(source, MAP_FOLDER, name)
-        return path if path.exists() else None
-    try:
-        return Path(hf_hub_download(source, f"{MAP_FOLDER}/{name}", revision=revision, **kwargs))
-    except LocalEntryNotFoundError as error:
-        raise OSError(f"{MAP_FOLDER}/{name} of {source!r} is not cached, and the Hub cannot be reached.") from error
-    except EntryNotFoundError:
-        return None
-
-
-def _read_map_config(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
-    expected = {"teacher", "teacher_revision", "map"}
-    if set(content) != expected:
-        raise ValueError(f"{path} must have the keys {sorted(expected)}, got {sorted(content)}.")
-    return {**content, "map": ClipMapConfig.from_dict(content["map"])}
-
-
-def _load_operators(mapper: WeightMapper, path: Path) -> None:
-    tensors, expected = load_file(path), mapper.state_dict()
-    wrong = sorted(
-        name
-        for name in tensors.keys() | expected.keys()
-        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
-    )
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit the map's config; tensors missing, unknown or of another shape: {wrong}."
-        )
-    mapper.load_state_dict(tensors, strict=True)
+    if None not in (initializer, student.initializer) and initializer != student.initializer:
+        raise ValueError(f"initializer={initializer!r}, but the student's config says {student.initializer!r}.")
+    chosen = initializer or student.initializer or ("calibrated" if has_data else "diagonal")
+    if (chosen in CALIBRATED_INITIALIZERS) != has_data:
+        verb = "does not start from data; leave calibration_data out" if has_data else "needs calibration_data"
+        raise ValueError(f"initializer={chosen!r} {verb}. Those that need it are {sorted(CALIBRATED_INITIALIZERS)}.")
+    return dataclasses.replace(student, initializer=chosen)

@@ -10,6 +10,7 @@ where it was interrupted; several processes share the work. recipes/distill.py, 
 from dataclasses import dataclass, field
 
 from clipmap_hf.training.arguments import (
+    CalibrationArguments,
     DataArguments,
     DistillationArguments,
     MappingArguments,
@@ -33,14 +34,14 @@ def main() -> None:
         TeacherArguments,
         TeacherCacheArguments,
         CacheRunArguments,
-        others=(StudentArguments, RunArguments),
+        others=(StudentArguments, CalibrationArguments, RunArguments),
         other_stages={"mapping": MappingArguments, "distillation": DistillationArguments},
         description=__doc__,
     )
     if cache.teacher_cache is None:
         raise ValueError("Say where the embeddings shall lie: --teacher_cache FOLDER.")
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.runs import Teacher, make_teacher_cache
+    from clipmap_hf.teachers import Teacher, make_teacher_cache
 
     processes = join_processes()
     teachers = [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers]

@@ -13,6 +13,7 @@ import dataclasses
 from pathlib import Path
 
 from clipmap_hf.training.arguments import (
+    CalibrationArguments,
     DataArguments,
     DistillationArguments,
     MappingArguments,
@@ -25,27 +26,28 @@ from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
 
 def main() -> None:
-    data, teacher, cache, student, run, mapping, distillation = parse_arguments(
+    data, teacher, cache, student, calibration, run, mapping, distillation = parse_arguments(
         DataArguments,
         TeacherArguments,
         TeacherCacheArguments,
         StudentArguments,
+        CalibrationArguments,
         RunArguments,
         stages={"mapping": MappingArguments, "distillation": DistillationArguments},
         description=__doc__,
     )
-    from clipmap_hf.compressor import ClipMapCompressor
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.runs import Teacher, run_distillation, run_mapping
+    from clipmap_hf.runs import run_distillation, run_mapping, start_compressor
+    from clipmap_hf.teachers import Teacher
     from clipmap_hf.training.setup import map_config
 
     processes = join_processes()
-    config = map_config(student, run.seed)
-    teacher_id, revision = teacher.teachers[0]
-    compressor = ClipMapCompressor.from_pretrained(teacher_id, config, revision=revision, backend=data.image_backend)
+    compressor = start_compressor(*teacher.teachers[0], map_config(student, run.seed), calibration, run, data)
     processes.print(compressor.cost())
     mapped = dataclasses.replace(run, output_dir=str(Path(run.output_dir) / "mapped"))
-    recipe = arguments_yaml(data, teacher, cache, student, run, mapping=mapping, distillation=distillation)
+    recipe = arguments_yaml(
+        data, teacher, cache, student, calibration, run, mapping=mapping, distillation=distillation
+    )
     run_mapping(compressor, mapping, mapped, data, recipe=recipe)
     model, processor = compressor.export(), compressor.processor
     # The first is the map's, if one was gone on with.

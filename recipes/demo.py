@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
 from clipmap_hf.training.arguments import (
+    CalibrationArguments,
     DataArguments,
     DistillationArguments,
     MappingArguments,
@@ -32,6 +33,7 @@ def parse(argv: list[str]) -> tuple:
         DataArguments,
         TeacherArguments,
         StudentArguments,
+        CalibrationArguments,
         RunArguments,
         stages=stages | baselines,
         description=__doc__,
@@ -47,7 +49,8 @@ def main() -> None:
 
     from clipmap_hf.compressor import ClipMapCompressor
     from clipmap_hf.demo.report import Contestant, write_report
-    from clipmap_hf.runs import Teacher, run_distillation, run_mapping
+    from clipmap_hf.runs import run_distillation, run_mapping
+    from clipmap_hf.teachers import Teacher
     from clipmap_hf.training.setup import map_config, run_stage, training_pairs
     from clipmap_hf.training.stages import ContrastiveStage
 

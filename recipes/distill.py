@@ -10,6 +10,7 @@ With `--teacher_cache DIR`, the teachers' embeddings are computed first (or by r
 from dataclasses import dataclass, field
 
 from clipmap_hf.training.arguments import (
+    CalibrationArguments,
     DataArguments,
     DistillationArguments,
     MappingArguments,
@@ -35,13 +36,17 @@ def main() -> None:
         StudentModelArguments,
         RunArguments,
         stages={"distillation": DistillationArguments},
-        others=(StudentArguments,),
+        others=(
+            StudentArguments,
+            CalibrationArguments,
+        ),
         other_stages={"mapping": MappingArguments},
         description=__doc__,
     )
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.models import load_model, load_processor
-    from clipmap_hf.runs import Teacher, run_distillation
+    from clipmap_hf.runs import run_distillation
+    from clipmap_hf.teachers import Teacher
 
     join_processes()
     run_distillation(

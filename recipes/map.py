@@ -8,6 +8,7 @@ with its map. Without a size, goes on with the map in the folder that `--teacher
 """
 
 from clipmap_hf.training.arguments import (
+    CalibrationArguments,
     DataArguments,
     DistillationArguments,
     MappingArguments,
@@ -20,27 +21,31 @@ from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
 
 def main() -> None:
-    data, teacher, student, run, mapping = parse_arguments(
+    data, teacher, student, calibration, run, mapping = parse_arguments(
         DataArguments,
         TeacherArguments,
         StudentArguments,
+        CalibrationArguments,
         RunArguments,
         stages={"mapping": MappingArguments},
         others=(TeacherCacheArguments,),
         other_stages={"distillation": DistillationArguments},
         description=__doc__,
     )
-    from clipmap_hf.compressor import ClipMapCompressor
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.runs import run_mapping
+    from clipmap_hf.runs import run_mapping, start_compressor
     from clipmap_hf.training.setup import map_config
 
     processes = join_processes()
-    config = map_config(student, run.seed)
-    teacher_id, revision = teacher.teachers[0]
-    compressor = ClipMapCompressor.from_pretrained(teacher_id, config, revision=revision, backend=data.image_backend)
+    compressor = start_compressor(*teacher.teachers[0], map_config(student, run.seed), calibration, run, data)
     processes.print(compressor.cost())
-    run_mapping(compressor, mapping, run, data, recipe=arguments_yaml(data, teacher, student, run, mapping=mapping))
+    run_mapping(
+        compressor,
+        mapping,
+        run,
+        data,
+        recipe=arguments_yaml(data, teacher, student, calibration, run, mapping=mapping),
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.distributed import average_gradients, gather, join_processes, process_count, process_index
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.models import load_model, load_processor
-from clipmap_hf.runs import Teacher, make_teacher_cache
+from clipmap_hf.teachers import Teacher, make_teacher_cache
 from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments, TeacherCacheArguments
 from clipmap_hf.training.setup import evaluation_function, stage_seed, training_collator
 from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-import clipmap_hf.compressor
+import clipmap_hf.hub.map_folder
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
 
 
@@ -329,7 +329,7 @@ def hub_answers(monkeypatch):
     """Lets every download of a map's file end in the given exception."""
 
     def answer(error: Exception) -> None:
-        monkeypatch.setattr(clipmap_hf.compressor, "hf_hub_download", Mock(side_effect=error))
+        monkeypatch.setattr(clipmap_hf.hub.map_folder, "hf_hub_download", Mock(side_effect=error))
 
     return answer
 
@@ -360,7 +360,7 @@ def test_a_map_on_the_hub_is_read_at_its_revision(shared_compressor, saved_folde
         asked.append((repo_id, filename, kwargs))
         return str(saved_folder / filename)
 
-    monkeypatch.setattr(clipmap_hf.compressor, "hf_hub_download", download)
+    monkeypatch.setattr(clipmap_hf.hub.map_folder, "hf_hub_download", download)
     loaded = ClipMapCompressor.from_pretrained("me/clip", revision="v1", token=False)
     assert_same(loaded.export(), shared_compressor.export())
     options = {"revision": "v1", "token": False}

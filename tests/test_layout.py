@@ -24,6 +24,7 @@ ORDER = (
     ("ternary",),
     ("hub",),
     ("compressor",),
+    ("teachers",),
     ("runs",),
     ("demo",),
 )

@@ -12,7 +12,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTo
 
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig, runs
 from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.runs import Teacher, make_teacher_cache, run_distillation, run_mapping
+from clipmap_hf.runs import run_distillation, run_mapping
+from clipmap_hf.teachers import Teacher, make_teacher_cache
 from clipmap_hf.training.arguments import (
     DataArguments,
     DistillationArguments,

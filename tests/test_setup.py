@@ -33,7 +33,7 @@ def test_a_preset_is_taken_as_it_is():
 def test_sizes_and_options_are_put_over_a_preset():
     config = map_config(StudentArguments(student="tiny", vision_hidden_size=192, tie_ffn=True, depth="spread"), seed=3)
     assert config.vision == TowerConfig(hidden_size=192, num_hidden_layers=4) and config.text == PRESETS["tiny"].text
-    assert (config.tie_ffn, config.depth, config.seed, config.initializer) == (True, "spread", 3, "diagonal")
+    assert (config.tie_ffn, config.depth, config.seed, config.initializer) == (True, "spread", 3, None)
 
 
 def test_sizes_alone_are_a_student_too():

@@ -5,7 +5,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from clipmap_hf.data.cache_files import (
     written_blocks,
 )
 from clipmap_hf.data.collate import PairCollator, normalized_pixels
+from clipmap_hf.data.tally import RowTally
 from clipmap_hf.data.view_batches import rows_of_rank, view_batches
 from clipmap_hf.features import encode_images, encode_texts, evaluating
 
@@ -82,7 +82,7 @@ def build_teacher_cache(
     done, marker = written_blocks(folder, rank), done_file(folder, rank)
     if marker.is_file() and len(done) >= read_json(marker)["blocks"]:
         return
-    tally = _Tally(max_bad_fraction)
+    tally = RowTally(max_bad_fraction)
     for path in done:
         tally.add(**read_counts(path))
     batches = view_batches(
@@ -138,35 +138,6 @@ def finish_teacher_cache(folder: str | Path) -> None:
         "bytes": {path.name: path.stat().st_size for path in [*paths, folder / INDEX]},
     }
     write_json(folder / SUMMARY, summary)
-
-
-@dataclass
-class _Tally:
-    """Counts rows; raises a `ValueError` once too many are unusable."""
-
-    max_bad_fraction: float
-    rows: int = 0
-
-    def __post_init__(self):
-        self.bad_rows = Counter()
-
-    def add(self, rows: int, bad_rows: Mapping[str, int]) -> None:
-        self.rows += rows
-        self.bad_rows.update(bad_rows)
-        if self.bad_rows.total() > self.max_bad_fraction * max(self.rows, 1000):
-            raise ValueError(
-                f"Of the first {self.rows} rows, {self.reasons()} cannot be used, more than "
-                f"max_bad_fraction={self.max_bad_fraction} allows. Mend the data, or allow more."
-            )
-
-    def counting(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for batch in batches:
-            self.add(batch["rows"], batch["bad_rows"])
-            yield batch
-
-    def reasons(self) -> str:
-        found = ", ".join(f"{number} {reason}" for reason, number in sorted(self.bad_rows.items()))
-        return f"{self.bad_rows.total()} ({found})"
 
 
 class _Block:

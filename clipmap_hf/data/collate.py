@@ -86,7 +86,7 @@ class PairCollator:
     Turns rows into `pixel_values (images, 3, size, size)`, `input_ids` and `attention_mask` `(texts, length)`,
     `image_of_text` `(texts,)`, and `bad_rows`, the number of rows left out by reason; nothing but that if no row is
     left. In training there is one text per image, and the pixels are bytes that `normalized_pixels` reads; in
-    evaluation all captions of the first column are kept.
+    evaluation all captions of the first column are kept, and without caption columns there are just the pixels.
 
     In training, crop and caption are functions of `seed`, the row, and the view, which is the row's `epoch`, or its
     remainder by `views`: they are the same in any batch, order, process and worker.
@@ -126,6 +126,8 @@ class PairCollator:
 
     def batch(self, examples: Sequence[_Example]) -> dict[str, Any]:
         """The tensors of `examples`, as `view` makes them."""
+        if not self.caption_columns:
+            return self._pixels([example.image for example in examples])
         texts = [text for example in examples for text in example.texts]
         owners = [index for index, example in enumerate(examples) for _ in example.texts]
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
@@ -157,6 +159,8 @@ class PairCollator:
         content, image = decoded(row)
         if self.augmentation is not None:
             return self.view(row, content, image, row["epoch"] % self.views if self.views else row["epoch"])
+        if not self.caption_columns:
+            return _Example(image, [], 0, 0)
         captions = row[self.caption_columns[0]]
         return _Example(image, filled_texts(captions) or [caption_text(captions)], 0, 0)
 

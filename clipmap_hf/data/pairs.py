@@ -9,7 +9,7 @@ from datasets import Dataset, Image, IterableDataset, load_dataset
 from clipmap_hf.data.tar_shards import tar_pairs
 
 
-__all__ = ["load_pairs"]
+__all__ = ["load_pairs", "undecoded"]
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _FILES = (".parquet", *_TARS)
@@ -55,7 +55,7 @@ def load_pairs(
         raise ValueError(f"{source!r} is neither a folder nor one of {list(_FILES)} files.")
     else:
         pairs = load_dataset(source, split=split, streaming=streaming)
-    return _undecoded(pairs, source, image_column, caption_columns)
+    return undecoded(pairs, source, image_column, caption_columns)
 
 
 def _matching_files(source: str) -> list[str]:
@@ -65,9 +65,21 @@ def _matching_files(source: str) -> list[str]:
     return files
 
 
-def _undecoded(
+def undecoded(
     pairs: Dataset | IterableDataset, source: str, image_column: str, caption_columns: Sequence[str]
 ) -> Dataset | IterableDataset:
+    """
+    The columns of pairs that are read, the image's as `image` and left undecoded.
+
+    Args:
+        pairs: The pairs.
+        source: What errors call them.
+        image_column: Column of the images.
+        caption_columns: What other columns to keep.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
     if pairs.features is None:
         raise ValueError(f"The columns of {source!r} are unknown until it is read; load it with streaming=False.")
     missing = [column for column in (image_column, *caption_columns) if column not in pairs.column_names]

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 
 __all__ = [
+    "CalibrationArguments",
     "DataArguments",
     "DistillationArguments",
     "MappingArguments",
@@ -167,7 +168,18 @@ class StudentArguments:
     text_num_hidden_layers: int | None = field(default=None, metadata={"help": "Depth of the text tower."})
     text_num_attention_heads: int | None = field(default=None, metadata={"help": "Heads of the text tower."})
     projection_dim: int | None = field(default=None, metadata={"help": "Joint embedding; the teacher's by default."})
-    initializer: str | None = field(default=None, metadata={"help": "Start of the operators (default: diagonal)."})
+    initializer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start of the operators: calibrated (default), importance, diagonal, random, kaiming, xavier."
+        },
+    )
+    refit: bool | None = field(
+        default=None, metadata={"help": "Whether `calibrated` solves the layers one after another (default: true)."}
+    )
+    refit_steps: int | None = field(
+        default=None, metadata={"help": "Steps of gradient descent on each layer after it was solved (default: 0)."}
+    )
     depth: str | None = field(
         default=None, metadata={"help": "Teacher layers to start from (default: interval_front)."}
     )
@@ -177,6 +189,19 @@ class StudentArguments:
         default=None,
         metadata={"help": "Weight decay pulls operators to their `initial` value (default) or to `zero`."},
     )
+
+
+@dataclass
+class CalibrationArguments:
+    """The pairs that `calibrated` and `importance` start from."""
+
+    calibration_data: str | None = field(
+        default=None, metadata={"help": "Where they come from, with columns as `train_data`, which is the default."}
+    )
+    calibration_pairs: int = field(default=2048, metadata={"help": "How many there are, of all processes together."})
+
+    def __post_init__(self):
+        _check_ranges(self, above_0=("calibration_pairs",))
 
 
 @dataclass

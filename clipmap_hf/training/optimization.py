@@ -1,6 +1,7 @@
 """For how many steps AdamW goes, how fast at which, and what it decays."""
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ __all__ = ["adamw", "learning_rate_at", "parameter_groups", "step_count"]
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
-    AdamW's groups of the trainable parameters: matrices decay; vectors, scalars, position embeddings and depth
-    matrices (whose one-hot start is no neighborhood of zero) do not.
+    AdamW's groups of the trainable parameters: matrices decay; vectors (those stacked over layers too), scalars,
+    position embeddings and depth matrices (whose one-hot start is no neighborhood of zero) do not.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
     def decays(name: str, parameter: torch.nn.Parameter) -> bool:
-        return parameter.ndim >= 2 and "position_embedding" not in name and "_depth" not in name
+        return parameter.ndim >= 2 and not re.search("norm|bias|position_embedding|_depth", name)
 
     groups = [
         {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},

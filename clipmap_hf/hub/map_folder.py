@@ -1,0 +1,95 @@
+"""The folder `map/` beside a student: its operators, and the teacher they belong to."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from clipmap_hf.atomic import atomic_folder
+from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER
+from clipmap_hf.mapping.mapper import WeightMapper
+
+
+__all__ = ["MAP_WEIGHTS", "load_map_weights", "map_file", "read_map_config", "write_map"]
+
+MAP_WEIGHTS = "clipmap.safetensors"
+
+
+def write_map(folder: Path, content: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """
+    Writes the folder, all of it or nothing.
+
+    Args:
+        folder: Where.
+        content: What `read_map_config` reads, as plain JSON types.
+        weights: The mapper's state dict.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / MAP_WEIGHTS, metadata={"format": "pt"})
+        (temporary / MAP_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def map_file(source: str, name: str, revision: str | None, kwargs: dict[str, Any]) -> Path | None:
+    """
+    A file of the map, `None` if `source` has none.
+
+    Args:
+        source: Hub id or folder.
+        name: The file's.
+        revision: Branch, tag or commit on the Hub.
+        kwargs: Passed to the download.
+
+    Raises:
+        OSError: If the Hub cannot be asked, which is no absence.
+    """
+    if os.path.isdir(source):
+        path = Path(source, MAP_FOLDER, name)
+        return path if path.exists() else None
+    try:
+        return Path(hf_hub_download(source, f"{MAP_FOLDER}/{name}", revision=revision, **kwargs))
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"{MAP_FOLDER}/{name} of {source!r} is not cached, and the Hub cannot be reached.") from error
+    except EntryNotFoundError:
+        return None
+
+
+def read_map_config(path: Path) -> dict[str, Any]:
+    """
+    The map's `teacher`, `teacher_revision`, and `map`, its `ClipMapConfig`.
+
+    Raises:
+        ValueError: If a key is missing or unknown.
+    """
+    content = json.loads(path.read_text())
+    expected = {"teacher", "teacher_revision", "map"}
+    if set(content) != expected:
+        raise ValueError(f"{path} must have the keys {sorted(expected)}, got {sorted(content)}.")
+    return {**content, "map": ClipMapConfig.from_dict(content["map"])}
+
+
+def load_map_weights(mapper: WeightMapper, path: Path) -> None:
+    """
+    Loads what `write_map` wrote.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown or of another shape.
+    """
+    tensors, expected = load_file(path), mapper.state_dict()
+    wrong = sorted(
+        name
+        for name in tensors.keys() | expected.keys()
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit the map's config; tensors missing, unknown or of another shape: {wrong}."
+        )
+    mapper.load_state_dict(tensors, strict=True)
