@@ -29,6 +29,7 @@ from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
 SMALL = ClipMapConfig(
     vision=TowerConfig(hidden_size=32, num_hidden_layers=2),
     text=TowerConfig(hidden_size=32, num_hidden_layers=2),
+    initializer="diagonal",
     depth="spread",
 )
 MAP_FILES = {"clipmap_config.json", "clipmap.safetensors"}
