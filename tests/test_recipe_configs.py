@@ -18,7 +18,8 @@ from clipmap_hf.training.setup import map_config
 
 RECIPES = Path(clipmap_hf.__file__).parents[1] / "recipes"
 CONFIGS = RECIPES / "configs"
-PAPER = ("base", "small", "tiny")
+PAPER = CONFIGS / "paper"
+SIZES = ("base", "small", "tiny")
 # The recipes that each file is for, and the options that are left to the command line.
 READERS = {
     **{
@@ -28,7 +29,8 @@ READERS = {
             "distill": ["--train_data", "pairs.parquet", "--output_dir", "out", "--student_model", "mapped"],
             "cache": ["--train_data", "pairs.parquet", "--teacher_cache", "cache"],
         }
-        for name in PAPER
+        for size in SIZES
+        for name in (size, f"paper/{size}")
     },
     "demo.yaml": {"demo": []},
     "emoji_teacher.yaml": {"pretrain": ["--train_data", "pairs.parquet", "--output_dir", "out"]},
@@ -112,9 +114,9 @@ TABLE_9 = {  # retraining
 }
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", SIZES)
 def test_the_paper_s_configs_hold_its_tables_8_and_9(read, name):
-    arguments = read("compress", "--config", str(CONFIGS / f"{name}.yaml"), *READERS[f"{name}.yaml"]["compress"])
+    arguments = read("compress", "--config", str(PAPER / f"{name}.yaml"), *READERS[f"paper/{name}.yaml"]["compress"])
     for table, cls in ((TABLE_8, "MappingArguments"), (TABLE_9, "DistillationArguments")):
         stage = arguments[cls]
         batch_size, length, learning_rate, weight_decay, warmup_steps = table[name]
@@ -127,10 +129,10 @@ def test_the_paper_s_configs_hold_its_tables_8_and_9(read, name):
     assert arguments["DistillationArguments"].distillation_weight == 1.0
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", SIZES)
 def test_the_paper_s_values_stand_in_the_file_itself(name):
     """A default that changes must not change a reproduction."""
-    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load((PAPER / f"{name}.yaml").read_text(encoding="utf-8"))
     expected = {
         "batch_size",
         "learning_rate",
@@ -147,11 +149,18 @@ def test_the_paper_s_values_stand_in_the_file_itself(name):
         assert {"steps", "epochs"} & content[section].keys()
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", SIZES)
 def test_the_paper_s_configs_make_its_students(read, name):
-    arguments = read("map", "--config", str(CONFIGS / f"{name}.yaml"), *READERS[f"{name}.yaml"]["map"])
+    arguments = read("map", "--config", str(PAPER / f"{name}.yaml"), *READERS[f"paper/{name}.yaml"]["map"])
     assert arguments["TeacherArguments"].teachers == [("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", None)]
     assert map_config(arguments["StudentArguments"]) == dataclasses.replace(PRESETS[name], initializer="diagonal")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_our_configs_make_the_same_students_from_the_teachers_activations(read, name):
+    arguments = read("compress", "--config", str(CONFIGS / f"{name}.yaml"), *READERS[f"{name}.yaml"]["compress"])
+    assert arguments["TeacherArguments"].teachers == [("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", None)]
+    assert map_config(arguments["StudentArguments"]) == dataclasses.replace(PRESETS[name], initializer="calibrated")
 
 
 def test_the_demo_s_student_is_cut_from_the_embedded_teacher(read):

@@ -2,7 +2,9 @@
 Does the mapping stage run at full size here, and what does it take? Makes a randomly initialized ViT-B/16 `CLIPModel`
 folder and a webdataset tar, runs `recipes/map.py` on them, and prints seconds per step and peak memory.
 
-    python recipes/benchmarks/full_size.py --config recipes/configs/small.yaml --batch_size 64 --steps 2
+    python recipes/benchmarks/full_size.py --config recipes/configs/paper/small.yaml --batch_size 64 --steps 2
+
+With `--calibration_pairs`, the operators start from the activations of so many pairs; with `--steps 0` that is all.
 """
 
 import argparse
@@ -24,17 +26,21 @@ WORDS = ("red", "blue", "old", "small", "dog", "cat", "house", "tree", "car", "s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default=str(RECIPES / "configs" / "small.yaml"), help="YAML for map.py")
+    parser.add_argument("--config", default=str(RECIPES / "configs" / "paper" / "small.yaml"), help="YAML for map.py")
     parser.add_argument("--batch_size", type=int, default=64, help="pairs per step")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps")
+    parser.add_argument("--calibration_pairs", type=int, help="pairs to start from; by default the start is diagonal")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         teacher, shard, output = (Path(folder) / name for name in ("teacher", "pairs.tar", "mapped"))
-        captions = write_shard(shard, arguments.batch_size * (arguments.steps + 1))
+        pairs = max(arguments.batch_size * (arguments.steps + 1), arguments.calibration_pairs or 0)
+        captions = write_shard(shard, pairs)
         write_teacher(teacher, captions)
         command = [sys.executable, str(RECIPES / "map.py"), "--config", arguments.config, "--teacher", str(teacher)]
         command += ["--train_data", str(shard), "--image_column", "png", "--caption_column", "txt"]
         command += ["--mapping_batch_size", str(arguments.batch_size), "--mapping_steps", str(arguments.steps)]
+        if arguments.calibration_pairs:
+            command += ["--initializer", "calibrated", "--calibration_pairs", str(arguments.calibration_pairs)]
         start = time.perf_counter()
         subprocess.run([*command, "--output_dir", str(output), "--log_every", "1"], check=True)
         seconds = time.perf_counter() - start
@@ -45,7 +51,10 @@ def main() -> None:
     times = [line["seconds"] for line in lines if "loss" in line]
     steps = [later - earlier for earlier, later in zip([0.0, *times], times, strict=False)]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # Linux: kB
-    print(f"batch {arguments.batch_size}: " + ", ".join(f"step {i + 1} {step:.1f} s" for i, step in enumerate(steps)))
+    if steps:
+        print(
+            f"batch {arguments.batch_size}: " + ", ".join(f"step {i + 1} {step:.1f} s" for i, step in enumerate(steps))
+        )
     print(f"peak memory {peak:.1f} GB; whole run with loading and saving {seconds:.0f} s")
     print(", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items()))
 
