@@ -339,13 +339,14 @@ def test_demo_compares_students_that_saw_the_same_number_of_pairs(
     finish, steps, teacher_folder, pairs_parquet, tmp_path
 ):
     data = ("--teacher", teacher_folder, "--train_data", pairs_parquet, "--eval_data", pairs_parquet)
-    batches = ("--manual_batch_size", 8, "--scratch_batch_size", 8)
+    batches = [word for name in ("calibrated", "manual", "scratch") for word in (f"--{name}_batch_size", 8)]
+    batches += ["--calibration_pairs", 8]
     table = finish("demo.py", *data, *SMALL, *steps("mapping", "distillation"), *batches, "--output_dir", tmp_path)
-    assert len([line for line in table.splitlines() if line.startswith("|")]) == 6  # header, rule, four models
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 8  # header, rule, six models
     assert {"results.json", "results.md", "index.html"} <= {path.name for path in tmp_path.iterdir()}
     check_student(tmp_path / "student", vision_width=32)
-    pairs = {name: log_of(tmp_path / name)[-1]["pairs"] for name in ("mapped", "student", "manual", "scratch")}
-    assert pairs == {"mapped": 16, "student": 16, "manual": 32, "scratch": 32}
+    expected = {"mapped": 16, "clip-map": 16, "student": 24, "manual": 32, "scratch": 32}
+    assert {name: log_of(tmp_path / name)[-1]["pairs"] for name in expected} == expected
 
 
 # What is not accepted
