@@ -1,6 +1,7 @@
 """Benchmarks run to their end and print a table; the sizes are too small for its numbers to mean anything."""
 
 import os
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,7 +14,8 @@ import clipmap_hf
 
 REPOSITORY = Path(clipmap_hf.__file__).parents[1]
 BENCHMARKS = REPOSITORY / "recipes" / "benchmarks"
-# The smallest that each can be told to be, and what begins the rows of its table, or the lines that it prints.
+# The smallest that each can be told to be (`{folder}` is a new one), and what begins the rows of its table, or the
+# lines that it prints.
 RUNS = {
     "batch.py": (
         "--stage contrastive mapping distillation --student tiny --batch_size 4 --micro_batch_size 2 --plain_steps 1 "
@@ -22,6 +24,10 @@ RUNS = {
     ),
     "data.py": ("--images 16 --rounds 1 --batch_size 8 --shuffle_buffer 8", ["| clipmap_hf |", "| webdataset |"]),
     "full_size.py": ("--batch_size 2 --steps 1", ["batch 2: step 1 ", "peak memory "]),
+    "initializers.py": (
+        "--output_dir {folder} --parts table --sizes '1 %' --methods diagonal --seeds 0 --steps 4 --batch_size 8",
+        ["| 100 % | teacher |", "| 1 % | diagonal |"],
+    ),
     "mapping_step.py": (
         "--student tiny --batch_size 4 --micro_batch_size 2 --rounds 1",
         ["| contrastive |", "| mapping |", "mapping / contrastive: median "],
@@ -50,7 +56,8 @@ def test_benchmark_prints_its_table(benchmark, tmp_path):
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, str(BENCHMARKS / benchmark), *options.split()]
+    arguments = [option.format(folder=tmp_path / "output") for option in shlex.split(options)]
+    command = [sys.executable, str(BENCHMARKS / benchmark), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-5000:]
     lines = result.stdout.splitlines()

@@ -4,15 +4,13 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import randomize, random_pairs, split
+from calibrated_starts import TOWERS, random_pairs, split
+from conftest import randomize
 from torch.nn import functional as F
 from transformers import CLIPModel
 
 import clipmap_hf.mapping.calibration
 from clipmap_hf.mapping.calibration import POOLED_WEIGHT, TowerStatistics, calibrate, calibration_batch
-
-
-TOWERS = ("vision", "text")
 
 
 @pytest.fixture(params=["gelu", "quick_gelu", "old end token"])
