@@ -85,7 +85,7 @@ class ClipMapConfig:
             `CALIBRATED_INITIALIZERS`, which need calibration data. By default `calibrated` with such data, `diagonal`
             without.
         refit: Whether `calibrated` solves the student's layers one after another (`refit`).
-        refit_steps: Steps of gradient descent on each layer after it was solved.
+        refit_steps: Steps of gradient descent on each layer after it was solved; most of the time that the start takes.
         depth: Which teacher layers the depth operators start from: a key of `DEPTH_RULES`, or, with calibration data,
             `similarity`, the layers that change the stream most.
         depth_per: One depth matrix per `tower` (the paper) or per tensor `kind`.
@@ -100,7 +100,7 @@ class ClipMapConfig:
     projection_dim: int | None = None
     initializer: str | None = None
     refit: bool = True
-    refit_steps: int = 0
+    refit_steps: int = 200
     depth: str = "interval_front"
     depth_per: Literal["tower", "kind"] = "tower"
     tie_ffn: bool = False

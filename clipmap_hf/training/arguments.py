@@ -178,7 +178,7 @@ class StudentArguments:
         default=None, metadata={"help": "Whether `calibrated` solves the layers one after another (default: true)."}
     )
     refit_steps: int | None = field(
-        default=None, metadata={"help": "Steps of gradient descent on each layer after it was solved (default: 0)."}
+        default=None, metadata={"help": "Steps of gradient descent on each layer after it was solved (default: 200)."}
     )
     depth: str | None = field(
         default=None, metadata={"help": "Teacher layers to start from (default: interval_front)."}

@@ -46,7 +46,7 @@ TEACHER_SIZE = {"100 %": ((192, 6), (128, 4))}  # of `diagonal`, the teacher its
 ABLATIONS = {
     "calibrated": {},
     "without refit": {"refit": False},
-    "with 50 gradient steps per layer": {"refit_steps": 50},
+    "without gradient steps": {"refit_steps": 0},
     "layers by similarity": {"depth": "similarity"},
     **{f"{pairs} calibration pairs": {"calibration_pairs": pairs} for pairs in (128, 512, 4096)},
 }

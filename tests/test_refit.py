@@ -1,0 +1,222 @@
+"""A refitted student is nearer to its teacher, whatever the pairs are kept in or cut into."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from calibrated_starts import (
+    NARROW,
+    TOWERS,
+    embeddings,
+    folded,
+    losses,
+    nearness,
+    plain,
+    random_pairs,
+    split,
+    started,
+    streams,
+)
+from torch.nn import functional as F
+
+import clipmap_hf.mapping.refit
+from clipmap_hf.config import ClipMapConfig, TowerConfig
+
+
+SMALL = ClipMapConfig(vision=TowerConfig(32, None, 2), text=TowerConfig(32, None, 2), initializer="calibrated")
+SEGMENTS = {"vision": [2, 4], "text": [1, 3]}  # where those of SMALL end
+VARIANTS = {
+    "cut in width": NARROW,
+    "cut in depth": dataclasses.replace(SMALL, vision=TowerConfig(None, None, 2), text=TowerConfig(None, None, 2)),
+    "cut in both": SMALL,
+    "a smaller embedding": dataclasses.replace(SMALL, projection_dim=16),
+    "an odd ffn": dataclasses.replace(SMALL, vision=TowerConfig(48, 100, 3), text=TowerConfig(16, 33, 1)),
+    "spread": dataclasses.replace(SMALL, depth="spread"),
+    "similarity": dataclasses.replace(SMALL, depth="similarity"),
+}
+
+
+@pytest.fixture(scope="module")
+def batches(shared_teacher) -> list[dict]:
+    return split(random_pairs(shared_teacher.config, 96), 40)
+
+
+@pytest.fixture(scope="module")
+def others(shared_teacher) -> dict:
+    """Pairs that were not calibrated with."""
+    return random_pairs(shared_teacher.config, 64, seed=1)
+
+
+@pytest.fixture(scope="module")
+def refitted(shared_teacher, batches):
+    return started(shared_teacher, SMALL, batches)
+
+
+def bits(mapper) -> dict[str, torch.Tensor]:
+    return mapper.export().state_dict()
+
+
+def assert_same(given, expected) -> None:
+    for name, tensor in bits(expected).items():
+        assert torch.equal(bits(given)[name], tensor), name
+
+
+def similarities(model, pairs) -> torch.Tensor:
+    """Of all images and texts among each other, which a smaller embedding has too."""
+    both = torch.cat(list(embeddings(model, pairs).values()))
+    return both @ both.T
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_refitted_student_is_nearer_to_the_teacher(shared_teacher, batches, others, variant):
+    config, near = VARIANTS[variant], []
+    for refit in (False, True):
+        mapper = started(shared_teacher, dataclasses.replace(config, refit=refit), batches)
+        if config.projection_dim is None:
+            near.append(nearness(mapper, shared_teacher, others))
+        else:
+            difference = similarities(mapper, others) - similarities(shared_teacher, others)
+            near.append(dict.fromkeys(TOWERS, 1 - difference.square().mean().item()))
+    for tower in TOWERS:
+        assert near[1][tower] > near[0][tower], near
+    assert sum(near[1].values()) > sum(near[0].values()) + 0.005, near
+
+
+def test_a_student_layer_does_what_its_segment_does(shared_teacher, batches, others):
+    """Here the first layer of each segment is idle, so that a student of half the depth can do all of it."""
+    teacher = plain(shared_teacher)
+    for tower, idle in (("vision", (0, 2)), ("text", (0,))):
+        for index in idle:
+            layer = getattr(teacher, f"{tower}_model").encoder.layers[index]
+            for writer in (layer.self_attn.out_proj, layer.mlp.fc2):
+                writer.weight.data.zero_()
+    depths = {"vision": TowerConfig(num_hidden_layers=2), "text": TowerConfig(num_hidden_layers=1)}
+    config = ClipMapConfig(**depths, initializer="calibrated")
+    for refit in (False, True):
+        # of the text tower's three layers, the third is left out: its first is idle, its second does the work
+        mapper = started(teacher, dataclasses.replace(config, refit=refit), batches)
+        lost = losses(mapper, teacher, "vision", others, [2, 4])
+        assert max(lost) < 6e-3 if refit else min(lost[1:]) > 0.1
+
+
+def test_heads_are_taken_from_all_layers_of_a_segment(shared_teacher, batches):
+    """The first layer's, of a student of the same width, checked against least squares on the plain model."""
+    teacher = plain(shared_teacher)
+    chosen = {0: [1], 1: [0, 2, 3]}  # layer of the first segment -> heads that are made strong
+    for index, heads in chosen.items():
+        written = teacher.vision_model.encoder.layers[index].self_attn.out_proj.weight.data
+        written.unflatten(1, (4, 16))[:, heads] *= 5
+    config = ClipMapConfig(vision=TowerConfig(num_hidden_layers=2), initializer="calibrated")
+    student = started(teacher, config, batches).export().vision_model.encoder.layers[0]
+    folds = folded(teacher)
+    into = torch.cat([torch.stack(streams(folds, "vision", batch)[:2]) for batch in batches], dim=1)
+    weights = torch.ones(into.shape[1:3], dtype=torch.float64)
+    weights[:, 0] = 16
+    weights = weights.flatten() / weights.sum()
+    first, second = F.layer_norm(into, (64,)).flatten(1, 2).double()  # what the two layers of the segment read
+    means = [weights @ one for one in (first, second)]
+    inputs = (first - means[0]) * weights.sqrt()[:, None]
+    ridge = (1e-3 * inputs.square().sum() / 64).sqrt() * torch.eye(64, dtype=torch.float64)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight, bias = (getattr(student.self_attn, name).get_parameter(one).double() for one in ("weight", "bias"))
+        expected = []
+        for index, heads in chosen.items():
+            targets = ((first, second)[index] - means[index]) * weights.sqrt()[:, None]
+            padded = torch.cat([targets, torch.zeros(64, 64, dtype=torch.float64)])
+            lift = torch.linalg.lstsq(torch.cat([inputs, ridge]), padded).solution.T
+            source = getattr(folds.vision_model.encoder.layers[index].self_attn, name)
+            rows = source.weight.double().unflatten(0, (4, 16))[heads].flatten(0, 1)
+            offset = source.bias.double().unflatten(0, (4, 16))[heads].flatten()
+            expected.append((rows @ lift, offset + rows @ (means[index] - lift @ means[0])))
+        for given, wanted in zip((weight, bias), (torch.cat(one) for one in zip(*expected, strict=True)), strict=True):
+            assert (given - wanted).norm() < 1e-3 * wanted.norm(), name
+
+
+def test_gradient_steps_make_each_layers_error_smaller(shared_teacher, batches):
+    pairs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    before, after = (
+        started(shared_teacher, dataclasses.replace(SMALL, refit_steps=steps), batches) for steps in (0, 60)
+    )
+    for tower in TOWERS:
+        errors = [losses(mapper, shared_teacher, tower, pairs, SEGMENTS[tower]) for mapper in (before, after)]
+        assert errors[0][0] == errors[1][0]  # what the embeddings miss is none of the layers'
+        for solved, descended in zip(*(one[1:] for one in errors), strict=True):
+            assert descended < 0.99 * solved
+
+
+def test_a_student_has_lost_the_less_the_more_of_it_there_is(shared_teacher, batches, others, refitted):
+    wider = started(shared_teacher, dataclasses.replace(SMALL, vision=TowerConfig(48, None, 2)), batches)
+    assert nearness(wider, shared_teacher, others)["vision"] > nearness(refitted, shared_teacher, others)["vision"]
+
+
+# What it does not depend on
+
+
+def test_a_start_can_be_repeated(shared_teacher, batches, refitted):
+    torch.manual_seed(7)
+    assert_same(started(shared_teacher, SMALL, batches), refitted)
+
+
+def test_gradient_steps_can_be_repeated(shared_teacher, batches):
+    config = dataclasses.replace(SMALL, refit_steps=3)
+    first = started(shared_teacher, config, batches)
+    torch.manual_seed(7)
+    assert_same(started(shared_teacher, config, batches), first)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_streams_in_files_give_the_same_bits(shared_teacher, batches, monkeypatch, steps):
+    config = dataclasses.replace(SMALL, refit_steps=steps)
+    expected, files, memmap = started(shared_teacher, config, batches), [], np.memmap
+
+    def counted(*args, **kwargs):
+        files.append(memmap(*args, **kwargs))
+        return files[-1]
+
+    monkeypatch.setattr(clipmap_hf.mapping.refit, "IN_MEMORY", 0)
+    monkeypatch.setattr(clipmap_hf.mapping.refit.np, "memmap", counted)
+    assert_same(started(shared_teacher, config, batches), expected)
+    assert len(files) > 2 * 2 * len(batches)
+
+
+def test_streams_that_fit_are_kept_in_memory(shared_teacher, batches, monkeypatch):
+    monkeypatch.setattr(clipmap_hf.mapping.refit.np, "memmap", lambda *_, **__: pytest.fail("a file"))
+    started(shared_teacher, SMALL, batches)
+
+
+def assert_near(given, expected, tolerance: float) -> None:
+    for name, tensor in bits(expected).items():
+        if not name.endswith("k_proj.bias"):  # adds the same to all scores of a query, however large it is
+            assert (bits(given)[name] - tensor).norm() <= tolerance * tensor.norm(), name
+
+
+def test_more_padding_gives_the_same_student(shared_teacher, batches, refitted):
+    end = shared_teacher.config.text_config.eos_token_id
+    longest = max(int((batch["input_ids"] != end).sum(dim=1).max()) for batch in batches) + 1
+    assert longest < batches[0]["input_ids"].shape[1]
+    shorter = [batch | {"input_ids": batch["input_ids"][:, :longest]} for batch in batches]
+    assert_near(started(shared_teacher, SMALL, shorter), refitted, 1e-4)
+
+
+def test_how_pairs_are_cut_into_batches_does_not_matter(shared_teacher, batches, refitted):
+    whole = [{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}]
+    assert_near(started(shared_teacher, SMALL, whole), refitted, 1e-4)
+
+
+def test_other_pairs_give_another_student(shared_teacher, others, refitted):
+    """Or the comparisons above would show nothing."""
+    other, same = bits(started(shared_teacher, SMALL, split(others, 32))), bits(refitted)
+    far = [name for name, tensor in same.items() if (other[name] - tensor).norm() > 1e-2 * tensor.norm()]
+    assert len(far) > len(same) / 3
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_given_teacher_stays_as_it_is(shared_teacher, batches, steps):
+    teacher = copy.deepcopy(shared_teacher).train()
+    started(teacher, dataclasses.replace(SMALL, refit_steps=steps), batches)
+    assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    for name, tensor in shared_teacher.state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], tensor), name
