@@ -1,16 +1,18 @@
 """Files that are there whole or not at all: written beside their place, synced to disk, then renamed into it."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
 
 
-__all__ = ["atomic_files", "atomic_folder", "temporary_folder", "write_atomically"]
+__all__ = ["atomic_files", "atomic_folder", "read_json", "temporary_folder", "write_atomically", "write_json"]
 
 
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")  # torch.save, on a full disk
@@ -111,3 +113,13 @@ def _sync_entry(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON, whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -114,7 +114,9 @@ class ClipMapCompressor(nn.Module):
                 calibration_data = load_pairs(calibration_data)
             if isinstance(calibration_data, (Dataset, IterableDataset)):
                 calibration_data = CalibrationPairs(calibration_data, compressor.processor, calibration_pairs)
-            start_from_activations(compressor.mapper, teacher.to(join_processes().device), calibration_data)
+            device = join_processes().device
+            device = "cpu" if device.type == "mps" else device  # which has no fp64
+            start_from_activations(compressor.mapper, teacher.to(device), calibration_data)
         return compressor
 
     @classmethod

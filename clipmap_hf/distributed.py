@@ -11,7 +11,15 @@ from accelerate.utils import parse_flag_from_env
 from torch.autograd import Function
 
 
-__all__ = ["average_gradients", "gather", "join_processes", "process_count", "process_index", "sum_over_processes"]
+__all__ = [
+    "average_gradients",
+    "broadcast",
+    "gather",
+    "join_processes",
+    "process_count",
+    "process_index",
+    "sum_over_processes",
+]
 
 
 def join_processes() -> PartialState:
@@ -66,6 +74,15 @@ def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
     if process_count() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def broadcast(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Replaces each tensor by that of the first process; they travel by way of `device`, which the backend knows."""
+    if process_count() > 1:
+        for tensor in tensors:
+            sent = tensor.to(device)
+            dist.broadcast(sent, src=0)
+            tensor.copy_(sent)
 
 
 class _Gather(Function):

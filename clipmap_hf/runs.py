@@ -1,10 +1,12 @@
 """What the recipes run: mapping and distillation, each from models and arguments to a written student folder."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import CLIPProcessor, PreTrainedModel
 
+from clipmap_hf.atomic import read_json, write_json
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
@@ -29,6 +31,7 @@ from clipmap_hf.training.setup import (
     config_values,
     evaluation_function,
     run_stage,
+    source_files,
     training_pairs,
 )
 from clipmap_hf.training.stages import DistillationStage, MappingStage
@@ -36,6 +39,8 @@ from clipmap_hf.training.trainer import TrainResult
 
 
 __all__ = ["run_distillation", "run_mapping", "start_compressor"]
+
+_ORIGIN = "origin.json"
 
 
 def start_compressor(
@@ -49,6 +54,9 @@ def start_compressor(
     """
     Starts to compress a teacher, from calibration data if `student` allows it. Without `student`, goes on with a map.
 
+    A start from data is kept in `start/` inside `run.output_dir`, an untrained student with its map, and taken from
+    there when the same command runs again.
+
     Args:
         teacher_id: Hub id or folder.
         revision: Branch, tag or commit on the Hub.
@@ -57,22 +65,43 @@ def start_compressor(
         run: Its seed draws them.
         data: The training pairs, and how they are read.
     """
-    batches = None
-    if student is not None and student.initializer not in INITIALIZERS:
-        caption = data.caption_column[0]
-        rows = load_pairs(
-            calibration.calibration_data or data.train_data,
-            split=data.train_split,
-            image_column=data.image_column,
-            caption_columns=[caption],
-            streaming=data.streaming,
-        )
-        rows = rows if caption == "caption" else rows.rename_column(caption, "caption")
-        processor = load_processor(teacher_id, revision=revision, backend=data.image_backend)
-        batches = CalibrationPairs(rows, processor, calibration.calibration_pairs, data.max_bad_fraction, run.seed)
-    return ClipMapCompressor.from_pretrained(
+    if student is None or student.initializer in INITIALIZERS:
+        return ClipMapCompressor.from_pretrained(teacher_id, student, revision=revision, backend=data.image_backend)
+    state, folder = join_processes(), Path(run.output_dir) / "start"
+    origin = {
+        "teacher": [teacher_id, revision],
+        "student": student.to_dict(),
+        "calibration": dataclasses.asdict(calibration),
+        "data": {**source_files(data), "caption_column": data.caption_column},
+        "seed": run.seed,
+    }
+    if run.resume == "auto" and (folder / _ORIGIN).is_file() and read_json(folder / _ORIGIN) == origin:
+        return ClipMapCompressor.from_pretrained(folder, backend=data.image_backend)
+    batches = _calibration_pairs(teacher_id, revision, calibration, run, data)
+    compressor = ClipMapCompressor.from_pretrained(
         teacher_id, student, calibration_data=batches, revision=revision, backend=data.image_backend
     )
+    state.wait_for_everyone()  # none may look for what another writes
+    if state.is_main_process:
+        compressor.save_pretrained(folder)
+        write_json(folder / _ORIGIN, origin)
+    return compressor
+
+
+def _calibration_pairs(
+    teacher_id: str, revision: str | None, calibration: CalibrationArguments, run: RunArguments, data: DataArguments
+) -> CalibrationPairs:
+    caption = data.caption_column[0]
+    rows = load_pairs(
+        calibration.calibration_data or data.train_data,
+        split=data.train_split,
+        image_column=data.image_column,
+        caption_columns=[caption],
+        streaming=data.streaming,
+    )
+    rows = rows if caption == "caption" else rows.rename_column(caption, "caption")
+    processor = load_processor(teacher_id, revision=revision, backend=data.image_backend)
+    return CalibrationPairs(rows, processor, calibration.calibration_pairs, data.max_bad_fraction, run.seed)
 
 
 def run_mapping(

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import CLIPProcessor, PreTrainedModel
 
+from clipmap_hf.atomic import read_json
 from clipmap_hf.data.build_cache import build_teacher_cache, finish_teacher_cache
-from clipmap_hf.data.cache_files import MANIFEST, SUMMARY, read_json
+from clipmap_hf.data.cache_files import MANIFEST, SUMMARY
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.teacher_cache import TeacherCache, cache_manifest, model_fingerprint
 from clipmap_hf.distributed import join_processes

@@ -8,10 +8,7 @@ inheritance + distillation, and from scratch.
 Writes `student/` (the first of them), `results.json`, `results.md` and `index.html` to the output folder.
 """
 
-import copy
-import dataclasses
 import sys
-import time
 from pathlib import Path
 
 from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
@@ -28,84 +25,45 @@ from clipmap_hf.training.arguments import (
 from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
 
+STAGES = {
+    "mapping": MappingArguments,
+    "distillation": DistillationArguments,
+    "calibrated": DistillationArguments,
+    "manual": DistillationArguments,
+    "scratch": StageArguments,
+}
+
+
 def parse(argv: list[str]) -> tuple:
     embedded = ["--teacher", str(TEACHER), "--train_data", str(TRAIN_PAIRS), "--eval_data", str(TEST_PAIRS)]
-    stages = {"mapping": MappingArguments, "distillation": DistillationArguments}
-    others = {"calibrated": DistillationArguments, "manual": DistillationArguments, "scratch": StageArguments}
-    return parse_arguments(
+    results = parse_arguments(
         DataArguments,
         TeacherArguments,
         StudentArguments,
         CalibrationArguments,
         RunArguments,
-        stages=stages | others,
+        stages=STAGES,
         description=__doc__,
         argv=embedded + argv,
     )
+    others, stages = results[: -len(STAGES)], results[-len(STAGES) :]
+    return *others, dict(zip(STAGES, stages, strict=True))
 
 
 def main() -> None:
-    data, teacher_arguments, student_arguments, calibration, run, *stages = parse(sys.argv[1:])
-    mapping, distillation, calibrated, manual, scratch = stages
-    from accelerate.utils import set_seed
-    from transformers import CLIPModel
+    data, teacher_arguments, student, calibration, run, stages = parse(sys.argv[1:])
     from transformers.utils import logging
 
-    from clipmap_hf.demo.report import Contestant, write_report
-    from clipmap_hf.runs import run_distillation, run_mapping, start_compressor
+    from clipmap_hf.demo.contest import Contest
+    from clipmap_hf.demo.report import write_report
     from clipmap_hf.teachers import Teacher
-    from clipmap_hf.training.setup import map_config, run_stage, training_pairs
-    from clipmap_hf.training.stages import ContrastiveStage
+    from clipmap_hf.training.setup import map_config
 
     logging.disable_progress_bar()
-    output, teacher_id = Path(run.output_dir), teacher_arguments.teacher[0]
-    sections = dict(zip(("mapping", "distillation", "calibrated", "manual", "scratch"), stages, strict=True))
-    recipe = arguments_yaml(data, teacher_arguments, student_arguments, calibration, run, **sections)
-    teacher, pairs = Teacher.load(teacher_id), training_pairs(data)
-    config = map_config(student_arguments, run.seed)
-    training_only = dataclasses.replace(data, eval_data=None)  # the report evaluates all models at the end
-
-    def start(initializer: str):
-        student = dataclasses.replace(config, initializer=initializer)
-        return start_compressor(teacher_id, None, student, calibration, run, data)
-
-    def into(name: str) -> RunArguments:
-        return dataclasses.replace(run, output_dir=str(output / name))
-
-    def for_pairs(arguments: StageArguments, pairs: int) -> StageArguments:
-        return dataclasses.replace(arguments, steps=pairs // arguments.batch_size)
-
-    def distill(model, arguments, name: str, data=training_only):
-        return run_distillation(model, [teacher], processor, arguments, into(name), data, recipe=recipe, pairs=pairs)
-
-    compressor = start("diagonal")
-    processor, inherited = compressor.processor, compressor.export()
-    mapped = run_mapping(compressor, mapping, into("mapped"), training_only, recipe=recipe, pairs=pairs)
-    clip_map = compressor.export()
-    distilled = distill(clip_map, distillation, "clip-map")
-    seen = mapped.pairs + distilled.pairs  # every student sees as many, the calibrated one in calibration too
-    began = time.perf_counter()
-    started = start("calibrated").export()
-    starting, student = time.perf_counter() - began, copy.deepcopy(started)
-    best = distill(student, for_pairs(calibrated, seen - calibration.calibration_pairs), "student", data)
-    manual_run = distill(inherited, for_pairs(manual, seen), "manual")
-    set_seed(run.seed)
-    fresh = CLIPModel(student.config)
-    stage = ContrastiveStage(fresh, scratch.logit_scale, scratch.learn_logit_scale)
-    scratch = for_pairs(scratch, seen)
-    scratch_run = run_stage(stage, scratch, into("scratch"), training_only, processor, name="scratch", pairs=pairs)
-
-    contestants = {
-        "teacher": Contestant(teacher.model),
-        "calibrated + distillation": Contestant(
-            student, best.pairs + calibration.calibration_pairs, starting + best.seconds
-        ),
-        "calibrated, not trained": Contestant(started, calibration.calibration_pairs, starting),
-        "CLIP-Map of the paper": Contestant(clip_map, seen, mapped.seconds + distilled.seconds),
-        "manual inheritance + distillation": Contestant(inherited, manual_run.pairs, manual_run.seconds),
-        "from scratch": Contestant(fresh, scratch_run.pairs, scratch_run.seconds),
-    }
-    print(write_report(output, contestants, data, processor))
+    recipe = arguments_yaml(data, teacher_arguments, student, calibration, run, **stages)
+    teacher = Teacher.load(teacher_arguments.teacher[0])
+    contest = Contest(teacher, map_config(student, run.seed), calibration, run, data, recipe)
+    print(write_report(Path(run.output_dir), contest.contestants(stages), data, teacher.processor))
 
 
 if __name__ == "__main__":

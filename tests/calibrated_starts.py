@@ -17,7 +17,7 @@ from clipmap_hf.mapping.towers import Tower
 
 
 TOWERS = ("vision", "text")
-NARROW = ClipMapConfig(vision=TowerConfig(32), text=TowerConfig(32), initializer="calibrated")
+NARROW = ClipMapConfig(vision=TowerConfig(32), text=TowerConfig(32), initializer="calibrated", refit_steps=0)
 
 Pairs = dict[str, torch.Tensor]
 

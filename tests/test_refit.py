@@ -25,10 +25,9 @@ import clipmap_hf.mapping.refit
 from clipmap_hf.config import ClipMapConfig, TowerConfig
 
 
-SMALL = ClipMapConfig(vision=TowerConfig(32, None, 2), text=TowerConfig(32, None, 2), initializer="calibrated")
+SMALL = dataclasses.replace(NARROW, vision=TowerConfig(32, None, 2), text=TowerConfig(32, None, 2))
 SEGMENTS = {"vision": [2, 4], "text": [1, 3]}  # where those of SMALL end
 VARIANTS = {
-    "cut in width": NARROW,
     "cut in depth": dataclasses.replace(SMALL, vision=TowerConfig(None, None, 2), text=TowerConfig(None, None, 2)),
     "cut in both": SMALL,
     "a smaller embedding": dataclasses.replace(SMALL, projection_dim=16),
@@ -54,13 +53,17 @@ def refitted(shared_teacher, batches):
     return started(shared_teacher, SMALL, batches)
 
 
-def bits(mapper) -> dict[str, torch.Tensor]:
-    return mapper.export().state_dict()
+FINAL_SHIFTS = {"vision_model.post_layernorm.bias", "text_model.final_layer_norm.bias"}
 
 
 def assert_same(given, expected) -> None:
-    for name, tensor in bits(expected).items():
-        assert torch.equal(bits(given)[name], tensor), name
+    """Bit for bit, but for the final shifts: LAPACK's least squares ends in other bits each time that it is asked."""
+    given, expected = given.export().state_dict(), expected.export().state_dict()
+    for name, tensor in expected.items():
+        if name in FINAL_SHIFTS:
+            assert (given[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+        else:
+            assert torch.equal(given[name], tensor), name
 
 
 def similarities(model, pairs) -> torch.Tensor:
@@ -87,18 +90,16 @@ def test_a_refitted_student_is_nearer_to_the_teacher(shared_teacher, batches, ot
 def test_a_student_layer_does_what_its_segment_does(shared_teacher, batches, others):
     """Here the first layer of each segment is idle, so that a student of half the depth can do all of it."""
     teacher = plain(shared_teacher)
-    for tower, idle in (("vision", (0, 2)), ("text", (0,))):
-        for index in idle:
-            layer = getattr(teacher, f"{tower}_model").encoder.layers[index]
-            for writer in (layer.self_attn.out_proj, layer.mlp.fc2):
-                writer.weight.data.zero_()
-    depths = {"vision": TowerConfig(num_hidden_layers=2), "text": TowerConfig(num_hidden_layers=1)}
-    config = ClipMapConfig(**depths, initializer="calibrated")
+    for index in (0, 2):
+        layer = teacher.vision_model.encoder.layers[index]
+        for writer in (layer.self_attn.out_proj, layer.mlp.fc2):
+            writer.weight.data.zero_()
+    config = ClipMapConfig(vision=TowerConfig(num_hidden_layers=2), initializer="calibrated", refit_steps=0)
+    lost = []
     for refit in (False, True):
-        # of the text tower's three layers, the third is left out: its first is idle, its second does the work
         mapper = started(teacher, dataclasses.replace(config, refit=refit), batches)
-        lost = losses(mapper, teacher, "vision", others, [2, 4])
-        assert max(lost) < 6e-3 if refit else min(lost[1:]) > 0.1
+        lost.append(losses(mapper, teacher, "vision", others, [2, 4])[1:])
+    assert min(lost[0]) > 0.3 and max(lost[1]) < 0.03, lost
 
 
 def test_heads_are_taken_from_all_layers_of_a_segment(shared_teacher, batches):
@@ -108,7 +109,7 @@ def test_heads_are_taken_from_all_layers_of_a_segment(shared_teacher, batches):
     for index, heads in chosen.items():
         written = teacher.vision_model.encoder.layers[index].self_attn.out_proj.weight.data
         written.unflatten(1, (4, 16))[:, heads] *= 5
-    config = ClipMapConfig(vision=TowerConfig(num_hidden_layers=2), initializer="calibrated")
+    config = ClipMapConfig(vision=TowerConfig(num_hidden_layers=2), initializer="calibrated", refit_steps=0)
     student = started(teacher, config, batches).export().vision_model.encoder.layers[0]
     folds = folded(teacher)
     into = torch.cat([torch.stack(streams(folds, "vision", batch)[:2]) for batch in batches], dim=1)
@@ -187,9 +188,10 @@ def test_streams_that_fit_are_kept_in_memory(shared_teacher, batches, monkeypatc
 
 
 def assert_near(given, expected, tolerance: float) -> None:
-    for name, tensor in bits(expected).items():
+    given, expected = given.export().state_dict(), expected.export().state_dict()
+    for name, tensor in expected.items():
         if not name.endswith("k_proj.bias"):  # adds the same to all scores of a query, however large it is
-            assert (bits(given)[name] - tensor).norm() <= tolerance * tensor.norm(), name
+            assert (given[name] - tensor).norm() <= tolerance * tensor.norm(), name
 
 
 def test_more_padding_gives_the_same_student(shared_teacher, batches, refitted):
@@ -207,7 +209,8 @@ def test_how_pairs_are_cut_into_batches_does_not_matter(shared_teacher, batches,
 
 def test_other_pairs_give_another_student(shared_teacher, others, refitted):
     """Or the comparisons above would show nothing."""
-    other, same = bits(started(shared_teacher, SMALL, split(others, 32))), bits(refitted)
+    other = started(shared_teacher, SMALL, split(others, 32)).export().state_dict()
+    same = refitted.export().state_dict()
     far = [name for name, tensor in same.items() if (other[name] - tensor).norm() > 1e-2 * tensor.norm()]
     assert len(far) > len(same) / 3
 

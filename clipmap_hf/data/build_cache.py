@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from clipmap_hf.atomic import write_atomically
+from clipmap_hf.atomic import read_json, write_atomically, write_json
 from clipmap_hf.data.cache_files import (
     INDEX,
     MANIFEST,
@@ -24,9 +24,7 @@ from clipmap_hf.data.cache_files import (
     done_file,
     load_arrays,
     read_counts,
-    read_json,
     start_cache,
-    write_json,
     written_blocks,
 )
 from clipmap_hf.data.collate import PairCollator, normalized_pixels

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from clipmap_hf.atomic import write_atomically
+from clipmap_hf.atomic import read_json, write_json
 from clipmap_hf.comparison import differences
 
 
@@ -25,9 +25,7 @@ __all__ = [
     "done_file",
     "load_arrays",
     "read_counts",
-    "read_json",
     "start_cache",
-    "write_json",
     "written_blocks",
 ]
 
@@ -106,11 +104,6 @@ def read_counts(path: Path) -> dict[str, Any]:
         raise damaged_file(path, f"cannot be read ({error})") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def start_cache(folder: Path, asked: Mapping[str, Any], rank: int = 0) -> None:
     """
     Writes into `folder` what is asked: `manifest`, `block_size` and `world_size`. A folder that was started before
@@ -126,11 +119,6 @@ def start_cache(folder: Path, asked: Mapping[str, Any], rank: int = 0) -> None:
         leftover.unlink()
     found, flat = read_json(path), lambda cache: {**cache["manifest"], **cache, "manifest": None}
     check_manifest(flat(found), flat(asked), folder)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON, whole or not at all."""
-    write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 def written_blocks(folder: Path, rank: int) -> list[Path]:

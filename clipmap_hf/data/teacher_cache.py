@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from clipmap_hf.atomic import read_json
 from clipmap_hf.data.cache_files import (
     INDEX,
     MANIFEST,
@@ -19,7 +20,6 @@ from clipmap_hf.data.cache_files import (
     check_manifest,
     damaged_file,
     load_arrays,
-    read_json,
 )
 from clipmap_hf.data.collate import PairCollator
 

@@ -143,7 +143,8 @@ class _TowerRefit:
         moments.sum_over_processes()
         weight, bias = moments.solve(_PROJECTION_RIDGE)
         norm.weight.fill_(1)
-        norm.bias.copy_(torch.linalg.lstsq(weight, bias[:, None]).solution[:, 0])  # the projection has none
+        shift = torch.linalg.lstsq(weight.cpu(), bias[:, None].cpu()).solution  # on a GPU it could not have less rank
+        norm.bias.copy_(shift[:, 0])  # the projection has no bias
         projection.weight.copy_(weight)
 
     def _go_through(self, segment: range, heads: list[int], neurons: list[int]) -> Examples:

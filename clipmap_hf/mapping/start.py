@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from transformers import PreTrainedModel
 
+from clipmap_hf.distributed import broadcast
 from clipmap_hf.mapping.calibration import calibrate, calibration_batch
 from clipmap_hf.mapping.depth import DEPTH_RULES, most_changing, one_hot_depth
 from clipmap_hf.mapping.fold import fold
@@ -52,13 +53,13 @@ def start_from_activations(
         layers[name] = DEPTH_RULES[config.depth](big, small) if by_rule else most_changing(of_tower.changed, small)
     depths = {name: one_hot_depth(chosen, len(statistics[name].changed)) for name, chosen in layers.items()}
     mapper.start(operators, depths)
-    if not mapper.folds:
-        return
-    student = mapper.export().to(model.device)
-    gains_and_shifts(student, model, statistics, operators, layers)
-    if config.refit:
-        refit(student, model, statistics, operators, layers, pairs, config.refit_steps)
-    mapper.correct(student.state_dict())
+    if mapper.folds:
+        student = mapper.export().to(model.device)
+        gains_and_shifts(student, model, statistics, operators, layers)
+        if config.refit:
+            refit(student, model, statistics, operators, layers, pairs, config.refit_steps)
+        mapper.correct(student.to(mapper.logit_scale.device).state_dict())
+    broadcast(mapper.state_dict().values(), model.device)  # machines of different kinds may not agree to the last bit
 
 
 class _Pairs:
