@@ -11,7 +11,7 @@ from clipmap_hf.mapping.calibration import calibrate, calibration_batch
 from clipmap_hf.mapping.depth import DEPTH_RULES, most_changing, one_hot_depth
 from clipmap_hf.mapping.fold import fold
 from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS
-from clipmap_hf.mapping.initializers.calibrated import gains_and_shifts
+from clipmap_hf.mapping.initializers.calibrated import gains_and_shifts, set_pre_layrnorm
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.refit import refit
 
@@ -55,9 +55,11 @@ def start_from_activations(
     mapper.start(operators, depths)
     if mapper.folds:
         student = mapper.export().to(model.device)
-        gains_and_shifts(student, model, statistics, operators, layers)
+        set_pre_layrnorm(student, model, statistics["vision"], operators)
         if config.refit:
             refit(student, model, statistics, operators, layers, pairs, config.refit_steps)
+        else:
+            gains_and_shifts(student, model, statistics, operators, layers)
         mapper.correct(student.to(mapper.logit_scale.device).state_dict())
     broadcast(mapper.state_dict().values(), model.device)  # machines of different kinds may not agree to the last bit
 

@@ -31,24 +31,37 @@ from clipmap_hf.atomic import write_atomically
 
 
 METHODS = ("random", "kaiming", "xavier", "diagonal", "importance", "calibrated")
-# (width, depth) of the vision and of the text tower. Of the teacher's parameters in blocks, "10 %" (the student of the
-# demo) has 7 % and "1 %" has 1.1 %; the others have the share that is their name, and are only evaluated untrained.
+# Width, depth and, where it is not four times the width, FFN width of the vision and of the text tower. Of the
+# teacher's parameters in blocks, "10 %" (the student of the demo) has 7 % and "1 %" has 1.1 %; the others have the
+# share that is their name, and are only evaluated untrained.
 SIZES = {"10 %": ((64, 3), (64, 2)), "1 %": ((32, 2), (32, 1))}
 LARGER = {
     "57 %": ((160, 5), (96, 4)),
+    "56 %, text by depth": ((160, 5), (128, 2)),
     "50 %, by depth": ((192, 3), (128, 2)),
+    "50 %, vision by width": ((160, 5, 512), (128, 2)),
     "25 %": ((96, 6), (64, 4)),
+    "25 %, text by depth": ((96, 6), (128, 1)),
     "12.5 %": ((96, 3), (64, 2)),
+    "12.5 %, text by depth": ((64, 6), (128, 1, 256)),
 }
 TEACHER_SIZE = {"100 %": ((192, 6), (128, 4))}  # of `diagonal`, the teacher itself
 
-# What an ablation changes, in the `ClipMapConfig` or of `calibration_pairs`. Other ingredients go here.
+# What an ablation changes in the `ClipMapConfig` or of `calibration_pairs`, or an ingredient that it is `without`. Where
+# the refit sets it anew, there is no refit either.
 ABLATIONS = {
     "calibrated": {},
-    "without refit": {"refit": False},
-    "without gradient steps": {"refit_steps": 0},
+    **{f"{pairs} calibration pairs": {"calibration_pairs": pairs} for pairs in (32, 128, 512, 4096)},
+    "random texts instead of captions": {"without": "captions"},
     "layers by similarity": {"depth": "similarity"},
-    **{f"{pairs} calibration pairs": {"calibration_pairs": pairs} for pairs in (128, 512, 4096)},
+    "first heads and neurons": {"without": "energy"},
+    "pooled token as any other": {"without": "weight of the pooled token"},
+    "no gradient steps": {"refit_steps": 0},
+    "no refit": {"refit": False},
+    **{
+        f"no refit, no {ingredient}": {"refit": False, "without": ingredient}
+        for ingredient in ("fold", "fold of pre_layrnorm", "gains", "lifts", "energy")
+    },
 }
 
 BUDGET = 250  # steps that `mapping` below is a part of; of other --steps, it is as large a share
@@ -63,7 +76,10 @@ ABLATED = {name: {"method": "calibrated", "changes": changes} for name, changes 
 PARTS = {
     "table": {method: {"method": method, "mapping": 80} for method in METHODS},
     "ablations": ABLATED,
-    "untrained": {name: {**row, "untrained": True} for name, row in (STARTS | ABLATED).items()},
+    "untrained": {
+        name: {**(STARTS | ABLATED)[name], "untrained": True}
+        for name in ("diagonal", "importance", "no refit", "no gradient steps", "calibrated")
+    },
     "splits": {
         f"{method}, {mapping} + {BUDGET - mapping}": {"method": method, "mapping": mapping}
         for method in ("diagonal", "calibrated")

@@ -11,7 +11,7 @@ from clipmap_hf.mapping.moments import Moments
 from clipmap_hf.mapping.towers import Tower
 
 
-__all__ = ["calibrated", "gains_and_shifts", "residual_axes"]
+__all__ = ["calibrated", "gains_and_shifts", "residual_axes", "set_pre_layrnorm"]
 
 _FINAL_WEIGHT = 4.0  # of the final LayerNorm among all: what it loses, no later layer makes good
 _RIDGE = 1e-3
@@ -92,8 +92,8 @@ def gains_and_shifts(
     layers: Mapping[str, list[int]],
 ) -> None:
     """
-    Sets a mapped student's LayerNorms, whose inputs have lost length with their axes, and the biases that make up for
-    the means of heads and neurons it has lost.
+    Sets the LayerNorms that a mapped student's layers read through, whose inputs have lost length with their axes, and
+    the biases that make up for the means of heads and neurons it has lost.
 
     Args:
         student: Mapped by `operators`; changed in place.
@@ -105,20 +105,17 @@ def gains_and_shifts(
     for name, of_tower in statistics.items():
         big, small, residual = Tower(teacher, name), Tower(student, name), operators[f"{name}_residual"]
         gains = [_gain(residual, moment) for moment in of_tower.read]
-        if name == "vision":
-            set_pre_layrnorm(student, teacher, of_tower, operators)
         for index, layer in zip(layers[name], small.layers, strict=True):
             source = big.layers[index]
             layer.layer_norm1.weight.fill_(gains[2 * index])
             layer.layer_norm2.weight.fill_(gains[2 * index + 1])
-            for writer, reads, space, moments in (
-                (source.self_attn.out_proj, "value_in", "value", of_tower.attended[index]),
-                (source.mlp.fc2, "ffn_in", "ffn", of_tower.activated[index]),
+            for space, own, writer, moments in (
+                ("value", layer.self_attn.out_proj, source.self_attn.out_proj, of_tower.attended[index]),
+                ("ffn", layer.mlp.fc2, source.mlp.fc2, of_tower.activated[index]),
             ):
-                mean = moments.mean.float()
-                lost = mean - operators[f"{name}_{reads}"][index].T @ (operators[f"{name}_{space}"][index] @ mean)
-                bias = layer.self_attn.out_proj.bias if space == "value" else layer.mlp.fc2.bias
-                bias += residual @ (writer.weight @ lost)
+                kept, lift = (operators[f"{name}_{one}"][index] for one in (space, f"{space}_in"))
+                lost = moments.mean.float() - lift.T @ (kept @ moments.mean.float())
+                own.bias += residual @ (writer.weight @ lost)
         small.final_norm.weight.fill_(gains[-1])
 
 
@@ -129,7 +126,15 @@ def set_pre_layrnorm(
     statistics: TowerStatistics,
     operators: Mapping[str, torch.Tensor],
 ) -> None:
-    """Lets a mapped student's `pre_layrnorm` write the teacher's stream, mapped; arguments as `gains_and_shifts`."""
+    """
+    Lets a mapped student's `pre_layrnorm` write the teacher's stream, mapped.
+
+    Args:
+        student: Mapped by `operators`; changed in place.
+        teacher: The folded teacher.
+        statistics: Of its vision tower.
+        operators: As `calibrated` gives them.
+    """
     norm, embedding = student.vision_model.pre_layrnorm, operators["vision_patch"].double()
     written = torch.einsum("sb,bc,sc->", embedding, statistics.embedded, embedding)
     centered = statistics.embedded.trace() - statistics.embedded.mean(dim=0).sum()

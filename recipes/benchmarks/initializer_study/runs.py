@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 
 import datasets
+from initializer_study.ablations import without
 from torch import nn
 
 from clipmap_hf.atomic import write_atomically
@@ -50,9 +51,10 @@ def finished(folder: Path, settings: dict) -> dict:
 
     Args:
         folder: Of the study.
-        settings: All that decides the run: `size` (its name), `towers` (width and depth of each), `method`, `changes`
-            (of the `ClipMapConfig`, or `calibration_pairs`), `seed`, `validation`, `batch_size`, `budget` (steps of
-            all its stages), and of each stage `None` or `steps`, `rate` and what else there is to it.
+        settings: All that decides the run: `size` (its name), `towers` (width, depth and perhaps FFN width), `method`,
+            `changes` (of the `ClipMapConfig`, `calibration_pairs`, or an ingredient that it is `without`), `seed`,
+            `validation`, `batch_size`, `budget` (steps of all its stages), and of each stage `None` or `steps`, `rate`
+            and what else there is to it.
 
     Returns:
         `settings`, recall after each stage (`untrained`, `mapping`, `distillation`), and all evaluations (`curve`).
@@ -168,15 +170,21 @@ def train(
 def start(folder: Path, settings: str) -> ClipMapCompressor:
     """The compressor that a run begins with; its settings, without stages, as JSON."""
     settings = json.loads(settings)
-    vision, text = (TowerConfig(hidden_size=width, num_hidden_layers=depth) for width, depth in settings["towers"])
+    vision, text = (
+        TowerConfig(**dict(zip(("hidden_size", "num_hidden_layers", "intermediate_size"), sizes, strict=False)))
+        for sizes in settings["towers"]
+    )
     changes, calibration = {"calibration_pairs": 2048, **settings["changes"]}, {}
     calibration_pairs = changes.pop("calibration_pairs")
     if settings["method"] in CALIBRATED:
         _, pairs, _ = source(folder, settings["validation"])
         pairs = pairs.pairs.shuffle(seed=settings["seed"])  # so that every seed calibrates on others
+        pairs = pairs.remove_columns("caption") if changes.get("without") == "captions" else pairs
         calibration = {"calibration_data": pairs, "calibration_pairs": calibration_pairs}
+    ingredient = changes.pop("without", None)
     config = ClipMapConfig(vision, text, initializer=settings["method"], seed=settings["seed"], **changes)
-    return ClipMapCompressor.from_pretrained(TEACHER, config, **calibration)
+    with without(ingredient):
+        return ClipMapCompressor.from_pretrained(TEACHER, config, **calibration)
 
 
 @cache
