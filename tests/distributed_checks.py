@@ -4,6 +4,7 @@ What test_distributed.py asserts, computed by one process or, under torchrun, by
 The folder is the one that test_distributed.py calls a workshop; the report is written by `torch.save`.
 """
 
+import dataclasses
 import hashlib
 import json
 import runpy
@@ -17,7 +18,10 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from distributed_processes import RECIPES
 
+import clipmap_hf.data.calibration_pairs
+from clipmap_hf import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig, TowerConfig
+from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.loader import PairDataset
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.distributed import average_gradients, gather, join_processes, process_count, process_index
@@ -42,6 +46,13 @@ CASES = {
     "in chunks, bad rows": (2, False, "bad"),
 }
 STEPS, BATCH = 5, 8
+# name -> what a calibrated start is told
+STARTS = {
+    "mapped": {"refit": False},
+    "refitted": {"refit_steps": 0},
+    "refitted in steps": {"refit_steps": 5},
+    "importance": {"initializer": "importance"},
+}
 
 
 # Exchanges of tensors
@@ -75,6 +86,24 @@ def averaged() -> dict[str, torch.Tensor]:
     loss = (process_index() + 1) * ((one**2).sum() + 10 * two.sum())
     loss.backward()
     return {"values": one.detach().t(), "first": first.grad, "second": second.grad}
+
+
+# Starts
+
+
+def started(shop: "Workshop", name: str) -> dict[str, Any]:
+    """A student started from 23 pairs, of which two processes have 12 and 11, or two batches and one."""
+    clipmap_hf.data.calibration_pairs._BATCH_SIZE = 11
+    rows = load_pairs(str(shop.folder / "odd.parquet"))
+    config = dataclasses.replace(SMALL, **{"initializer": "calibrated"} | STARTS[name])
+    pairs = CalibrationPairs(rows, shop.processor, 23)
+    compressor = ClipMapCompressor.from_pretrained(shop.folder / "teacher", config, calibration_data=pairs)
+    state, student = compressor.mapper.state_dict(), compressor.export()
+    return {
+        "batches": gather_object([[len(batch["pixel_values"]) for batch in pairs]]),
+        "weights": {name: tensor.clone() for name, tensor in student.state_dict().items()},
+        "equal": len(set(gather_object([digest(state)]))) == 1,
+    }
 
 
 # Training
@@ -226,6 +255,8 @@ def by_recipes(shop: Workshop) -> None:
     cache = ("--teacher_cache", out / "cache", "--views", 2)
     sizes = ("--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16)
     run = ("--log_every", 1, "--eval_data", shop.folder / "captions.parquet")
+    # Gradient steps of a calibrated start go over each process's own pairs; starts are compared by themselves.
+    sizes += ("--initializer", "diagonal")
     recipe("map.py", *teacher, *sizes, *data, *mapping, *run, "--output_dir", out / "mapped")
     recipe("cache.py", *teacher, *data, *cache)
     recipe(
@@ -248,6 +279,7 @@ def main() -> None:
         "processes": process_count(),
         "gathered": gathered(),
         "averaged": averaged(),
+        "started": {name: started(shop, name) for name in STARTS},
         "trained": {(stage, case): trained(shop, stage, case) for stage in STAGES for case in CASES},
         "evaluated": evaluated(shop),
     }

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from clipmap_hf.training.arguments import (
+    CalibrationArguments,
     DataArguments,
     DistillationArguments,
     MappingArguments,
@@ -28,6 +29,7 @@ from clipmap_hf.training.arguments import (
         (RunArguments, {"output_dir": "out", "checkpoint_every": 0}, "checkpoint_every=0 must be above 0"),
         (RunArguments, {"output_dir": "out", "max_skipped": -1}, "max_skipped=-1 must be at least 0"),
         (DataArguments, {"train_data": "x", "shuffle_buffer": 0}, "shuffle_buffer=0 must be above 0"),
+        (CalibrationArguments, {"calibration_pairs": 0}, "calibration_pairs=0 must be above 0"),
         (TeacherCacheArguments, {"teacher_cache": "x", "views": 0}, "views=0 must be above 0"),
         (TeacherCacheArguments, {"views": 2}, "views=2 is for a teacher_cache; name its folder, or leave views out"),
         (
@@ -57,6 +59,7 @@ def test_each_teacher_has_its_revision_or_none():
 @pytest.mark.parametrize(
     "cls",
     [
+        CalibrationArguments,
         DataArguments,
         DistillationArguments,
         MappingArguments,

@@ -55,7 +55,10 @@ def seen(model: CLIPModel, pairs: dict, tower: str) -> dict[str, list[torch.Tens
         handle.remove()
     found = {name: tensors[: len(tensors) // 2] for name, tensors in found.items()}  # the tower has run twice
     return found | {
-        "behind": [*found["layer_norm1"][1:], found["last"][0] if tower == "text" else output.last_hidden_state.double()],
+        "behind": [
+            *found["layer_norm1"][1:],
+            found["last"][0] if tower == "text" else output.last_hidden_state.double(),
+        ],
         "embeds": [embeds.double()],
     }
 
@@ -67,7 +70,9 @@ def by_hand(model: CLIPModel, pairs: dict, tower: str) -> TowerStatistics:
     items, tokens, width = found["layer_norm1"][0].shape
     end = model.config.text_config.vocab_size - 1
     ends = [0] * items if tower == "vision" else [row.index(end) for row in pairs["input_ids"].tolist()]
-    places = [(item, token) for item in range(items) for token in range(tokens if tower == "vision" else ends[item] + 1)]
+    places = [
+        (item, token) for item in range(items) for token in range(tokens if tower == "vision" else ends[item] + 1)
+    ]
     rows = torch.tensor([item * tokens + token for item, token in places])
     weights = torch.tensor([POOLED_WEIGHT if token == ends[item] else 1.0 for item, token in places]).double()
     weights /= weights.sum()
@@ -159,7 +164,9 @@ def test_what_pads_does_not_matter(shared_teacher, pairs):
     ids = pairs["input_ids"]
     behind = (ids == ids.max()).cumsum(dim=1) > 1
     assert behind.any()
-    assert_same(*(calibrate(shared_teacher, [pairs | {"input_ids": one}])["text"] for one in (ids.where(~behind, 3), ids)))
+    assert_same(
+        *(calibrate(shared_teacher, [pairs | {"input_ids": one}])["text"] for one in (ids.where(~behind, 3), ids))
+    )
 
 
 @pytest.mark.parametrize("tower", TOWERS)

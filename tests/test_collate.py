@@ -90,6 +90,18 @@ def test_evaluation_batch_is_what_the_processor_gives(collator, rows, tiny_pairs
         torch.testing.assert_close(value, expected[name], atol=0, rtol=0)
 
 
+def test_without_caption_columns_there_are_just_the_pixels(collator, rows, tiny_processor):
+    alone = PairCollator(tiny_processor.tokenizer, tiny_processor.image_processor, [])
+    images = [{"image": row["image"]} for row in rows]
+    batch = alone(images)
+    assert batch.keys() == {"pixel_values", "bad_rows"} and batch["bad_rows"] == {}
+    torch.testing.assert_close(batch["pixel_values"], collator(rows)["pixel_values"], atol=0, rtol=0)
+    images[1] = {"image": None}
+    batch = alone(images)
+    assert batch["bad_rows"] == {"no image": 1} and len(batch["pixel_values"]) == 5
+    assert alone([{"image": None}]) == {"bad_rows": {"no image": 1}}
+
+
 def test_training_pixels_are_normalized_as_in_evaluation(collator, rows, tiny_processor):
     red = [{"image": encoded(Image.new("RGB", (40, 32), "red")), "caption": "red", "epoch": 0}]
     augmented = PairCollator(tiny_processor.tokenizer, tiny_processor.image_processor, augmentation=Augmentation())

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -5,6 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from calibrated_starts import random_pairs, split
+from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -24,6 +27,11 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 import clipmap_hf.hub.map_folder
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
+from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS
+from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.mapping.start import start_from_activations
 
 
 SMALL = ClipMapConfig(
@@ -209,6 +217,159 @@ def test_the_processor_is_the_teachers(saved_folder, tiny_pairs, tiny_processor)
     )
     assert mine["input_ids"].tolist() == theirs["input_ids"].tolist()
     torch.testing.assert_close(mine["pixel_values"], theirs["pixel_values"], atol=0, rtol=0)
+
+
+# Starting from data
+
+OPEN = dataclasses.replace(SMALL, initializer=None, depth="interval_front", refit=False)
+
+
+@pytest.fixture(scope="module")
+def batches(shared_teacher) -> list[dict]:
+    return split(random_pairs(shared_teacher.config, 32), 16)
+
+
+@pytest.fixture(scope="module")
+def calibrated_compressor(teacher_folder, batches) -> ClipMapCompressor:
+    config = dataclasses.replace(OPEN, refit=True, refit_steps=2)
+    return ClipMapCompressor.from_pretrained(teacher_folder, config, calibration_data=batches)
+
+
+@pytest.fixture
+def calibration_data(request, pairs_parquet, pairs_tars, batches) -> object:
+    """Anything that calibration reads."""
+    rows = load_pairs(str(pairs_parquet))
+    stream = load_pairs(pairs_tars, image_column="png", caption_columns=["txt"], streaming=True)
+    return {
+        "path": str(pairs_parquet),
+        "data set": rows,
+        "images": rows.remove_columns("caption"),
+        "stream": stream.rename_column("txt", "caption"),
+        "stream of images": stream,
+        "batches": batches,
+        "loader": torch.utils.data.DataLoader(
+            [{name: tensor[0] for name, tensor in batch.items()} for batch in batches * 8], 8
+        ),
+    }[request.param]
+
+
+SOURCES = ["path", "data set", "images", "stream", "stream of images", "batches", "loader"]
+
+
+@pytest.mark.parametrize("calibration_data", SOURCES, indirect=True)
+def test_a_start_from_data_is_that_of_its_pairs(teacher_folder, shared_teacher, tiny_processor, calibration_data):
+    compressor = ClipMapCompressor.from_pretrained(
+        teacher_folder, OPEN, calibration_data=calibration_data, calibration_pairs=9
+    )
+    assert compressor.config == dataclasses.replace(OPEN, initializer="calibrated")
+    if isinstance(calibration_data, str):
+        calibration_data = load_pairs(calibration_data)
+    if isinstance(calibration_data, (Dataset, IterableDataset)):
+        calibration_data = CalibrationPairs(calibration_data, tiny_processor, 9)
+        assert sum(len(batch["pixel_values"]) for batch in calibration_data) == 9
+    mapper = WeightMapper(shared_teacher, compressor.config)
+    start_from_activations(mapper, shared_teacher, calibration_data)
+    assert_same(compressor.export(), mapper.export())
+
+
+def test_by_default_the_initializer_follows_from_the_data(teacher_folder, batches):
+    with_data = ClipMapCompressor.from_pretrained(teacher_folder, OPEN, calibration_data=batches)
+    without = ClipMapCompressor.from_pretrained(teacher_folder, OPEN)
+    assert (with_data.config.initializer, without.config.initializer) == ("calibrated", "diagonal")
+    diagonal = ClipMapCompressor.from_pretrained(teacher_folder, OPEN, initializer="diagonal")
+    assert_same(diagonal.export(), without.export())
+    assert OPEN.initializer is None
+
+
+@pytest.mark.parametrize("initializer", CALIBRATED_INITIALIZERS)
+def test_an_initializer_may_stand_in_the_config_or_beside_it(teacher_folder, batches, initializer):
+    named = dataclasses.replace(OPEN, initializer=initializer)
+    first, second, third = (
+        ClipMapCompressor.from_pretrained(teacher_folder, config, calibration_data=batches, initializer=name)
+        for config, name in ((named, None), (OPEN, initializer), (named, initializer))
+    )
+    assert first.config == second.config == third.config == named
+    assert_same(second.export(), first.export())
+
+
+@pytest.mark.parametrize(
+    ("config", "initializer", "data", "message"),
+    [
+        (
+            OPEN,
+            "importance",
+            False,
+            r"initializer='importance' needs calibration_data. .* \['calibrated', 'importance'\]",
+        ),
+        (OPEN, "calibrated", False, "initializer='calibrated' needs calibration_data"),
+        (dataclasses.replace(OPEN, initializer="calibrated"), None, False, "'calibrated' needs calibration_data"),
+        (OPEN, "diagonal", True, "initializer='diagonal' does not start from data; leave calibration_data out"),
+        (SMALL, None, True, "initializer='diagonal' does not start from data"),
+        (SMALL, "random", False, "initializer='random', but the student's config says 'diagonal'"),
+        (SMALL, "calibrated", True, "initializer='calibrated', but the student's config says 'diagonal'"),
+        (OPEN, "svd", False, r"initializer='svd' is unknown; allowed are \['calibrated', 'diagonal'"),
+        (OPEN, "svd", True, "initializer='svd' does not start from data"),
+        ("huge", None, True, r"student='huge' is unknown; it must be one of \['base', 'small', 'tiny'\]"),
+        (dataclasses.replace(OPEN, depth="similarity"), None, False, "depth='similarity' is unknown"),
+        (None, "calibrated", False, "A map that is gone on with has started already; leave initializer and data out"),
+        (None, None, True, "A map that is gone on with has started already"),
+    ],
+)
+def test_starts_without_sense_are_errors(saved_folder, batches, config, initializer, data, message):
+    with pytest.raises(ValueError, match=message):
+        ClipMapCompressor.from_pretrained(
+            saved_folder, config, initializer=initializer, calibration_data=batches if data else None
+        )
+
+
+def test_a_preset_too_large_for_its_teacher_is_an_error_before_any_calibration(teacher_folder):
+    with pytest.raises(ValueError, match="hidden_size=128 .* teacher's 64"):
+        ClipMapCompressor.from_pretrained(teacher_folder, "tiny", calibration_data=[{}])
+
+
+def test_batches_that_cannot_be_read_twice_are_an_error(teacher_folder, batches):
+    with pytest.raises(TypeError, match="several times"):
+        ClipMapCompressor.from_pretrained(teacher_folder, OPEN, calibration_data=iter(batches))
+
+
+def test_bad_calibration_rows_are_left_out_and_too_many_are_an_error(teacher_folder, pairs_parquet):
+    rows = load_pairs(str(pairs_parquet))
+    some, most = (
+        rows.map(lambda row, index, bad=bad: row | {"image": None} if index < bad else row, with_indices=True)
+        for bad in (4, 20)
+    )
+    start = ClipMapCompressor.from_pretrained(teacher_folder, OPEN, calibration_data=some)
+    assert all(tensor.isfinite().all() for tensor in start.export().state_dict().values())
+    with pytest.raises(ValueError, match=r"20 \(20 no image\) cannot be used"):
+        ClipMapCompressor.from_pretrained(teacher_folder, OPEN, calibration_data=most)
+
+
+def test_plain_transformers_loads_a_calibrated_student(calibrated_compressor, tiny_batch, tmp_path):
+    calibrated_compressor.save_pretrained(tmp_path / "out")
+    loaded = CLIPModel.from_pretrained(tmp_path / "out").eval()
+    assert_same(loaded, calibrated_compressor.export())
+    with torch.no_grad():
+        mapped, expected = loaded(**tiny_batch), calibrated_compressor(**tiny_batch)
+    torch.testing.assert_close(mapped.logits_per_image, expected.logits_per_image, atol=0, rtol=0)
+
+
+def test_a_calibrated_map_goes_on_where_it_was_saved(calibrated_compressor, tiny_batch, tmp_path):
+    calibrated_compressor.save_pretrained(tmp_path / "out")
+    loaded = ClipMapCompressor.from_pretrained(tmp_path / "out")
+    assert_same(loaded.mapper, calibrated_compressor.mapper)
+    assert_same(loaded.export(), calibrated_compressor.export())
+    assert loaded.config == calibrated_compressor.config and loaded.config.initializer == "calibrated"
+    loaded.train()(**tiny_batch).logits_per_image.sum().backward()
+    trained = [part.delta for part in (*loaded.mapper.operators.values(), *loaded.mapper.corrections.values())]
+    assert loaded.mapper.corrections and all(delta.grad is not None for delta in trained)
+    with torch.no_grad():
+        for delta in trained:
+            delta -= 1e-3 * delta.grad
+    loaded.eval().save_pretrained(tmp_path / "again")
+    assert_same(ClipMapCompressor.from_pretrained(tmp_path / "again").export(), loaded.export())
+    assert not torch.equal(
+        loaded.export().visual_projection.weight, calibrated_compressor.export().visual_projection.weight
+    )
 
 
 # Going on with a map

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from clipmap_hf.mapping.depth import DEPTH_RULES, interval_front, one_hot_depth, spread
+from clipmap_hf.mapping.depth import DEPTH_RULES, interval_front, most_changing, one_hot_depth, spread
 from clipmap_hf.mapping.operators import mix_depth
 
 
@@ -59,3 +59,10 @@ def test_one_hot_depth_copies_the_listed_layers():
     torch.testing.assert_close(depth, expected, atol=0, rtol=0)
     tensor = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(mix_depth(tensor, depth), tensor[[0, 2, 3]], atol=0, rtol=0)
+
+
+def test_the_layers_that_turn_the_stream_most_are_kept_in_their_order():
+    changed = torch.tensor([0.3, 0.1, 0.5, 0.2, 0.4])
+    assert most_changing(changed, 1) == [2]
+    assert most_changing(changed, 3) == [0, 2, 4]
+    assert most_changing(changed, 5) == [0, 1, 2, 3, 4]

@@ -12,7 +12,7 @@ import datasets
 import psutil
 import pytest
 import torch
-from distributed_checks import BATCH, CASES, STAGES, STEPS
+from distributed_checks import BATCH, CASES, STAGES, STARTS, STEPS
 from distributed_processes import RECIPES, command, environment, finish
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -92,6 +92,36 @@ def test_average_gradients_leaves_values_and_averages_gradients(reports):
     one, two = (reports[count]["averaged"] for count in (1, 2))
     for name, factor in (("values", 1), ("first", 1.5), ("second", 1.5)):  # the mean of one and two times the loss
         torch.testing.assert_close(two[name], factor * one[name], atol=0, rtol=1e-6)
+
+
+# Starts
+
+
+@pytest.mark.parametrize("name", sorted(set(STARTS) - {"refitted in steps"}))
+def test_two_processes_start_the_student_that_one_does(reports, name):
+    one, two = (reports[count]["started"][name] for count in (1, 2))
+    assert [sum(map(sum, report["batches"])) for report in (one, two)] == [23, 23]
+    assert one["batches"] == [[11, 11, 1]] and two["batches"] == [[11, 1], [11]]
+    for key, weight in one["weights"].items():
+        # A key's bias adds the same to all scores of a query.
+        if not key.endswith("k_proj.bias"):
+            assert (two["weights"][key] - weight).norm() <= 1e-4 * weight.norm(), key
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_every_process_starts_from_the_same_bits(reports, name):
+    assert reports[2]["started"][name]["equal"]
+
+
+def test_a_start_in_steps_takes_the_gradients_of_all_processes(reports):
+    """Which go over other batches than those of one process, but not far from where they began."""
+    before, one, two = (
+        reports[count]["started"][name]["weights"]
+        for count, name in ((2, "refitted"), (1, "refitted in steps"), (2, "refitted in steps"))
+    )
+    name = "vision_model.encoder.layers.0.mlp.fc2.weight"
+    assert 0 < (two[name] - before[name]).norm() < 0.1 * before[name].norm()
+    assert 0 < (two[name] - one[name]).norm() < (two[name] - before[name]).norm()
 
 
 # Training

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
+from calibrated_starts import random_pairs, split, started
+from conftest import randomize
 from torch.func import functional_call
 from transformers import CLIPConfig, CLIPModel
 
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_config
 from clipmap_hf.families import CLIP
 from clipmap_hf.mapping.depth import DEPTH_RULES, interval_front
-from clipmap_hf.mapping.initializers import INITIALIZERS
+from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, INITIALIZERS
 from clipmap_hf.mapping.mapper import WeightMapper, operator_shapes, operator_ties
 from clipmap_hf.training.optimization import parameter_groups
 
@@ -416,6 +418,138 @@ def test_unknown_names_are_errors_that_list_the_allowed(tiny_teacher):
         WeightMapper(tiny_teacher, ClipMapConfig(initializer="svd"))
     with pytest.raises(ValueError, match=r"depth='last' is unknown; allowed are \['interval_front', 'spread'\]"):
         WeightMapper(tiny_teacher, ClipMapConfig(depth="last"))
+
+
+# Operators that start from activations, and corrections
+
+CALIBRATED = dataclasses.replace(SMALL, initializer="calibrated", refit_steps=0)
+TOKENS = "text_model.embeddings.token_embedding.weight"
+
+
+@pytest.fixture(scope="module")
+def batches(shared_teacher) -> list[dict]:
+    return split(random_pairs(shared_teacher.config, 32), 16)
+
+
+@pytest.fixture(scope="module")
+def shared_start(shared_teacher, batches) -> WeightMapper:
+    return started(shared_teacher, CALIBRATED, batches)
+
+
+@pytest.fixture
+def calibrated_mapper(shared_start) -> WeightMapper:
+    return copy.deepcopy(shared_start)
+
+
+@pytest.mark.parametrize("decay_towards", ["initial", "zero"])
+@pytest.mark.parametrize("name", CALIBRATED_INITIALIZERS)
+def test_before_its_start_a_mapper_has_no_weights(tiny_teacher, name, decay_towards):
+    config = dataclasses.replace(SMALL, initializer=name, projection_dim=16, decay_towards=decay_towards)
+    mapper = WeightMapper(tiny_teacher, config)
+    for operator in (*mapper.operators.values(), *mapper.corrections.values()):
+        assert operator().isnan().all()
+    for key, tensor in mapper.export().state_dict().items():
+        assert tensor.isnan().all() or key == "logit_scale", key
+
+
+def test_corrections_are_those_of_all_tensors_but_the_token_table(tiny_teacher, calibrated_mapper):
+    kinds = {spec.kind.replace(".", "-") for spec in calibrated_mapper.kinds if not spec.rule.lookup}
+    assert set(calibrated_mapper.corrections) == kinds and len(kinds) == len(calibrated_mapper.kinds) - 1
+    assert calibrated_mapper.corrections["vision_model-encoder-layers-*-mlp-fc1-bias"]().shape == (2, 128)
+    for name in (*INITIALIZERS, "importance", None):
+        assert not WeightMapper(tiny_teacher, dataclasses.replace(SMALL, initializer=name)).corrections
+
+
+@pytest.mark.parametrize("variant", ["default", "depth per kind", "smaller embedding"])
+@pytest.mark.parametrize("decay_towards", ["initial", "zero"])
+def test_a_corrected_student_has_the_weights_it_was_given(tiny_teacher, batches, variant, decay_towards):
+    changes = {"initializer": "calibrated", "refit": False, "decay_towards": decay_towards}
+    mapper = started(tiny_teacher, dataclasses.replace(VARIANTS[variant], **changes), batches)
+    before = mapper.export().state_dict()
+    wanted = randomize(CLIPModel(mapper.student_config), seed=5).state_dict()
+    for _ in range(2):  # the second time, it is corrected already
+        mapper.correct(wanted)
+        for name, tensor in mapper.export().state_dict().items():
+            expected = before[name] if name in (TOKENS, "logit_scale") else wanted[name]
+            torch.testing.assert_close(tensor, expected, atol=2e-6, rtol=0)
+
+
+def test_a_start_sets_corrections_to_zero(calibrated_mapper):
+    operators = {name: operator().detach() + 0.1 for name, operator in calibrated_mapper.operators.items()}
+    depth = {tower: operators.pop(f"{tower}_depth") for tower in ("vision", "text")}
+    calibrated_mapper.start(operators, depth)
+    for name, operator in calibrated_mapper.operators.items():
+        expected = operators.get(name, depth.get(name.removesuffix("_depth")))
+        torch.testing.assert_close(operator().detach(), expected, atol=0, rtol=0)
+    assert not any(correction().any() for correction in calibrated_mapper.corrections.values())
+
+
+@pytest.mark.parametrize("decay_towards", ["initial", "zero"])
+def test_operators_and_corrections_are_trained(tiny_teacher, tiny_batch, batches, decay_towards):
+    config = dataclasses.replace(CALIBRATED, decay_towards=decay_towards, refit=False)
+    mapper = started(tiny_teacher, config, batches).train()
+    trainable = {name for name, parameter in mapper.named_parameters() if parameter.requires_grad}
+    expected = {f"operators.{name}.delta" for name in mapper.operators}
+    assert trainable == expected | {f"corrections.{name}.delta" for name in mapper.corrections}
+    output = mapper(**tiny_batch)
+    (output.image_embeds[:, 0].sum() + output.text_embeds[:, 0].sum()).backward()
+    without = {name for name, parameter in mapper.named_parameters() if parameter.grad is None}
+    assert without == {"logit_scale"}
+    # A key's bias adds the same to all scores of a query, so that its gradient is rounding noise at most.
+    idle = {name for name, p in mapper.named_parameters() if p.requires_grad and not p.grad.any()}
+    assert not [name for name in idle if "k_proj-bias" not in name]
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["at the start", "trained"])
+def test_a_calibrated_forward_equals_the_exported_model(calibrated_mapper, tiny_batch, moved):
+    if moved:
+        generator = torch.Generator().manual_seed(1)
+        for parameter in (one.delta for one in calibrated_mapper.corrections.values()):
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        perturbed(calibrated_mapper)
+    with torch.no_grad():
+        expected = outputs(calibrated_mapper.export(), tiny_batch)
+        assert_same(outputs(calibrated_mapper.eval(), tiny_batch), expected)
+        for name, tensor in outputs(calibrated_mapper.train(), tiny_batch).items():  # looks tokens up
+            torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_calibrated_mapper_maps_the_rows_that_are_looked_up(calibrated_mapper):
+    rows = torch.tensor([3, 5, 9])
+    whole, some = calibrated_mapper.materialize(), calibrated_mapper.materialize(torch.tensor([[5, 3], [5, 9]]))
+    torch.testing.assert_close(some[TOKENS][rows], whole[TOKENS][rows], atol=1e-6, rtol=1e-6)
+    assert some[TOKENS].any(dim=1).sum() == 3
+    for name, tensor in whole.items():
+        assert name == TOKENS or torch.equal(some[name], tensor), name
+
+
+@pytest.mark.parametrize("decay_towards", ["initial", "zero"])
+def test_a_state_dict_restores_a_calibrated_student(tiny_teacher, batches, decay_towards):
+    config = dataclasses.replace(CALIBRATED, decay_towards=decay_towards, projection_dim=16)
+    mapper = perturbed(started(tiny_teacher, config, batches))
+    for correction in mapper.corrections.values():
+        correction.delta.data += 0.1
+    other = WeightMapper(tiny_teacher, config)
+    other.load_state_dict(copy.deepcopy(mapper.state_dict()), strict=True)
+    assert_same(other.export().state_dict(), mapper.export().state_dict())
+
+
+def test_weight_decay_pulls_a_calibrated_start_where_it_was_told(tiny_teacher, batches):
+    students = []
+    for decay_towards in ("initial", "zero"):
+        config = dataclasses.replace(CALIBRATED, decay_towards=decay_towards, refit=False)
+        mapper = started(tiny_teacher, config, batches)
+        before = mapper.export().state_dict()
+        for part in (*mapper.operators.values(), *mapper.corrections.values()):
+            assert part.initial.any() == (decay_towards == "initial" and part().any())
+        optimizer = torch.optim.AdamW(parameter_groups(mapper, weight_decay=0.5), lr=0.1)
+        for parameter in mapper.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        after = mapper.export().state_dict()
+        students.append((before, {name for name in before if not torch.equal(after[name], before[name])}))
+    assert_same(students[1][0], students[0][0])  # both start alike
+    assert not students[0][1] and TOKENS in students[1][1] and "visual_projection.weight" in students[1][1]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,39 @@ def test_the_covariance_is_that_of_the_inputs(tokens):
     torch.testing.assert_close(moments.covariance.float(), inputs.T.cov(correction=0), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_mean_and_variance_are_those_of_the_inputs(tokens, diagonal):
+    inputs, _ = tokens
+    moments = Moments(8, diagonal=diagonal)
+    for batch in inputs.split(120):
+        moments.add(batch)
+    assert moments.input_input.shape == ((8,) if diagonal else (8, 8)) and moments.mean.dtype == torch.float64
+    torch.testing.assert_close(moments.mean, inputs.double().mean(dim=0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(moments.variance, inputs.double().var(dim=0, correction=0), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_weights_count_in_mean_and_variance(tokens, diagonal):
+    inputs, _ = tokens
+    weights = torch.ones(500)
+    weights[:100] = 3
+    repeated = torch.cat([inputs, inputs[:100], inputs[:100]]).double()
+    moments = Moments(8, diagonal=diagonal)
+    moments.add(inputs, weights=weights)
+    assert moments.weight == 700
+    torch.testing.assert_close(moments.mean, repeated.mean(dim=0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(moments.variance, repeated.var(dim=0, correction=0), atol=1e-10, rtol=0)
+
+
+def test_the_second_moment_keeps_the_mean(tokens):
+    inputs, _ = tokens
+    moments = Moments(8)
+    moments.add(inputs)
+    torch.testing.assert_close(moments.second_moment, (inputs.T.double() @ inputs.double()) / 500, atol=1e-9, rtol=0)
+    expected = moments.covariance + torch.outer(moments.mean, moments.mean)
+    torch.testing.assert_close(moments.second_moment, expected, atol=1e-9, rtol=0)
+
+
 def test_nothing_to_solve_from_is_an_error():
     with pytest.raises(ValueError, match="no tokens"):
         Moments(2, 1).solve(1e-3)

@@ -1,10 +1,12 @@
 """For how many steps AdamW goes, how fast at which, and what it decays."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from calibrated_starts import random_pairs, split, started
 from transformers import CLIPModel
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig
@@ -58,6 +60,21 @@ def test_parameter_groups_of_a_mapping_leave_depth_alone(tiny_teacher):
     deltas = {f"trained.operators.{name}.delta" for name in stage.trained.operators}
     depth = {f"trained.operators.{tower}_depth.delta" for tower in ("vision", "text")}
     assert names_by_decay(stage) == {0.3: deltas - depth, 0.0: depth}
+
+
+def test_parameter_groups_of_a_calibrated_mapping_leave_corrections_of_vectors_alone(tiny_teacher):
+    """Stacked over layers, they have two dimensions, as matrices have."""
+    config = dataclasses.replace(SMALL, initializer="calibrated", refit=False)
+    mapper = started(tiny_teacher, config, split(random_pairs(tiny_teacher.config, 16), 8))
+    found = names_by_decay(MappingStage(mapper, 50.0, learn_logit_scale=False))
+    corrections = {f"trained.corrections.{name}.delta": name for name in mapper.corrections}
+    spared = {key for key, name in corrections.items() if "norm" in name or "bias" in name or "position" in name}
+    spared |= {key for key, name in corrections.items() if name.endswith("class_embedding")}
+    assert found[0.0] & corrections.keys() == spared
+    matrices = {name for key, name in corrections.items() if key not in spared}
+    assert len(matrices) == 2 * 6 + 3 and all(name.endswith("-weight") for name in matrices)  # patches, projections
+    operators = {f"trained.operators.{name}.delta" for name in mapper.operators}
+    assert found[0.3] - corrections.keys() == {name for name in operators if "_depth" not in name}
 
 
 def test_parameter_groups_leave_out_what_is_frozen(tiny_config):

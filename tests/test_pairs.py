@@ -3,11 +3,11 @@ import json
 import shutil
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 from PIL import Image
 
 import clipmap_hf.data.pairs
-from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.pairs import load_pairs, undecoded
 
 
 def opened(image: dict) -> Image.Image:
@@ -170,3 +170,25 @@ def test_files_have_no_split_but_train(pairs_parquet, pairs_tar):
     for source in (pairs_parquet, pairs_tar):
         with pytest.raises(ValueError, match="split='test': plain files .* only the split 'train'"):
             load_pairs(str(source), split="test")
+
+
+# Pairs that were loaded elsewhere
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_of_loaded_pairs_the_columns_that_are_read_are_kept(pairs_parquet, tiny_pairs, streaming):
+    loaded = load_dataset("parquet", data_files=str(pairs_parquet), split="train", streaming=streaming)
+    loaded = loaded.rename_column("image", "photo")
+    pairs = undecoded(loaded, "these", "photo", ["caption"])
+    rows = list(pairs)
+    assert pairs.column_names == ["image", "caption"] and list(rows[0]) == ["image", "caption"]
+    assert [opened(row["image"]).tobytes() for row in rows] == [row["image"].tobytes() for row in tiny_pairs]
+    assert undecoded(loaded, "these", "photo", []).column_names == ["image"]
+    with pytest.raises(ValueError, match=r"'these' has no column \['image', 'text'\]; it has \['photo', 'caption', "):
+        undecoded(loaded, "these", "image", ["caption", "text"])
+
+
+def test_loaded_pairs_whose_columns_are_unknown_are_an_error():
+    unknown = IterableDataset.from_generator(lambda: iter([{"image": None}]))
+    with pytest.raises(ValueError, match="columns of 'these' are unknown until it is read"):
+        undecoded(unknown, "these", "image", [])

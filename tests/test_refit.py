@@ -31,7 +31,7 @@ VARIANTS = {
     "cut in depth": dataclasses.replace(SMALL, vision=TowerConfig(None, None, 2), text=TowerConfig(None, None, 2)),
     "cut in both": SMALL,
     "a smaller embedding": dataclasses.replace(SMALL, projection_dim=16),
-    "an odd ffn": dataclasses.replace(SMALL, vision=TowerConfig(48, 100, 3), text=TowerConfig(16, 33, 1)),
+    "an odd ffn": dataclasses.replace(SMALL, vision=TowerConfig(48, 100, 3), text=TowerConfig(32, 33, 1)),
     "spread": dataclasses.replace(SMALL, depth="spread"),
     "similarity": dataclasses.replace(SMALL, depth="similarity"),
 }
@@ -39,7 +39,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def batches(shared_teacher) -> list[dict]:
-    return split(random_pairs(shared_teacher.config, 96), 40)
+    return split(random_pairs(shared_teacher.config, 64), 24)
 
 
 @pytest.fixture(scope="module")

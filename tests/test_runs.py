@@ -10,11 +10,14 @@ import torch
 from conftest import randomize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig, runs
+from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig, compressor, runs
+from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.runs import run_distillation, run_mapping
+from clipmap_hf.runs import run_distillation, run_mapping, start_compressor
 from clipmap_hf.teachers import Teacher, make_teacher_cache
 from clipmap_hf.training.arguments import (
+    CalibrationArguments,
     DataArguments,
     DistillationArguments,
     MappingArguments,
@@ -310,3 +313,101 @@ def test_a_mapping_is_not_gone_on_with_for_another_student(teacher_folder, data,
         else:
             with pytest.raises(ValueError, match=words):
                 run_mapping(compressor, *arguments)
+
+
+# Starts
+
+STARTED = dataclasses.replace(SMALL, refit=False)
+
+
+@pytest.fixture
+def start(teacher_folder, data, tmp_path):
+    """A function that starts a compressor: `start(STARTED, pairs=…, data=…, seed=…)`."""
+
+    def run(student: ClipMapConfig | None, source=teacher_folder, pairs: int = 8, data=data, calibration=None, **run):
+        calibration = CalibrationArguments(calibration, pairs)
+        arguments = RunArguments(**{"output_dir": str(tmp_path / "out")} | run)
+        return start_compressor(str(source), None, student, calibration, arguments, data)
+
+    return run
+
+
+@pytest.fixture
+def no_calibration(monkeypatch):
+    def refuse() -> None:
+        monkeypatch.setattr(compressor, "start_from_activations", lambda *_: pytest.fail("it was calibrated"))
+
+    return refuse
+
+
+def weights(compressor: ClipMapCompressor) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in compressor.export().state_dict().values()])
+
+
+@pytest.mark.parametrize("initializer", [None, "calibrated", "importance"])
+def test_a_start_is_that_of_the_library(start, teacher_folder, tiny_processor, data, initializer):
+    config = dataclasses.replace(STARTED, initializer=initializer)
+    pairs = CalibrationPairs(load_pairs(data.train_data), tiny_processor, 8, seed=3)
+    expected = ClipMapCompressor.from_pretrained(teacher_folder, config, calibration_data=pairs)
+    given = start(config, seed=3)
+    assert torch.equal(weights(given), weights(expected))
+    assert given.config == expected.config and given.config.initializer == (initializer or "calibrated")
+
+
+def test_other_initializers_start_without_data(start, data, no_calibration):
+    no_calibration()
+    nowhere = dataclasses.replace(data, train_data="/no/such/pairs.parquet")
+    for initializer in ("diagonal", "random"):
+        config = dataclasses.replace(STARTED, initializer=initializer)
+        assert start(config, data=nowhere).config == config
+
+
+def test_without_a_student_a_map_is_gone_on_with(start, tmp_path, no_calibration):
+    first = start(STARTED)
+    first.save_pretrained(tmp_path / "map")
+    no_calibration()
+    assert torch.equal(weights(start(None, source=tmp_path / "map")), weights(first))
+
+
+def test_calibration_data_has_the_columns_of_the_training_data(start, data, pairs_tar):
+    tars = DataArguments("/no/such.tar", image_column="png", caption_column=["txt"])
+    given = start(STARTED, pairs=24, data=tars, calibration=str(pairs_tar))
+    same = start(STARTED, pairs=24, data=data, resume="never")
+    near = (weights(given) - weights(same)).norm() / weights(same).norm()
+    assert near < 1e-3  # the same pairs in another order
+
+
+def test_a_start_from_a_stream_takes_its_first_pairs(start, pairs_tars, tiny_processor, teacher_folder):
+    stream = DataArguments(pairs_tars, streaming=True, image_column="png", caption_column=["txt"])
+    rows = load_pairs(pairs_tars, image_column="png", caption_columns=["txt"], streaming=True)
+    pairs = CalibrationPairs(rows.rename_column("txt", "caption"), tiny_processor, 8)
+    expected = ClipMapCompressor.from_pretrained(teacher_folder, STARTED, calibration_data=pairs)
+    assert torch.equal(weights(start(STARTED, data=stream)), weights(expected))
+
+
+def test_a_start_is_kept_and_taken_up_by_the_same_command(start, tmp_path, no_calibration):
+    first = start(STARTED)
+    assert (tmp_path / "out" / "start" / "map" / "clipmap.safetensors").is_file()
+    assert torch.equal(CLIPModel.from_pretrained(tmp_path / "out" / "start").logit_scale, first.export().logit_scale)
+    no_calibration()
+    again = start(STARTED)
+    assert torch.equal(weights(again), weights(first)) and again.config == first.config
+    assert again.teacher_id == first.teacher_id
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"pairs": 9}, {"resume": "never"}, {"student": dataclasses.replace(STARTED, refit=True)}]
+)
+def test_another_command_starts_anew(start, no_calibration, changes):
+    start(STARTED)
+    no_calibration()
+    with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
+        start(**{"student": STARTED} | changes)
+
+
+def test_a_start_for_another_student_takes_the_place_of_the_first(start, no_calibration):
+    start(STARTED)
+    other = dataclasses.replace(STARTED, projection_dim=16)
+    second = start(other)
+    no_calibration()
+    assert torch.equal(weights(start(other)), weights(second))

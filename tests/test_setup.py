@@ -36,6 +36,12 @@ def test_sizes_and_options_are_put_over_a_preset():
     assert (config.tie_ffn, config.depth, config.seed, config.initializer) == (True, "spread", 3, None)
 
 
+def test_how_a_calibrated_start_is_refitted_is_put_over_a_preset():
+    config = map_config(StudentArguments(student="tiny", initializer="calibrated", refit=False, refit_steps=7))
+    assert (config.initializer, config.refit, config.refit_steps) == ("calibrated", False, 7)
+    assert map_config(StudentArguments(student="tiny", refit=True)) == PRESETS["tiny"]
+
+
 def test_sizes_alone_are_a_student_too():
     config = map_config(StudentArguments(text_num_hidden_layers=2))
     assert config == ClipMapConfig(text=TowerConfig(num_hidden_layers=2))

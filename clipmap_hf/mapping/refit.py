@@ -24,6 +24,7 @@ IN_MEMORY = 2**31  # bytes of a process's streams; what is more is kept in files
 _RIDGE = 1e-3
 _PROJECTION_RIDGE = 1e-2  # one token of each pair speaks for it
 _LEARNING_RATE = 1e-3
+_STEP_TOKENS = 2048  # about as many are in a step of gradient descent
 
 
 @torch.no_grad()
@@ -179,11 +180,12 @@ class _TowerRefit:
         generator = torch.Generator().manual_seed(0)
         for _ in range(steps):
             one = self.streams[int(torch.randint(len(self.streams), (), generator=generator))]
-            stream = self._load(one.student)
+            items = torch.randperm(len(one.weights), generator=generator)[: _STEP_TOKENS // one.weights.shape[1] + 1]
+            stream, target, weights = self._load(one.student[items]), self._load(one.behind[items]), one.weights[items]
             middle = stream + layer.self_attn.out_proj(self.student.attended(layer, stream))
             behind = middle + layer.mlp.fc2(self.student.activated(layer, middle))
-            error = (behind - self._load(one.behind)).square().mean(dim=-1)
-            gradients = torch.autograd.grad((error * one.weights).sum() / one.weights.sum(), list(layer.parameters()))
+            error = ((behind - target).square().mean(dim=-1) * weights).sum() / weights.sum()
+            gradients = torch.autograd.grad(error, list(layer.parameters()))
             sum_over_processes(gradients)
             for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
                 parameter.grad = gradient / process_count()

@@ -47,7 +47,7 @@ LARGER = {
 }
 TEACHER_SIZE = {"100 %": ((192, 6), (128, 4))}  # of `diagonal`, the teacher itself
 
-# What an ablation changes in the `ClipMapConfig` or of `calibration_pairs`, or an ingredient that it is `without`. Where
+# What an ablation changes in the `ClipMapConfig` or of `calibration_pairs`, or an ingredient it is `without`. Where
 # the refit sets it anew, there is no refit either.
 ABLATIONS = {
     "calibrated": {},
