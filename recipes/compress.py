@@ -5,8 +5,9 @@ All of it: map a teacher into a smaller CLIP, distill that, evaluate it, write i
         --image_column jpg --caption_column txt --eval_data test.parquet --output_dir small
     accelerate launch recipes/compress.py --config recipes/configs/small.yaml --train_data … --output_dir small
 
-The mapped student and its map are written to `mapped/` inside the output folder. With `--mapping_steps 0`, the student
-is distilled from the operators' start: with `diagonal`, that is TinyCLIP's manual inheritance.
+The student starts from the teacher's activations on `--calibration_pairs` of the training pairs, unless `--initializer`
+says otherwise; that start, a student too, is kept in `start/` inside the output folder, the mapped one with its map in
+`mapped/`. With `--mapping_steps 0`, the start is distilled: with `diagonal`, that is TinyCLIP's manual inheritance.
 """
 
 import dataclasses
