@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise, starmap
 
 import numpy as np
 import torch
@@ -62,10 +63,11 @@ def refit(
     """
     for name, of_tower in statistics.items():
         towers = (Tower(teacher, name), Tower(student, name))
-        tower = _TowerRefit(*towers, operators[f"{name}_residual"], of_tower, batches)
-        starts = [0, *layers[name][1:], len(towers[0].layers)]
-        for index, layer in enumerate(towers[1].layers):
-            tower.refit_layer(layer, range(starts[index], starts[index + 1]), steps)
+        segments = list(starmap(range, pairwise([0, *layers[name][1:], len(towers[0].layers)])))
+        longest = max(len(segment) for segment in segments)
+        tower = _TowerRefit(*towers, operators[f"{name}_residual"], of_tower, batches, longest)
+        for layer, segment in zip(towers[1].layers, segments, strict=True):
+            tower.refit_layer(layer, segment, steps)
         tower.refit_projection(operators.get("embed"))
 
 
@@ -95,6 +97,7 @@ class _TowerRefit:
         residual: torch.Tensor,
         statistics: TowerStatistics,
         batches: Iterable[Batch],
+        longest_segment: int,
     ):
         self.teacher, self.student, self.residual, self.statistics = teacher, student, residual, statistics
         self.epsilon = student.config.layer_norm_eps
@@ -103,7 +106,7 @@ class _TowerRefit:
             batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
             big, small = teacher.embed(batch), student.embed(batch)
             weights = token_weights(teacher, batch, big)
-            self.held += 2 * (big.nbytes + small.nbytes)
+            self.held += (1 + longest_segment) * big.nbytes + 3 * small.nbytes
             self.streams.append(_Streams(weights, teacher.ends(batch), self._keep(big), self._keep(small)))
 
     def refit_layer(self, layer: nn.Module, segment: range, steps: int) -> None:
@@ -131,7 +134,7 @@ class _TowerRefit:
         if steps:
             self._descend(layer, steps)
         for one, x in self._middles(layer):
-            one.student = self._keep(x + mlp.fc2(self.student.activated(layer, x)))
+            one.student = self._keep(self.student.behind(layer, x))
 
     def refit_projection(self, embed: torch.Tensor | None) -> None:
         """Solves the projection; `embed` maps the teacher's embeddings, if the student's are smaller."""
@@ -152,16 +155,15 @@ class _TowerRefit:
         """Takes the teacher's streams behind the segment; yields what its attention reads beside the student's."""
         for one in self.streams:
             student, stream = self._load(one.student), self._load(one.teacher)
-            added, reads, middles = 0, [], []
+            attended, reads, middles = stream, [], []
             for index in segment:
                 layer = self.teacher.layers[index]
-                written = layer.self_attn.out_proj(self.teacher.attended(layer, stream))
-                middle = stream + written
+                middle = self.teacher.middle(layer, stream)
                 reads += [normalized(stream, self.epsilon)] * (index in heads)
                 middles += [normalized(middle, self.epsilon)] * (index in neurons)
-                added = added + written
-                stream = middle + layer.mlp.fc2(self.teacher.activated(layer, middle))
-            one.attended = self._keep((self._load(one.teacher) + added) @ self.residual.T)
+                attended = attended + (middle - stream)
+                stream = self.teacher.behind(layer, middle)
+            one.attended = self._keep(attended @ self.residual.T)
             one.reads = self._keep(torch.cat(middles, dim=-1))
             one.behind, one.teacher = self._keep(stream @ self.residual.T), self._keep(stream)
             yield one, normalized(student, self.epsilon), torch.cat(reads, dim=-1)
@@ -169,8 +171,7 @@ class _TowerRefit:
     def _middles(self, layer: nn.Module) -> Iterator[tuple[_Streams, torch.Tensor]]:
         """What the student's `layer_norm2` reads."""
         for one in self.streams:
-            stream = self._load(one.student)
-            yield one, stream + layer.self_attn.out_proj(self.student.attended(layer, stream))
+            yield one, self.student.middle(layer, self._load(one.student))
 
     @torch.enable_grad()
     def _descend(self, layer: nn.Module, steps: int) -> None:
@@ -182,8 +183,7 @@ class _TowerRefit:
             one = self.streams[int(torch.randint(len(self.streams), (), generator=generator))]
             items = torch.randperm(len(one.weights), generator=generator)[: _STEP_TOKENS // one.weights.shape[1] + 1]
             stream, target, weights = self._load(one.student[items]), self._load(one.behind[items]), one.weights[items]
-            middle = stream + layer.self_attn.out_proj(self.student.attended(layer, stream))
-            behind = middle + layer.mlp.fc2(self.student.activated(layer, middle))
+            behind = self.student.behind(layer, self.student.middle(layer, stream))
             error = ((behind - target).square().mean(dim=-1) * weights).sum() / weights.sum()
             gradients = torch.autograd.grad(error, list(layer.parameters()))
             sum_over_processes(gradients)

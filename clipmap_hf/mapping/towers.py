@@ -52,6 +52,14 @@ class Tower:
         """What `fc2` reads: the neurons' outputs, `(items, tokens, intermediate_size)`."""
         return layer.mlp.activation_fn(layer.mlp.fc1(layer.layer_norm2(stream)))
 
+    def middle(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
+        """The stream with what the layer's attention adds, which `layer_norm2` reads."""
+        return stream + layer.self_attn.out_proj(self.attended(layer, stream))
+
+    def behind(self, layer: nn.Module, middle: torch.Tensor) -> torch.Tensor:
+        """The stream behind the layer."""
+        return middle + layer.mlp.fc2(self.activated(layer, middle))
+
     def embeds(self, batch: Mapping[str, torch.Tensor], stream: torch.Tensor) -> torch.Tensor:
         """The embeddings `(items, projection_dim)`, not normalized, from the stream behind the last layer."""
         return self.projection(self.final_norm(pooled(stream, self.ends(batch))))
