@@ -1,16 +1,18 @@
 r"""
-All of it: map a teacher into a smaller CLIP, distill that, evaluate it, write it.
+All of it: make a smaller CLIP of a teacher, map it if asked, distill it, evaluate it, write it.
 
     python recipes/compress.py --teacher openai/clip-vit-base-patch16 --student small --train_data 'shards/*.tar' \
         --image_column jpg --caption_column txt --eval_data test.parquet --output_dir small
     accelerate launch recipes/compress.py --config recipes/configs/small.yaml --train_data … --output_dir small
 
-The student starts from the teacher's activations on `--calibration_pairs` of the training pairs, unless `--initializer`
-says otherwise; that start, a student too, is kept in `start/` inside the output folder, the mapped one with its map in
-`mapped/`. With `--mapping_steps 0`, the start is distilled: with `diagonal`, that is TinyCLIP's manual inheritance.
+The student starts from the teacher's activations on `--calibration_pairs` of the training pairs, if `--initializer` does
+not say otherwise; that start, a student too, is kept in `start/` inside the output folder. It is mapped only if
+`--mapping_steps` or `--mapping_epochs` say so: in our trials that made such a start worse. The mapped student and its map
+lie in `mapped/`. A student that starts by `diagonal` and is not mapped is TinyCLIP's manual inheritance.
 """
 
 import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipmap_hf.training.arguments import (
@@ -26,6 +28,11 @@ from clipmap_hf.training.arguments import (
 from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
 
+@dataclass
+class OptionalMappingArguments(MappingArguments):
+    epochs: float = field(default=0.0, metadata={"help": "Passes over the training data; by default none."})
+
+
 def main() -> None:
     data, teacher, cache, student, calibration, run, mapping, distillation = parse_arguments(
         DataArguments,
@@ -34,7 +41,7 @@ def main() -> None:
         StudentArguments,
         CalibrationArguments,
         RunArguments,
-        stages={"mapping": MappingArguments, "distillation": DistillationArguments},
+        stages={"mapping": OptionalMappingArguments, "distillation": DistillationArguments},
         description=__doc__,
     )
     from clipmap_hf.distributed import join_processes
