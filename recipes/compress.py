@@ -5,10 +5,10 @@ All of it: make a smaller CLIP of a teacher, map it if asked, distill it, evalua
         --image_column jpg --caption_column txt --eval_data test.parquet --output_dir small
     accelerate launch recipes/compress.py --config recipes/configs/small.yaml --train_data … --output_dir small
 
-The student starts from the teacher's activations on `--calibration_pairs` of the training pairs, if `--initializer` does
-not say otherwise; that start, a student too, is kept in `start/` inside the output folder. It is mapped only if
-`--mapping_steps` or `--mapping_epochs` say so: in our trials that made such a start worse. The mapped student and its map
-lie in `mapped/`. A student that starts by `diagonal` and is not mapped is TinyCLIP's manual inheritance.
+The student starts from the teacher's activations on `--calibration_pairs` of the training pairs, if `--initializer`
+does not say otherwise; that start, a student too, is kept in `start/` inside the output folder. It is mapped only if
+`--mapping_steps` or `--mapping_epochs` say so: in our trials that made such a start worse. The mapped student and its
+map lie in `mapped/`. A student that starts by `diagonal` and is not mapped is TinyCLIP's manual inheritance.
 """
 
 import dataclasses

@@ -52,6 +52,7 @@ STARTS = {
     "refitted": {"refit_steps": 0},
     "refitted in steps": {"refit_steps": 5},
     "importance": {"initializer": "importance"},
+    "the same pairs in steps": {"refit_steps": 20},
 }
 
 
@@ -92,11 +93,16 @@ def averaged() -> dict[str, torch.Tensor]:
 
 
 def started(shop: "Workshop", name: str) -> dict[str, Any]:
-    """A student started from 23 pairs, of which two processes have 12 and 11, or two batches and one."""
+    """
+    A student started from 23 pairs, of which two processes have 12 and 11, or two batches and one; of "the same
+    pairs", each has all.
+    """
     clipmap_hf.data.calibration_pairs._BATCH_SIZE = 11
     rows = load_pairs(str(shop.folder / "odd.parquet"))
     config = dataclasses.replace(SMALL, **{"initializer": "calibrated"} | STARTS[name])
     pairs = CalibrationPairs(rows, shop.processor, 23)
+    if name == "the same pairs in steps":
+        pairs = [pairs.collator(list(rows.select(range(start, start + 8)))) for start in (0, 8)]
     compressor = ClipMapCompressor.from_pretrained(shop.folder / "teacher", config, calibration_data=pairs)
     state, student = compressor.mapper.state_dict(), compressor.export()
     return {

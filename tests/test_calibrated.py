@@ -22,7 +22,7 @@ SAME = ClipMapConfig(initializer="calibrated", refit_steps=0)
 
 @pytest.fixture(scope="module")
 def batches(shared_teacher) -> list[dict]:
-    return split(random_pairs(shared_teacher.config, 128), 64)
+    return split(random_pairs(shared_teacher.config, 96), 48)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_the_ridge_costs_little(shared_teacher, batches, others, refit):
     teacher = frugal(shared_teacher)
     mapper = started(teacher, dataclasses.replace(NARROW, refit=refit), batches)
     for tower in TOWERS:
-        assert max(losses(mapper, teacher, tower, others, DEPTHS[tower])) < 6e-3
+        assert max(losses(mapper, teacher, tower, others, DEPTHS[tower])) < 8e-3
     least = {"vision": 0.9999, "text": 0.99 if refit else 0.9999}
     assert all(near > least[tower] for tower, near in nearness(mapper, teacher, others).items())
 
@@ -163,6 +163,21 @@ def test_a_teacher_of_few_embedding_axes_keeps_its_similarities(shared_teacher, 
     assert ours.image_embeds.shape == (32, 16)
     for name in ("logits_per_image", "logits_per_text"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-3, rtol=1e-4)
+
+
+def test_the_mean_that_pre_layrnorm_takes_away_is_taken_away(shared_teacher, batches, others):
+    teacher = copy.deepcopy(shared_teacher)
+    assert teacher.vision_model.pre_layrnorm.weight.std() > 0.1
+    with torch.no_grad():
+        teacher.vision_model.embeddings.position_embedding.weight += torch.linspace(-20, 20, 17)[:, None]
+    mapper = started(teacher, dataclasses.replace(SAME, refit=False), batches)
+    embedding = mapper.operators["vision_patch"]().detach()
+    for axis in (0, 1):
+        torch.testing.assert_close(embedding.sum(dim=axis), torch.zeros(64), atol=1e-4, rtol=0)
+    centered = torch.eye(64) - 1 / 64
+    expected = centered @ torch.diag(teacher.vision_model.pre_layrnorm.weight.detach()) @ centered
+    torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=0)
+    assert losses(mapper, teacher, "vision", others, DEPTHS["vision"])[0] < 0.1
 
 
 # Which heads, neurons and axes
@@ -265,4 +280,4 @@ def test_means_of_lost_heads_and_neurons_are_made_up_for_in_biases(shared_teache
                 attention.out_proj.weight[:, unused] = attention.out_proj.bias[:, None]
     mapper = started(teacher, dataclasses.replace(NARROW, refit=False), batches)
     for tower in TOWERS:
-        assert max(losses(mapper, teacher, tower, others, DEPTHS[tower])) < 6e-3
+        assert max(losses(mapper, teacher, tower, others, DEPTHS[tower])) < 8e-3

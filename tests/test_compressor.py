@@ -226,7 +226,7 @@ OPEN = dataclasses.replace(SMALL, initializer=None, depth="interval_front", refi
 
 @pytest.fixture(scope="module")
 def batches(shared_teacher) -> list[dict]:
-    return split(random_pairs(shared_teacher.config, 32), 16)
+    return split(random_pairs(shared_teacher.config, 16), 8)
 
 
 @pytest.fixture(scope="module")

@@ -428,7 +428,7 @@ TOKENS = "text_model.embeddings.token_embedding.weight"
 
 @pytest.fixture(scope="module")
 def batches(shared_teacher) -> list[dict]:
-    return split(random_pairs(shared_teacher.config, 32), 16)
+    return split(random_pairs(shared_teacher.config, 16), 8)
 
 
 @pytest.fixture(scope="module")

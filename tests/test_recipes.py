@@ -16,6 +16,10 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor
 
 import clipmap_hf
+from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
+from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.models import load_processor
 
 
 REPOSITORY = Path(clipmap_hf.__file__).parents[1]
@@ -304,7 +308,7 @@ def test_compress_without_mapping_distills_from_the_inheritance(
     finish, steps, teacher_folder, pairs_parquet, tmp_path
 ):
     argv = ("--teacher", teacher_folder, *SMALL, "--train_data", pairs_parquet, "--output_dir", tmp_path)
-    finish("compress.py", *argv, *steps("mapping", "distillation"), "--mapping_steps", 0)
+    finish("compress.py", *argv, *steps("mapping", "distillation"), "--mapping_steps", 0, "--initializer", "diagonal")
     mapped, teacher = (
         check_student(tmp_path / "mapped", 32).state_dict(),
         load_file(teacher_folder / "model.safetensors"),
@@ -312,6 +316,51 @@ def test_compress_without_mapping_distills_from_the_inheritance(
     name = "text_projection.weight"
     torch.testing.assert_close(mapped[name], teacher[name][:, :16], atol=0, rtol=0)
     assert not torch.equal(check_student(tmp_path, 32).state_dict()[name], mapped[name])
+
+
+@pytest.mark.recipes
+def test_compress_without_steps_writes_the_calibrated_start(finish, teacher_folder, pairs_parquet, tmp_path):
+    argv = ("--teacher", teacher_folder, *SMALL, "--train_data", pairs_parquet, "--calibration_pairs", 16, "--seed", 3)
+    none = ("--mapping_steps", 0, "--distillation_steps", 0, "--mapping_batch_size", 8, "--distillation_batch_size", 8)
+    finish("compress.py", *argv, *none, "--output_dir", tmp_path)
+    sizes = {"vision": TowerConfig(32, num_hidden_layers=2), "text": TowerConfig(16)}
+    pairs = CalibrationPairs(
+        load_pairs(str(pairs_parquet)), load_processor(str(teacher_folder), backend="pil"), 16, seed=3
+    )
+    expected = ClipMapCompressor.from_pretrained(
+        teacher_folder, ClipMapConfig(**sizes, seed=3), calibration_data=pairs
+    ).export()
+    for folder in (tmp_path, tmp_path / "mapped", tmp_path / "start"):
+        weights = load_file(folder / "model.safetensors")
+        for name, tensor in expected.state_dict().items():
+            if name != "logit_scale":  # a stage's own
+                near = (weights[name] - tensor).norm() <= 1e-3 * tensor.norm()  # LAPACK may choose other last bits
+                assert near, (folder.name, name)
+    assert yaml.safe_load((tmp_path / "arguments.yaml").read_text())["calibration_pairs"] == 16
+
+
+@pytest.mark.recipes
+def test_map_starts_from_the_diagonal_without_calibration(finish, steps, teacher_folder, pairs_parquet, tmp_path):
+    data = ("--train_data", pairs_parquet, "--initializer", "diagonal")
+    numbers = (*steps("mapping"), "--mapping_learning_rate", 0)
+    finish("map.py", "--teacher", teacher_folder, *SMALL, *data, *numbers, "--output_dir", tmp_path)
+    teacher = load_file(teacher_folder / "model.safetensors")
+    name = "visual_projection.weight"
+    assert torch.equal(check_student(tmp_path, vision_width=32).state_dict()[name], teacher[name][:, :32])
+    assert not (tmp_path / "start").exists()
+    assert not [one for one in load_file(tmp_path / "map" / "clipmap.safetensors") if "correction" in one]
+
+
+@pytest.mark.recipes
+def test_a_killed_command_takes_up_its_calibrated_start(finish, steps, teacher_folder, pairs_parquet, tmp_path):
+    argv = ("map.py", "--teacher", teacher_folder, *SMALL, "--train_data", pairs_parquet, *steps("mapping"))
+    finish(*argv, "--mapping_steps", 0, "--output_dir", tmp_path)
+    written = (tmp_path / "start" / "map" / "clipmap.safetensors").stat()
+    first = load_file(tmp_path / "model.safetensors")
+    finish(*argv, "--mapping_steps", 0, "--output_dir", tmp_path)
+    assert (tmp_path / "start" / "map" / "clipmap.safetensors").stat().st_mtime_ns == written.st_mtime_ns
+    again = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
 @pytest.mark.recipes

@@ -29,10 +29,8 @@ SMALL = dataclasses.replace(NARROW, vision=TowerConfig(32, None, 2), text=TowerC
 SEGMENTS = {"vision": [2, 4], "text": [1, 3]}  # where those of SMALL end
 VARIANTS = {
     "cut in depth": dataclasses.replace(SMALL, vision=TowerConfig(None, None, 2), text=TowerConfig(None, None, 2)),
-    "cut in both": SMALL,
     "a smaller embedding": dataclasses.replace(SMALL, projection_dim=16),
     "an odd ffn": dataclasses.replace(SMALL, vision=TowerConfig(48, 100, 3), text=TowerConfig(32, 33, 1)),
-    "spread": dataclasses.replace(SMALL, depth="spread"),
     "similarity": dataclasses.replace(SMALL, depth="similarity"),
 }
 
@@ -45,7 +43,7 @@ def batches(shared_teacher) -> list[dict]:
 @pytest.fixture(scope="module")
 def others(shared_teacher) -> dict:
     """Pairs that were not calibrated with."""
-    return random_pairs(shared_teacher.config, 64, seed=1)
+    return random_pairs(shared_teacher.config, 32, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +100,18 @@ def test_a_student_layer_does_what_its_segment_does(shared_teacher, batches, oth
     assert min(lost[0]) > 0.3 and max(lost[1]) < 0.03, lost
 
 
+def test_the_first_segment_begins_with_the_first_layer(shared_teacher, batches, others):
+    """Whichever layer the depth operator keeps: here it is the last, and the first does all the work."""
+    teacher = plain(shared_teacher)
+    for layer in teacher.vision_model.encoder.layers[1:]:
+        for writer in (layer.self_attn.out_proj, layer.mlp.fc2):
+            writer.weight.data.zero_()
+    config = dataclasses.replace(NARROW, vision=TowerConfig(num_hidden_layers=1), depth="spread")
+    mapper = started(teacher, config, batches)
+    assert mapper.operators["vision_depth"]().argmax() == 3
+    assert losses(mapper, teacher, "vision", others, [4])[1] < 0.03
+
+
 def test_heads_are_taken_from_all_layers_of_a_segment(shared_teacher, batches):
     """The first layer's, of a student of the same width, checked against least squares on the plain model."""
     teacher = plain(shared_teacher)
@@ -138,7 +148,7 @@ def test_heads_are_taken_from_all_layers_of_a_segment(shared_teacher, batches):
 def test_gradient_steps_make_each_layers_error_smaller(shared_teacher, batches):
     pairs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     before, after = (
-        started(shared_teacher, dataclasses.replace(SMALL, refit_steps=steps), batches) for steps in (0, 60)
+        started(shared_teacher, dataclasses.replace(SMALL, refit_steps=steps), batches) for steps in (0, 30)
     )
     for tower in TOWERS:
         errors = [losses(mapper, shared_teacher, tower, pairs, SEGMENTS[tower]) for mapper in (before, after)]
@@ -147,30 +157,32 @@ def test_gradient_steps_make_each_layers_error_smaller(shared_teacher, batches):
             assert descended < 0.99 * solved
 
 
-def test_a_student_has_lost_the_less_the_more_of_it_there_is(shared_teacher, batches, others, refitted):
-    wider = started(shared_teacher, dataclasses.replace(SMALL, vision=TowerConfig(48, None, 2)), batches)
-    assert nearness(wider, shared_teacher, others)["vision"] > nearness(refitted, shared_teacher, others)["vision"]
+def test_embeddings_are_refitted_to_length_one(shared_teacher, batches, refitted):
+    """So that all pairs count alike; the teacher's are longer."""
+    for model, shortest, longest in ((refitted.export(), 0.7, 1.05), (shared_teacher, 2.0, 20.0)):
+        with torch.no_grad():
+            images = model.get_image_features(pixel_values=batches[0]["pixel_values"]).pooler_output
+            texts = model.get_text_features(input_ids=batches[0]["input_ids"]).pooler_output
+        for embeds in (images, texts):
+            assert shortest < embeds.norm(dim=1).mean() < longest
 
 
 # What it does not depend on
 
 
-def test_a_start_can_be_repeated(shared_teacher, batches, refitted):
+@pytest.fixture(scope="module")
+def descended(shared_teacher, batches):
+    """Refitted by gradient steps too."""
+    return started(shared_teacher, dataclasses.replace(SMALL, refit_steps=3), batches)
+
+
+def test_a_start_can_be_repeated(shared_teacher, batches, descended):
     torch.manual_seed(7)
-    assert_same(started(shared_teacher, SMALL, batches), refitted)
+    assert_same(started(shared_teacher, dataclasses.replace(SMALL, refit_steps=3), batches), descended)
 
 
-def test_gradient_steps_can_be_repeated(shared_teacher, batches):
-    config = dataclasses.replace(SMALL, refit_steps=3)
-    first = started(shared_teacher, config, batches)
-    torch.manual_seed(7)
-    assert_same(started(shared_teacher, config, batches), first)
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-def test_streams_in_files_give_the_same_bits(shared_teacher, batches, monkeypatch, steps):
-    config = dataclasses.replace(SMALL, refit_steps=steps)
-    expected, files, memmap = started(shared_teacher, config, batches), [], np.memmap
+def test_streams_in_files_give_the_same_bits(shared_teacher, batches, monkeypatch, descended):
+    files, memmap = [], np.memmap
 
     def counted(*args, **kwargs):
         files.append(memmap(*args, **kwargs))
@@ -178,7 +190,7 @@ def test_streams_in_files_give_the_same_bits(shared_teacher, batches, monkeypatc
 
     monkeypatch.setattr(clipmap_hf.mapping.refit, "IN_MEMORY", 0)
     monkeypatch.setattr(clipmap_hf.mapping.refit.np, "memmap", counted)
-    assert_same(started(shared_teacher, config, batches), expected)
+    assert_same(started(shared_teacher, dataclasses.replace(SMALL, refit_steps=3), batches), descended)
     assert len(files) > 2 * 2 * len(batches)
 
 
@@ -215,10 +227,9 @@ def test_other_pairs_give_another_student(shared_teacher, others, refitted):
     assert len(far) > len(same) / 3
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_the_given_teacher_stays_as_it_is(shared_teacher, batches, steps):
+def test_the_given_teacher_stays_as_it_is(shared_teacher, batches):
     teacher = copy.deepcopy(shared_teacher).train()
-    started(teacher, dataclasses.replace(SMALL, refit_steps=steps), batches)
+    started(teacher, dataclasses.replace(SMALL, refit_steps=2), batches)
     assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     for name, tensor in shared_teacher.state_dict().items():
