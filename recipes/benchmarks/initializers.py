@@ -66,7 +66,7 @@ ABLATIONS = {
 
 BUDGET = 250  # steps that `mapping` below is a part of; of other --steps, it is as large a share
 RATES = {"mapping_rate": 1e-3, "distillation_rate": 2e-3}  # the demo's
-TRIALS = {"mapping_rate": (5e-4, 1e-3, 2e-3), "distillation_rate": (1e-3, 2e-3, 4e-3)}
+TRIALS = {"mapping_rate": (2.5e-4, 5e-4, 1e-3, 2e-3), "distillation_rate": (5e-4, 1e-3, 2e-3, 4e-3)}
 TUNED = {method: {"mapped": 80} for method in METHODS}  # steps of mapping; with and without, rates are others
 TUNED |= {method: {"mapped": 80, "direct": 0} for method in ("diagonal", "importance", "calibrated")}
 
