@@ -72,7 +72,8 @@ def start_compressor(
         "teacher": [teacher_id, revision],
         "student": student.to_dict(),
         "calibration": dataclasses.asdict(calibration),
-        "data": {**source_files(data), "caption_column": data.caption_column},
+        "data": source_files(_calibration_source(calibration, data))
+        | {"caption_column": data.caption_column, "streaming": data.streaming, "image_backend": data.image_backend},
         "seed": run.seed,
     }
     if run.resume == "auto" and (folder / _ORIGIN).is_file() and read_json(folder / _ORIGIN) == origin:
@@ -83,9 +84,14 @@ def start_compressor(
     )
     state.wait_for_everyone()  # none may look for what another writes
     if state.is_main_process:
+        (folder / _ORIGIN).unlink(missing_ok=True)  # it may be that of another start
         compressor.save_pretrained(folder)
         write_json(folder / _ORIGIN, origin)
     return compressor
+
+
+def _calibration_source(calibration: CalibrationArguments, data: DataArguments) -> DataArguments:
+    return dataclasses.replace(data, train_data=calibration.calibration_data or data.train_data)
 
 
 def _calibration_pairs(
@@ -93,7 +99,7 @@ def _calibration_pairs(
 ) -> CalibrationPairs:
     caption = data.caption_column[0]
     rows = load_pairs(
-        calibration.calibration_data or data.train_data,
+        _calibration_source(calibration, data).train_data,
         split=data.train_split,
         image_column=data.image_column,
         caption_columns=[caption],

@@ -99,8 +99,7 @@ def test_average_gradients_leaves_values_and_averages_gradients(reports):
 
 def assert_same_weights(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     for name, weight in expected.items():
-        # A key's bias adds the same to all scores of a query.
-        if not name.endswith("k_proj.bias"):
+        if not name.endswith("k_proj.bias"):  # adds the same to all scores of a query
             assert (given[name] - weight).norm() <= tolerance * weight.norm(), name
 
 

@@ -17,7 +17,7 @@ from distributed_runs import Run
 
 pytestmark = pytest.mark.recipes
 STEPS = 80
-SIZES = ("--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16)
+SIZES = ("--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16, "--refit_steps", 3)
 FILES = ("model.safetensors", "map/clipmap.safetensors")
 # Raises in the loop, at its third step, while workers run.
 # Runs a recipe that starts its own processes by the named method.

@@ -19,7 +19,7 @@ from distributed_runs import Run
 pytestmark = pytest.mark.recipes
 STEPS = 8
 TIMED_KILLS = 5
-SIZES = ("--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16)
+SIZES = ("--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16, "--refit_steps", 3)
 # Where a run kills itself, one start after the other. Calls are counted anew each time.
 DELIBERATE_KILLS = [
     ("os.replace", "before", 3),

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -411,3 +412,30 @@ def test_a_start_for_another_student_takes_the_place_of_the_first(start, no_cali
     second = start(other)
     no_calibration()
     assert torch.equal(weights(start(other)), weights(second))
+
+
+def test_a_start_that_was_not_written_to_its_end_is_not_taken_for_the_one_before(start, monkeypatch):
+    start(STARTED)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_json", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            start(dataclasses.replace(STARTED, projection_dim=16))
+    assert start(STARTED).config.projection_dim is None
+
+
+def test_a_stream_is_another_start(start, pairs_tars, no_calibration):
+    table = DataArguments(pairs_tars, image_column="png", caption_column=["txt"])
+    start(STARTED, data=table)
+    no_calibration()
+    with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
+        start(STARTED, data=dataclasses.replace(table, streaming=True))
+
+
+def test_other_calibration_data_is_another_start(start, pairs_parquet, tmp_path, no_calibration):
+    rows, path = load_pairs(str(pairs_parquet)), tmp_path / "calibration.parquet"
+    rows.select(range(8)).to_parquet(path)
+    start(STARTED, calibration=str(path))
+    rows.select(range(8, 16)).to_parquet(path)
+    no_calibration()
+    with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
+        start(STARTED, calibration=str(path))

@@ -138,7 +138,7 @@ class _TowerRefit:
 
     def refit_projection(self, embed: torch.Tensor | None) -> None:
         """Solves the projection; `embed` maps the teacher's embeddings, if the student's are smaller."""
-        norm, projection = self.student.final_norm, self.student.projection
+        projection = self.student.projection
         moments = Moments(projection.in_features, projection.out_features, device=self.teacher.device)
         for one in self.streams:
             big, small = (pooled(self._load(stream), one.ends) for stream in (one.teacher, one.student))
@@ -146,10 +146,9 @@ class _TowerRefit:
             moments.add(normalized(small, self.epsilon), targets if embed is None else targets @ embed.T)
         moments.sum_over_processes()
         weight, bias = moments.solve(_PROJECTION_RIDGE)
-        norm.weight.fill_(1)
-        shift = torch.linalg.lstsq(weight.cpu(), bias[:, None].cpu()).solution  # on a GPU it could not have less rank
-        norm.bias.copy_(shift[:, 0])  # the projection has no bias
         projection.weight.copy_(weight)
+        self.student.final_norm.weight.fill_(1)
+        self.student.add_constant(bias)
 
     def _go_through(self, segment: range, heads: list[int], neurons: list[int]) -> Examples:
         """Takes the teacher's streams behind the segment; yields what its attention reads beside the student's."""

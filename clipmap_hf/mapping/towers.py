@@ -64,6 +64,18 @@ class Tower:
         """The embeddings `(items, projection_dim)`, not normalized, from the stream behind the last layer."""
         return self.projection(self.final_norm(pooled(stream, self.ends(batch))))
 
+    @torch.no_grad()
+    def add_constant(self, constant: torch.Tensor) -> None:
+        """
+        Adds a constant to the embeddings, though the projection has no bias: what the final norm gives before a shift
+        has mean zero, so along the vector of ones there is room for it.
+
+        Args:
+            constant: `(projection_dim,)`. The rows of the projection must sum to zero; the final shift is replaced.
+        """
+        self.final_norm.bias.fill_(1)
+        self.projection.weight += constant[:, None] / self.projection.in_features
+
     def ends(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Where the token lies that is pooled, `(items,)`; in a text, those behind it are padding."""
         if self.name == "vision":

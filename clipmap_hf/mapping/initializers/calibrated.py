@@ -93,7 +93,7 @@ def gains_and_shifts(
 ) -> None:
     """
     Sets the LayerNorms that a mapped student's layers read through, whose inputs have lost length with their axes, and
-    the biases that make up for the means of heads and neurons it has lost.
+    the biases that make up for the means of heads and neurons it has lost; and the constant part of its embeddings.
 
     Args:
         student: Mapped by `operators`; changed in place.
@@ -117,6 +117,8 @@ def gains_and_shifts(
                 lost = moments.mean.float() - lift.T @ (kept @ moments.mean.float())
                 own.bias += residual @ (writer.weight @ lost)
         small.final_norm.weight.fill_(gains[-1])
+        constant = big.projection(big.final_norm.bias)
+        small.add_constant(operators["embed"] @ constant if "embed" in operators else constant)
 
 
 @torch.no_grad()
