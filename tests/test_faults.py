@@ -240,6 +240,6 @@ def test_a_worker_that_is_killed_ends_the_run_with_an_error(working, place):
     process, workers, log = working(place / "without-worker")
     workers[0].kill()
     assert process.wait(timeout=60) == 1
-    assert re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", log.read_text())
+    assert re.search(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", log.read_text())
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
