@@ -114,6 +114,19 @@ def randomize(model: CLIPModel, seed: int = 0) -> CLIPModel:
     return model
 
 
+CLIP_KINDS = ("gelu", "quick_gelu", "old end token")
+
+
+def clip_of_kind(config: CLIPConfig, kind: str) -> CLIPModel:
+    """A random model with an activation of `CLIP_KINDS`, or the end token id of old configs."""
+    if kind == "old end token":
+        config.text_config.eos_token_id = 2
+    else:
+        for tower in (config.vision_config, config.text_config):
+            tower.hidden_act = kind
+    return randomize(CLIPModel(config)).eval()
+
+
 @pytest.fixture(scope="session")
 def shared_teacher(tiny_config) -> CLIPModel:
     return randomize(CLIPModel(tiny_config())).eval()
@@ -219,21 +232,3 @@ def tiny_batch(tiny_pairs, tiny_processor) -> dict[str, torch.Tensor]:
     rows = tiny_pairs[::3]
     captions, images = [row["caption"] for row in rows], [row["image"] for row in rows]
     return dict(tiny_processor(text=captions, images=images, padding=True, return_tensors="pt"))
-
-
-def random_pairs(config: CLIPConfig, count: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """As many `pixel_values` of noise and `input_ids` of random texts of random lengths, behind their ends padding."""
-    generator, text = torch.Generator().manual_seed(seed), config.text_config
-    lengths = torch.randint(2, CONTEXT_LENGTH - 3, (count, 1), generator=generator)
-    words = torch.randint(text.vocab_size - 2, (count, CONTEXT_LENGTH), generator=generator)
-    words[:, 0] = text.vocab_size - 2
-    return {
-        "pixel_values": torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
-        "input_ids": words.where(torch.arange(CONTEXT_LENGTH) <= lengths, text.vocab_size - 1),
-    }
-
-
-def split(pairs: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of a size."""
-    chunks = zip(*(tensor.split(size) for tensor in pairs.values()), strict=True)
-    return [dict(zip(pairs, chunk, strict=True)) for chunk in chunks]

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 from calibrated_starts import TOWERS, random_pairs, split
-from conftest import randomize
+from conftest import CLIP_KINDS, clip_of_kind, randomize
 from torch.nn import functional as F
 from transformers import CLIPModel
 
@@ -13,15 +13,9 @@ import clipmap_hf.mapping.calibration
 from clipmap_hf.mapping.calibration import POOLED_WEIGHT, TowerStatistics, calibrate, calibration_batch
 
 
-@pytest.fixture(params=["gelu", "quick_gelu", "old end token"])
+@pytest.fixture(params=CLIP_KINDS)
 def model(tiny_config, request) -> CLIPModel:
-    config = tiny_config()
-    if request.param == "old end token":
-        config.text_config.eos_token_id = 2
-    else:
-        for tower in (config.vision_config, config.text_config):
-            tower.hidden_act = request.param
-    return randomize(CLIPModel(config)).eval()
+    return clip_of_kind(tiny_config(), request.param)
 
 
 @pytest.fixture

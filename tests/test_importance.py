@@ -10,6 +10,7 @@ from calibrated_starts import TOWERS, embeddings, random_pairs, split, started
 from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
 from clipmap_hf.mapping.calibration import calibrate
 from clipmap_hf.mapping.initializers import importance
+from clipmap_hf.mapping.initializers.importance import head_channels
 
 
 NARROW = ClipMapConfig(vision=TowerConfig(48), text=TowerConfig(32), initializer="importance")
@@ -119,3 +120,8 @@ def test_a_smaller_student_has_slices_of_the_teachers_tensors(shared_teacher, ba
     expected = teacher["text_projection.weight"][kept["embed"]][:, kept["text_residual"]]
     assert torch.equal(student["text_projection.weight"], expected)
     assert not mapper.corrections
+
+
+def test_the_channels_of_heads_lie_side_by_side():
+    assert head_channels(torch.tensor([[0, 2], [1, 3]]), 3).tolist() == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
+    assert head_channels(torch.tensor([1]), 2).tolist() == [2, 3]

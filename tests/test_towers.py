@@ -2,21 +2,15 @@
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import CLIP_KINDS, clip_of_kind
 from transformers import CLIPModel
 
 from clipmap_hf.mapping.towers import Tower
 
 
-@pytest.fixture(params=["gelu", "quick_gelu", "old end token"])
+@pytest.fixture(params=CLIP_KINDS)
 def model(tiny_config, tiny_tokenizer, request) -> CLIPModel:
-    config = tiny_config()
-    if request.param == "old end token":
-        config.text_config.eos_token_id = 2
-    else:
-        for tower in (config.vision_config, config.text_config):
-            tower.hidden_act = request.param
-    return randomize(CLIPModel(config)).eval()
+    return clip_of_kind(tiny_config(), request.param)
 
 
 @torch.no_grad()

@@ -66,8 +66,9 @@ def calibrate(
     """
     sums = {name: _TowerSums(Tower(model, name), neuron_covariance) for name in ("vision", "text")}
     for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         for tower in sums.values():
-            tower.add({name: tensor.to(model.device) for name, tensor in batch.items()})
+            tower.add(batch)
     return {name: tower.statistics() for name, tower in sums.items()}
 
 

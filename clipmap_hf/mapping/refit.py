@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from clipmap_hf.distributed import process_count, sum_over_processes
 from clipmap_hf.mapping.calibration import TowerStatistics, normalized, token_weights
+from clipmap_hf.mapping.initializers.importance import head_channels
 from clipmap_hf.mapping.moments import Moments
 from clipmap_hf.mapping.towers import Tower, pooled
 
@@ -118,7 +119,7 @@ class _TowerRefit:
             norm.weight.fill_(1)
             norm.bias.zero_()
         lifts = _solve(self._go_through(segment, list(heads), list(neurons)))
-        channels = {index: _channels(of_layer, attention.head_dim) for index, of_layer in heads.items()}
+        channels = {index: head_channels(of_layer, attention.head_dim) for index, of_layer in heads.items()}
         for name in ("q_proj", "k_proj", "v_proj"):
             sources = {index: getattr(self.teacher.layers[index].self_attn, name) for index in heads}
             _set(getattr(attention, name), _reading(lifts, sources, channels))
@@ -239,8 +240,3 @@ def _strongest(energy: torch.Tensor, segment: range, count: int) -> dict[int, to
     kept = energy[segment.start : segment.stop].flatten().topk(count).indices.sort().values
     of_layers = {index: kept[kept // size == index - segment.start] % size for index in segment}
     return {index: entries for index, entries in of_layers.items() if len(entries)}
-
-
-def _channels(heads: torch.Tensor, width: int) -> torch.Tensor:
-    """The channels of heads of a width."""
-    return (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()

@@ -9,7 +9,7 @@ from clipmap_hf.mapping.calibration import TowerStatistics
 from clipmap_hf.mapping.towers import Tower
 
 
-__all__ = ["importance", "kept_heads", "kept_neurons", "selection"]
+__all__ = ["head_channels", "importance", "kept_heads", "kept_neurons", "selection"]
 
 
 def importance(
@@ -47,8 +47,12 @@ def importance(
 def kept_heads(statistics: TowerStatistics, student: PretrainedConfig) -> torch.Tensor:
     """The channels of each layer's strongest heads, as many as the student's tower has, `(layers, hidden_size)`."""
     heads = _strongest(statistics.head_energy, student.num_attention_heads)
-    width = student.hidden_size // student.num_attention_heads
-    return (heads[..., None] * width + torch.arange(width, device=heads.device)).flatten(1)
+    return head_channels(heads, student.hidden_size // student.num_attention_heads)
+
+
+def head_channels(heads: torch.Tensor, width: int) -> torch.Tensor:
+    """The channels `(..., heads * width)` of heads `(..., heads)` of a width."""
+    return (heads[..., None] * width + torch.arange(width, device=heads.device)).flatten(-2)
 
 
 def kept_neurons(statistics: TowerStatistics, student: PretrainedConfig) -> torch.Tensor:
