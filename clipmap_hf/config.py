@@ -85,7 +85,8 @@ class ClipMapConfig:
             `CALIBRATED_INITIALIZERS`, which need calibration data. By default `calibrated` with such data, `diagonal`
             without.
         refit: Whether `calibrated` solves the student's layers one after another (`refit`).
-        refit_steps: Steps of gradient descent on each layer after it was solved: most of the time of a start.
+        refit_steps: Steps of gradient descent on each layer after it was solved, and as many on each tower: most of
+            the time of a start.
         depth: Which teacher layers the depth operators start from: a key of `DEPTH_RULES`, or, with calibration data,
             `similarity`, the layers that change the stream most.
         depth_per: One depth matrix per `tower` (the paper) or per tensor `kind`.

@@ -1,8 +1,9 @@
 """Sequential refit: a student's layers solved in order, each from what its own, already smaller, past gives it."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, starmap
 
 import numpy as np
@@ -50,8 +51,9 @@ def refit(
     3. Of all neurons in the segment, those with most energy are kept, and read in the same way.
     4. `fc2` is solved for the mapped stream behind the segment.
 
-    Last, the projection is solved for the teacher's normalized embeddings. No activations are kept but the streams of
-    the current segment, in memory or in temporary files; several processes share the pairs.
+    Last, the projection is solved for the teacher's normalized embeddings. Gradient descent then repairs what solving
+    one layer after another cannot. No activations are kept but the streams that the towers begin with and those of the
+    current segment, in memory or in temporary files; several processes share the pairs.
 
     Args:
         student: Changed in place; its embeddings and `pre_layrnorm` are mapped already.
@@ -60,7 +62,8 @@ def refit(
         operators: As `calibrated` gives them.
         layers: The teacher's layers that the segments begin with, by tower, ascending; the first begins at 0 always.
         batches: As `calibration_batch` gives them, at least one in each process; read once for each tower.
-        steps: Steps of gradient descent on each layer after it was solved, for the mapped stream behind the segment.
+        steps: Steps of gradient descent on each layer after it was solved, for the mapped stream behind the segment,
+            and last on all of a tower behind its embeddings, for the teacher's normalized embeddings.
     """
     for name, of_tower in statistics.items():
         towers = (Tower(teacher, name), Tower(student, name))
@@ -70,6 +73,8 @@ def refit(
         for layer, segment in zip(towers[1].layers, segments, strict=True):
             tower.refit_layer(layer, segment, steps)
         tower.refit_projection(operators.get("embed"))
+        if steps:
+            tower.descend(steps)
 
 
 @dataclass
@@ -78,11 +83,13 @@ class _Streams:
 
     weights: torch.Tensor  # (items, tokens), as the streams
     ends: torch.Tensor
+    first: torch.Tensor  # what the student's first layer reads
     teacher: torch.Tensor
     student: torch.Tensor
     attended: torch.Tensor | None = None  # mapped, with all that the segment's attention adds
     reads: torch.Tensor | None = None  # what fc1 reads in layers of the segment, side by side
     behind: torch.Tensor | None = None  # mapped, behind the segment
+    embeds: torch.Tensor | None = None  # what the student is to embed it as, normalized
 
 
 Examples = Iterable[tuple[_Streams, torch.Tensor, torch.Tensor]]  # inputs and targets, (items, tokens, width)
@@ -107,8 +114,9 @@ class _TowerRefit:
             batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
             big, small = teacher.embed(batch), student.embed(batch)
             weights = token_weights(teacher, batch, big)
-            self.held += (1 + longest_segment) * big.nbytes + 3 * small.nbytes
-            self.streams.append(_Streams(weights, teacher.ends(batch), self._keep(big), self._keep(small)))
+            self.held += (1 + longest_segment) * big.nbytes + 4 * small.nbytes
+            kept = self._keep(small)
+            self.streams.append(_Streams(weights, teacher.ends(batch), kept, self._keep(big), kept))
 
     def refit_layer(self, layer: nn.Module, segment: range, steps: int) -> None:
         """Solves one layer of the student for a segment of the teacher's, and goes on behind both."""
@@ -133,7 +141,7 @@ class _TowerRefit:
         examples = ((one, self.student.activated(layer, x), self._load(one.behind) - x) for one, x in middles)
         _set(mlp.fc2, _solve(examples))
         if steps:
-            self._descend(layer, steps)
+            self._descend(layer, steps, partial(self._error_behind, layer))
         for one, x in self._middles(layer):
             one.student = self._keep(self.student.behind(layer, x))
 
@@ -144,12 +152,33 @@ class _TowerRefit:
         for one in self.streams:
             big, small = (pooled(self._load(stream), one.ends) for stream in (one.teacher, one.student))
             targets = F.normalize(self.teacher.projection(self.teacher.final_norm(big)), dim=-1)
-            moments.add(normalized(small, self.epsilon), targets if embed is None else targets @ embed.T)
+            targets = targets if embed is None else targets @ embed.T
+            moments.add(normalized(small, self.epsilon), targets)
+            one.embeds = F.normalize(targets, dim=-1)
         moments.sum_over_processes()
         weight, bias = moments.solve(_PROJECTION_RIDGE)
         projection.weight.copy_(weight)
         self.student.final_norm.weight.fill_(1)
         self.student.add_constant(bias)
+
+    def descend(self, steps: int) -> None:
+        """Brings the student's embeddings nearer to the teacher's, with all layers at once."""
+        student = self.student
+        self._descend(nn.ModuleList([student.layers, student.final_norm, student.projection]), steps, self._error)
+
+    def _error(self, one: _Streams, items: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance of some items' normalized embeddings."""
+        stream = self._load(one.first[items])
+        for layer in self.student.layers:
+            stream = self.student.behind(layer, self.student.middle(layer, stream))
+        embeds = self.student.projection(self.student.final_norm(pooled(stream, one.ends[items])))
+        return (F.normalize(embeds, dim=-1) - one.embeds[items]).square().sum(dim=-1).mean()
+
+    def _error_behind(self, layer: nn.Module, one: _Streams, items: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the stream behind a layer, of some items."""
+        stream, target, weights = self._load(one.student[items]), self._load(one.behind[items]), one.weights[items]
+        behind = self.student.behind(layer, self.student.middle(layer, stream))
+        return ((behind - target).square().mean(dim=-1) * weights).sum() / weights.sum()
 
     def _go_through(self, segment: range, heads: list[int], neurons: list[int]) -> Examples:
         """Takes the teacher's streams behind the segment; yields what its attention reads beside the student's."""
@@ -174,24 +203,21 @@ class _TowerRefit:
             yield one, self.student.middle(layer, self._load(one.student))
 
     @torch.enable_grad()
-    def _descend(self, layer: nn.Module, steps: int) -> None:
-        layer.requires_grad_(True)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=_LEARNING_RATE)
+    def _descend(self, module: nn.Module, steps: int, error: Callable[[_Streams, torch.Tensor], torch.Tensor]) -> None:
+        parameters = list(module.requires_grad_(True).parameters())
+        optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
         generator = torch.Generator().manual_seed(0)
         for _ in range(steps):
             one = self.streams[int(torch.randint(len(self.streams), (), generator=generator))]
             items = torch.randperm(len(one.weights), generator=generator)[: _STEP_TOKENS // one.weights.shape[1] + 1]
-            stream, target, weights = self._load(one.student[items]), self._load(one.behind[items]), one.weights[items]
-            behind = self.student.behind(layer, self.student.middle(layer, stream))
-            error = ((behind - target).square().mean(dim=-1) * weights).sum() / weights.sum()
-            gradients = torch.autograd.grad(error, list(layer.parameters()))
+            gradients = torch.autograd.grad(error(one, items), parameters)
             sum_over_processes(gradients)
-            for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient / process_count()
             optimizer.step()
             schedule.step()
-        layer.requires_grad_(False).zero_grad()
+        module.requires_grad_(False).zero_grad()
 
     def _keep(self, stream: torch.Tensor) -> torch.Tensor:
         if self.held <= IN_MEMORY:

@@ -37,7 +37,7 @@ METHODS = ("random", "kaiming", "xavier", "diagonal", "importance", "calibrated"
 SIZES = {"10 %": ((64, 3), (64, 2)), "1 %": ((32, 2), (32, 1))}
 LARGER = {
     "57 %": ((160, 5), (96, 4)),
-    "56 %, text by depth": ((160, 5), (128, 2)),
+    "56 %, text by depth": ((160, 6, 480), (128, 2)),
     "50 %, by depth": ((192, 3), (128, 2)),
     "50 %, vision by width": ((160, 5, 512), (128, 2)),
     "25 %": ((96, 6), (64, 4)),
@@ -57,6 +57,7 @@ ABLATIONS = {
     "first heads and neurons": {"without": "energy"},
     "pooled token as any other": {"without": "weight of the pooled token"},
     "no gradient steps": {"refit_steps": 0},
+    "no gradient steps of whole towers": {"without": "gradient steps of whole towers"},
     "no refit": {"refit": False},
     **{
         f"no refit, no {ingredient}": {"refit": False, "without": ingredient}
@@ -78,7 +79,7 @@ PARTS = {
     "ablations": ABLATED,
     "untrained": {
         name: {**(STARTS | ABLATED)[name], "untrained": True}
-        for name in ("diagonal", "importance", "no refit", "no gradient steps", "calibrated")
+        for name in ("diagonal", "importance", "no refit", "no gradient steps", "calibrated", "4096 calibration pairs")
     },
     "splits": {
         f"{method}, {mapping} + {BUDGET - mapping}": {"method": method, "mapping": mapping}

@@ -52,6 +52,7 @@ REPLACEMENTS = {
         "clipmap_hf.mapping.initializers.importance._strongest": first,
         "clipmap_hf.mapping.refit._strongest": first_of_segment,
     },
+    "gradient steps of whole towers": {"clipmap_hf.mapping.refit._TowerRefit.descend": nothing},
     "weight of the pooled token": {"clipmap_hf.mapping.calibration.POOLED_WEIGHT": 1.0},
 }
 
