@@ -130,7 +130,10 @@ def run_mapping(
         recipe: The resolved arguments as YAML, for the card and `arguments.yaml`.
         pairs: The training pairs, if they are loaded already.
     """
-    stage = MappingStage(compressor.mapper, arguments.logit_scale, arguments.learn_logit_scale)
+    teacher = (compressor.teacher_id, compressor.teacher_revision)
+    weight = arguments.distillation_weight
+    teachers = [Teacher.load(*teacher, backend=data.image_backend).model] if weight else []
+    stage = MappingStage(compressor.mapper, arguments.logit_scale, arguments.learn_logit_scale, teachers, weight)
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
         compressor.save_pretrained(folder, results={"student": metrics} if metrics else None, recipe=recipe)
@@ -138,7 +141,7 @@ def run_mapping(
     processor = compressor.processor
     callbacks = {"evaluate": evaluation_function(data, processor, run), "save": save}
     config = {
-        "teachers": [[compressor.teacher_id, compressor.teacher_revision]],
+        "teachers": [list(teacher)],
         "student": compressor.config.to_dict(),
     }
     return run_stage(

@@ -248,6 +248,16 @@ def test_micro_batches_map_like_whole_batches(finish, steps, mapped_folder, teac
 
 
 @pytest.mark.recipes
+def test_a_mapping_can_be_distilled(finish, steps, mapped_folder, teacher_folder, pairs_parquet, tmp_path):
+    data = ("--train_data", pairs_parquet, "--mapping_distillation_weight", 1)
+    finish("map.py", "--teacher", teacher_folder, *SMALL, *data, *steps("mapping"), "--output_dir", tmp_path)
+    lines, others = ([line for line in log_of(one) if "loss" in line] for one in (tmp_path, mapped_folder))
+    assert [line["loss"] for line in lines] == [line["affinity"] for line in lines]
+    assert lines[0]["contrastive"] == pytest.approx(others[0]["loss"], rel=1e-4)  # the same start
+    check_student(tmp_path, vision_width=32)
+
+
+@pytest.mark.recipes
 def test_a_terminated_recipe_exits_with_75_and_the_same_command_finishes_it(
     finish, environment, teacher_folder, pairs_parquet, tmp_path
 ):

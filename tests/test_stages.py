@@ -43,7 +43,9 @@ def build(tiny_teacher, student):
         if name == "contrastive":
             return ContrastiveStage(student, logit_scale, learn_logit_scale)
         if name == "mapping":
-            return MappingStage(WeightMapper(tiny_teacher, SMALL), logit_scale, learn_logit_scale)
+            mapper = WeightMapper(tiny_teacher, SMALL)
+            teachers = [tiny_teacher] if kwargs else []
+            return MappingStage(mapper, logit_scale, learn_logit_scale, teachers, **kwargs)
         return DistillationStage(student, [tiny_teacher], logit_scale, learn_logit_scale, **kwargs)
 
     return stage
@@ -116,10 +118,13 @@ def test_the_loss_is_contrastive_on_the_current_student(build, tiny_batch, name)
     torch.testing.assert_close(stage([tiny_batch])["loss"], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_distillation_weighs_affinity_against_the_contrastive_loss(build, student, tiny_teacher, tiny_batch, weight):
-    output = build("distillation", distillation_weight=weight)([tiny_batch])
-    mine, theirs = features(student, tiny_batch), features(tiny_teacher, tiny_batch)
+@pytest.mark.parametrize(
+    ("name", "weight"), [("distillation", 0.0), ("distillation", 0.3), ("distillation", 1.0), ("mapping", 0.3)]
+)
+def test_affinity_is_weighed_against_the_contrastive_loss(build, tiny_teacher, tiny_batch, name, weight):
+    stage = build(name, distillation_weight=weight)
+    output = stage([tiny_batch])
+    mine, theirs = features(stage.student(), tiny_batch), features(tiny_teacher, tiny_batch)
     affinity, contrastive = affinity_loss(mine, theirs), contrastive_loss(mine)
     torch.testing.assert_close(output["affinity"], affinity, atol=1e-5, rtol=0)
     torch.testing.assert_close(output["contrastive"], contrastive, atol=1e-5, rtol=0)
@@ -130,6 +135,16 @@ def test_distillation_weighs_affinity_against_the_contrastive_loss(build, studen
 def test_distillation_is_affinity_alone_by_default(build, tiny_batch):
     output = build("distillation")([tiny_batch])
     torch.testing.assert_close(output["loss"], output["affinity"], atol=0, rtol=0)
+
+
+def test_a_distilling_mapping_trains_the_operators_alone(build, tiny_teacher, tiny_batch):
+    stage = build("mapping", distillation_weight=1.0).train()
+    before = {name: tensor.clone() for name, tensor in tiny_teacher.state_dict().items()}
+    stage([tiny_batch])["loss"].backward()
+    assert all(parameter.grad.any() for parameter in stage.trained.operators.parameters())
+    assert all(parameter.grad is None for parameter in tiny_teacher.parameters())
+    for name, tensor in tiny_teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])

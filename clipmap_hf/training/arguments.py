@@ -236,9 +236,12 @@ class StageArguments:
 
 @dataclass
 class MappingArguments(StageArguments):
-    """The mapping stage (Table 8): only the operators are trained, on the contrastive loss."""
+    """The mapping stage (Table 8): only the operators are trained, by default on the contrastive loss."""
 
     learning_rate: float = field(default=8e-4, metadata={"help": "Peak learning rate."})
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Share of the affinity loss, against the live teacher (Fig. 4)."}
+    )
 
 
 @dataclass

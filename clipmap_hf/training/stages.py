@@ -84,28 +84,7 @@ class ContrastiveStage(Stage):
         return {"loss": contrastive_loss(features), "logit_scale": features.logit_scale}
 
 
-class MappingStage(ContrastiveStage):
-    """
-    Trains the operators of a `WeightMapper` on the contrastive loss, the teacher frozen (paper A.3, Eq. 12). The
-    weights are mapped once for all chunks of a step, and what processes exchange are gradients of the student's size.
-    """
-
-    trained: WeightMapper
-    averages_gradients = True
-
-    def student(self) -> nn.Module:
-        return self.trained.export()
-
-    def _student_model(self, chunks: Sequence[Batch]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-        # Those of all processes: the gradient that comes back is the mean of theirs, for the rows that any looks up.
-        token_ids = gather(torch.cat([chunk["input_ids"].flatten() for chunk in chunks])) if self.training else None
-        weights = self.trained.materialize(token_ids)
-        trained = [name for name, weight in weights.items() if weight.requires_grad]
-        weights |= zip(trained, average_gradients([weights[name] for name in trained]), strict=True)
-        return self.trained.skeleton, weights
-
-
-class DistillationStage(Stage):
+class DistillationStage(ContrastiveStage):
     """
     Trains all student weights against frozen teachers: `(1 - λ) contrastive + λ affinity` (Eq. 11–13).
 
@@ -131,7 +110,7 @@ class DistillationStage(Stage):
         if not 0 <= distillation_weight <= 1:
             raise ValueError(f"distillation_weight={distillation_weight} must lie between 0 and 1 (Eq. 13's λ).")
         for teacher in teachers:
-            _check_same_inputs(trained.config, teacher.config)
+            _check_same_inputs(self._student_config(), teacher.config)
         self.distillation_weight = distillation_weight
         # In a list, they are no submodules, so never saved, wrapped or sent to other processes.
         self._teachers = [teacher.requires_grad_(False).eval() for teacher in teachers]
@@ -147,6 +126,9 @@ class DistillationStage(Stage):
         loss = self.distillation_weight * affinity + (1 - self.distillation_weight) * contrastive
         return {"loss": loss, "affinity": affinity, "contrastive": contrastive, "logit_scale": student.logit_scale}
 
+    def _student_config(self) -> PretrainedConfig:
+        return self.trained.config
+
     @torch.no_grad()
     def _teacher_features(self, chunks: Sequence[Batch]) -> list[ClipFeatures]:
         embeds = [
@@ -157,6 +139,51 @@ class DistillationStage(Stage):
         ]
         scale = torch.tensor(self.initial_logit_scale, device=embeds[0][0][0].device)
         return [_features(of_teacher, scale) for of_teacher in zip(*embeds, strict=True)]
+
+
+class MappingStage(DistillationStage):
+    """
+    Trains the operators of a `WeightMapper`, the teacher frozen, on the contrastive loss (paper A.3, Eq. 12) or, as in
+    Fig. 4, with a share of distillation. The weights are mapped once for all chunks of a step, and what processes
+    exchange are gradients of the student's size.
+
+    Args:
+        trained: The mapper.
+        logit_scale: As above.
+        learn_logit_scale: As above.
+        teachers: Needed only for a `distillation_weight`, if the chunks bring no `teacher_embeds`.
+        distillation_weight: The share of the affinity loss.
+    """
+
+    trained: WeightMapper
+    averages_gradients = True
+
+    def __init__(
+        self,
+        trained: WeightMapper,
+        logit_scale: float,
+        learn_logit_scale: bool,
+        teachers: Sequence[nn.Module] = (),
+        distillation_weight: float = 0.0,
+    ):
+        super().__init__(trained, teachers, logit_scale, learn_logit_scale, distillation_weight)
+
+    def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        return super().forward(chunks) if self.distillation_weight else ContrastiveStage.forward(self, chunks)
+
+    def student(self) -> nn.Module:
+        return self.trained.export()
+
+    def _student_config(self) -> PretrainedConfig:
+        return self.trained.student_config
+
+    def _student_model(self, chunks: Sequence[Batch]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        # Those of all processes: the gradient that comes back is the mean of theirs, for the rows that any looks up.
+        token_ids = gather(torch.cat([chunk["input_ids"].flatten() for chunk in chunks])) if self.training else None
+        weights = self.trained.materialize(token_ids)
+        trained = [name for name, weight in weights.items() if weight.requires_grad]
+        weights |= zip(trained, average_gradients([weights[name] for name in trained]), strict=True)
+        return self.trained.skeleton, weights
 
 
 def _encode(model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -88,6 +88,11 @@ PARTS = {
         for mapping in (0, 40, 80, 160)
     },
     "trained": {name: {"method": "calibrated", "mapping": 80, "mapping_trains": name} for name in TRAINED},
+    "mapping loss": {
+        f"{method}, {share:.0%} distillation": {"method": method, "mapping": 80, "mapping_distillation": share}
+        for method in ("diagonal", "calibrated")
+        for share in (0.0, 0.5, 1.0)
+    },
     "lambda": {f"λ = {weight}": {"distillation_weight": weight} for weight in (0.0, 0.25, 0.5, 0.75, 1.0)},
     "curves": {
         "manual inheritance": {"method": "diagonal"},  # with which the report compares the others
@@ -142,7 +147,7 @@ def make_settings(arguments: argparse.Namespace, sizes: dict, size: str, row: di
     mapping = round(row.get("mapping", 0) * arguments.steps / BUDGET)
     steps = {"mapping": mapping, "distillation": 0 if row.get("untrained") else arguments.steps - mapping}
     more = {
-        "mapping": {"trains": row.get("mapping_trains")},
+        "mapping": {"trains": row.get("mapping_trains"), "weight": row.get("mapping_distillation", 0.0)},
         "distillation": {"weight": row.get("distillation_weight", 1.0)},
     }
     return {

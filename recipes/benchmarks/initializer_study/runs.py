@@ -97,8 +97,9 @@ def _mapped(folder: Path, settings: dict, before: dict) -> dict:
     arguments = MappingArguments(
         steps=numbers["steps"], batch_size=settings["batch_size"], learning_rate=numbers["rate"]
     )
-    stage = MappingStage(mapper, arguments.logit_scale, arguments.learn_logit_scale)
-    curve = train(folder, settings, "mapping", stage, arguments)
+    stage = MappingStage(mapper, arguments.logit_scale, arguments.learn_logit_scale, [], numbers["weight"])
+    cached = embeddings(folder, settings) if numbers["weight"] else None
+    curve = train(folder, settings, "mapping", stage, arguments, cached)
     stage.student().save_pretrained(_mapped_student(folder, settings))
     return _continued(result, "mapping", curve)
 
@@ -117,9 +118,8 @@ def _distilled(folder: Path, settings: dict, before: dict) -> dict:
         distillation_weight=numbers["weight"],
     )
     stage = DistillationStage(student, [], arguments.logit_scale, arguments.learn_logit_scale, numbers["weight"])
-    epochs = math.ceil(settings["budget"] / (len(source(folder, settings["validation"])[1]) // settings["batch_size"]))
-    cached = teacher_cache(folder, settings["validation"], settings["seed"], views=epochs)
-    return _continued(result, "distillation", train(folder, settings, "distillation", stage, arguments, cached))
+    curve = train(folder, settings, "distillation", stage, arguments, embeddings(folder, settings))
+    return _continued(result, "distillation", curve)
 
 
 def _mapped_student(folder: Path, settings: dict) -> Path:
@@ -140,7 +140,7 @@ def train(
     name: str,
     stage: Stage,
     arguments: StageArguments,
-    embeddings: TeacherCache | None = None,
+    cached: TeacherCache | None = None,
 ) -> list[dict]:
     """Trains a stage and returns its evaluations, with the pairs that it had seen at each."""
     data, pairs, evaluate = source(folder, settings["validation"])
@@ -156,7 +156,7 @@ def train(
             name=name,
             pairs=pairs,
             evaluate=evaluate,
-            teacher_cache=embeddings,
+            teacher_cache=cached,
         )
         lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
     return [
@@ -221,6 +221,13 @@ def _held_out(folder: Path) -> tuple[Path, Path]:
     for path, indices in zip(paths, (rest, sorted(Random(0).sample(held, HELD_OUT_PAIRS))), strict=True):
         rows.select(indices).to_parquet(path)
     return paths
+
+
+def embeddings(folder: Path, settings: dict) -> TeacherCache:
+    """The teacher's, of all that a run may distill on."""
+    pairs = len(source(folder, settings["validation"])[1])
+    epochs = math.ceil(settings["budget"] / (pairs // settings["batch_size"]))
+    return teacher_cache(folder, settings["validation"], settings["seed"], views=epochs)
 
 
 @cache
