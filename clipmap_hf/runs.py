@@ -131,9 +131,10 @@ def run_mapping(
         pairs: The training pairs, if they are loaded already.
     """
     teacher = (compressor.teacher_id, compressor.teacher_revision)
-    weight = arguments.distillation_weight
-    teachers = [Teacher.load(*teacher, backend=data.image_backend).model] if weight else []
-    stage = MappingStage(compressor.mapper, arguments.logit_scale, arguments.learn_logit_scale, teachers, weight)
+    distills = set(arguments.losses) != {"contrastive"}
+    teachers = [Teacher.load(*teacher, backend=data.image_backend).model] if distills else []
+    numbers = (arguments.logit_scale, arguments.learn_logit_scale)
+    stage = MappingStage(compressor.mapper, *numbers, teachers, arguments.losses)
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
         compressor.save_pretrained(folder, results={"student": metrics} if metrics else None, recipe=recipe)
@@ -194,7 +195,8 @@ def run_distillation(
         [teacher.model for teacher in teachers] if teacher_cache is None else [],
         arguments.logit_scale,
         arguments.learn_logit_scale,
-        arguments.distillation_weight,
+        arguments.losses,
+        teacher_cache.summary["dims"] if teacher_cache else (),
     )
     costs = CostReport(teacher=model_cost(teachers[0].model.config), student=model_cost(student.config))
     others = "".join(f", with {Path(one.id).name if Path(one.id).is_dir() else one.id}" for one in teachers[1:])

@@ -147,7 +147,9 @@ class Workshop:
             stage = ContrastiveStage(mapper.export(), 20.0, learned)
         else:
             cached = stage_name == "cached"
-            stage = DistillationStage(mapper.export(), [] if cached else [teacher], 20.0, learned, 0.7)
+            stage = DistillationStage(
+                mapper.export(), [] if cached else [teacher], 20.0, learned, {"affinity": 0.7, "contrastive": 0.3}
+            )
             if cached:  # always the one that a single process has made: it rounds to half precision
                 collator.teacher_cache = self.cache(data, f"cache-{data}")
                 collator.views = collator.teacher_cache.views

@@ -5,7 +5,15 @@ import torch
 from torch.nn import functional as F
 
 from clipmap_hf.features import ClipFeatures
-from clipmap_hf.losses import LOSSES, affinity_loss, contrastive_loss
+from clipmap_hf.losses import (
+    EMBEDDING_LOSSES,
+    LOSSES,
+    affinity_loss,
+    contrastive_loss,
+    feature_loss,
+    interactive_loss,
+    relational_loss,
+)
 
 
 def features_of_logits(logits: list[list[float]], scale: float = 1.0) -> ClipFeatures:
@@ -77,7 +85,7 @@ def test_gradient_reaches_only_the_student(name):
     assert teacher.image_embeds.grad is None and teacher.text_embeds.grad is None
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"feature"}))  # which has no logits
 def test_a_learned_logit_scale_gets_a_gradient(name):
     embeds, scale = random_features(0), torch.tensor(5.0, requires_grad=True)
     LOSSES[name](ClipFeatures(embeds.image_embeds, embeds.text_embeds, scale), random_features(1)).backward()
@@ -99,7 +107,50 @@ def test_images_and_texts_are_treated_alike(name):
     torch.testing.assert_close(LOSSES[name](*swapped), LOSSES[name](student, teacher), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", EMBEDDING_LOSSES)
+def test_embeddings_of_other_widths_cannot_be_compared(name):
+    with pytest.raises(ValueError, match=r"student's width 4 must be the teachers', but theirs are \[4, 16\]"):
+        LOSSES[name](random_features(0, dim=4), random_features(1, dim=4), random_features(1, dim=16))
+
+
+def test_feature_loss_by_hand():
+    student = ClipFeatures(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor(5.0))
+    teacher = ClipFeatures(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.6, 0.8]]), torch.tensor(5.0))
+    assert feature_loss(student, teacher).item() == pytest.approx((1 + 1) / 2 + (0.36 + 0.04) / 2, abs=1e-6)
+    assert feature_loss(student, teacher, student).item() == pytest.approx(1.2 / 2, abs=1e-6)
+
+
+def test_interactive_loss_reads_one_side_of_each_model():
+    student, teacher = random_features(0), random_features(1)
+    images = ClipFeatures(student.image_embeds, teacher.text_embeds, student.logit_scale).logits_per_image()
+    texts = ClipFeatures(student.text_embeds, teacher.image_embeds, student.logit_scale).logits_per_image()
+    expected = sum(F.cross_entropy(logits, torch.arange(6)) for logits in (images, texts)) / 2
+    torch.testing.assert_close(interactive_loss(student, teacher), expected, atol=1e-6, rtol=0)
+    twice = interactive_loss(student, teacher, teacher)
+    torch.testing.assert_close(twice, expected, atol=1e-6, rtol=0)
+
+
+def test_a_student_that_is_its_teacher_has_learned_all_of_the_interactive_loss():
+    teacher = random_features(0)
+    torch.testing.assert_close(interactive_loss(teacher, teacher), contrastive_loss(teacher), atol=1e-6, rtol=0)
+
+
+def test_relational_loss_is_zero_where_student_equals_teacher():
+    teacher = random_features(0)
+    assert relational_loss(random_features(0), teacher).item() == pytest.approx(0, abs=1e-6)
+    assert relational_loss(random_features(1), teacher) > 0.01
+
+
+def test_relational_loss_has_the_gradient_of_the_affinity_loss():
+    gradients = []
+    for loss in (relational_loss, affinity_loss):
+        student = random_features(0)
+        loss(student, random_features(1), random_features(2)).backward()
+        gradients.append(student.image_embeds.grad)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - set(EMBEDDING_LOSSES)))
 def test_student_and_teacher_may_differ_in_width(name):
     loss = LOSSES[name](random_features(0, dim=4), random_features(1, dim=16))
     assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
@@ -129,6 +180,9 @@ def test_teachers_of_other_widths_teach_together():
     )
 
 
-def test_affinity_without_a_teacher_is_an_error():
-    with pytest.raises(ValueError, match="at least one teacher"):
-        affinity_loss(random_features(0))
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"contrastive"}))
+def test_distillation_without_a_teacher_is_an_error(name):
+    with pytest.raises(
+        ValueError, match=f"The {'affinity' if name == 'relational' else name} loss needs .* one teacher"
+    ):
+        LOSSES[name](random_features(0))

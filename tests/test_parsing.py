@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from clipmap_hf.training.arguments import (
     DataArguments,
@@ -115,13 +116,29 @@ STAGES = {"mapping": MappingArguments, "distillation": DistillationArguments}
 
 
 def test_stage_sections_and_prefixed_options(config):
-    file = config("name: x\nmapping:\n  steps: 7\n  learning_rate: 1e-3\ndistillation:\n  distillation_weight: 0.5\n")
+    numbers = "losses: {affinity: 0.5, feature: 2e3}"
+    file = config(f"name: x\nmapping:\n  steps: 7\n  learning_rate: 1e-3\ndistillation:\n  {numbers}\n")
     simple, mapping, distillation = parse_arguments(
         Simple, stages=STAGES, argv=[*file, "--mapping_steps", "9", "--distillation_learn_logit_scale", "true"]
     )
     assert simple == Simple("x")
     assert mapping == MappingArguments(steps=9, learning_rate=1e-3)
-    assert distillation == DistillationArguments(distillation_weight=0.5, learn_logit_scale=True)
+    assert distillation == DistillationArguments(losses={"affinity": 0.5, "feature": 2000.0}, learn_logit_scale=True)
+
+
+def test_losses_on_the_command_line_win(config):
+    file = config("name: x\ndistillation:\n  losses: {affinity: 0.5}\n")
+    words = ["--distillation_losses", "feature=2e3", "contrastive=1"]
+    _, _, distillation = parse_arguments(Simple, stages=STAGES, argv=[*file, *words])
+    assert distillation.losses == {"feature": 2000.0, "contrastive": 1.0}
+    written = yaml.safe_load(arguments_yaml(distillation=distillation))
+    assert written["distillation"]["losses"] == distillation.losses
+
+
+@pytest.mark.parametrize("word", ["affinity", "affinity=", "affinity=much"])
+def test_a_loss_without_a_weight_is_an_error(word):
+    with pytest.raises(ValueError, match=f"losses takes words like name=0.5, got '{word}'"):
+        parse_arguments(Simple, stages=STAGES, argv=["--name", "x", "--distillation_losses", word])
 
 
 def test_each_stage_keeps_its_own_defaults():
@@ -188,14 +205,19 @@ def test_saved_arguments_come_back_through_config(tmp_path):
         (TeacherCacheArguments, {}),
         (StudentArguments, {}),
         (StageArguments, {}),
-        (MappingArguments, {}),
-        (DistillationArguments, {}),
     ],
 )
 def test_every_default_survives_saving_and_reading(tmp_path, kind, required):
     path = Path(tmp_path / "arguments.yaml")
     path.write_text(arguments_yaml(kind(**required)))
     assert parse_arguments(kind, argv=["--config", str(path)]) == (kind(**required),)
+
+
+@pytest.mark.parametrize("kind", [MappingArguments, DistillationArguments])
+def test_every_default_of_a_section_survives_saving_and_reading(tmp_path, kind):
+    path = Path(tmp_path / "arguments.yaml")
+    path.write_text(arguments_yaml(training=kind()))
+    assert parse_arguments(stages={"training": kind}, argv=["--config", str(path)]) == (kind(),)
 
 
 def test_several_teachers_are_a_list_in_a_file_and_on_the_command_line(config):

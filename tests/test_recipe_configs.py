@@ -127,7 +127,7 @@ def test_the_paper_s_configs_hold_its_tables_8_and_9(read, name):
         assert stage.steps == length.get("steps")  # steps would win over epochs
         assert (stage.adam_beta1, stage.adam_beta2, stage.max_grad_norm) == (0.9, 0.98, 5.0)
         assert (stage.logit_scale, stage.learn_logit_scale) == (50.0, False)
-    assert arguments["DistillationArguments"].distillation_weight == 1.0
+    assert arguments["DistillationArguments"].losses == {"affinity": 1.0}
 
 
 @pytest.mark.parametrize("name", SIZES)

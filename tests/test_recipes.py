@@ -183,7 +183,7 @@ def test_distill_trains_a_mapped_student(finish, steps, mapped_folder, teacher_f
     assert not (tmp_path / "map").exists()
     card = ModelCard.load(tmp_path / "README.md")
     assert "| teacher |" in card.text and "| student |" in card.text and "distillation:\n  epochs:" in card.text
-    assert {"affinity", "contrastive"} <= log_of(tmp_path)[0].keys()
+    assert {"affinity"} <= log_of(tmp_path)[0].keys()
 
 
 @pytest.mark.recipes
@@ -249,7 +249,7 @@ def test_micro_batches_map_like_whole_batches(finish, steps, mapped_folder, teac
 
 @pytest.mark.recipes
 def test_a_mapping_can_be_distilled(finish, steps, mapped_folder, teacher_folder, pairs_parquet, tmp_path):
-    data = ("--train_data", pairs_parquet, "--mapping_distillation_weight", 1)
+    data = ("--train_data", pairs_parquet, "--mapping_losses", "affinity=1", "contrastive=0")
     finish("map.py", "--teacher", teacher_folder, *SMALL, *data, *steps("mapping"), "--output_dir", tmp_path)
     lines, others = ([line for line in log_of(one) if "loss" in line] for one in (tmp_path, mapped_folder))
     assert [line["loss"] for line in lines] == [line["affinity"] for line in lines]

@@ -16,10 +16,11 @@ from clipmap_hf.data.collate import PairCollator, normalized_pixels
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.data.teacher_cache import TeacherCache, cache_manifest, model_fingerprint
 from clipmap_hf.features import ClipFeatures
-from clipmap_hf.losses import affinity_loss, contrastive_loss
+from clipmap_hf.losses import LOSSES, affinity_loss, contrastive_loss
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.operators import Operator
 from clipmap_hf.training import stages
+from clipmap_hf.training.arguments import DistillationArguments
 from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage, Stage
 
 
@@ -27,6 +28,7 @@ SMALL = ClipMapConfig(
     vision=TowerConfig(hidden_size=32, num_hidden_layers=2), text=TowerConfig(hidden_size=16, num_hidden_layers=1)
 )
 DROPOUT = {"attention_dropout": 0.5}
+MIXED = {"affinity": 0.6, "contrastive": 0.4}
 STAGES = ("contrastive", "mapping", "distillation")
 
 
@@ -105,7 +107,7 @@ def assert_same_step(actual: tuple, expected: tuple, tolerance: float = 1e-5) ->
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_returns_a_loss_and_its_parts(build, tiny_batch, name):
     output = build(name)([tiny_batch])
-    parts = {"contrastive": set(), "mapping": set(), "distillation": {"affinity", "contrastive"}}[name]
+    parts = {"contrastive": set(), "mapping": {"contrastive"}, "distillation": {"affinity"}}[name]
     assert set(output) == {"loss", "logit_scale"} | parts
     assert all(value.ndim == 0 and value.isfinite() for value in output.values())
     assert output["loss"].requires_grad
@@ -122,7 +124,7 @@ def test_the_loss_is_contrastive_on_the_current_student(build, tiny_batch, name)
     ("name", "weight"), [("distillation", 0.0), ("distillation", 0.3), ("distillation", 1.0), ("mapping", 0.3)]
 )
 def test_affinity_is_weighed_against_the_contrastive_loss(build, tiny_teacher, tiny_batch, name, weight):
-    stage = build(name, distillation_weight=weight)
+    stage = build(name, losses={"affinity": weight, "contrastive": 1 - weight})
     output = stage([tiny_batch])
     mine, theirs = features(stage.student(), tiny_batch), features(tiny_teacher, tiny_batch)
     affinity, contrastive = affinity_loss(mine, theirs), contrastive_loss(mine)
@@ -138,7 +140,7 @@ def test_distillation_is_affinity_alone_by_default(build, tiny_batch):
 
 
 def test_a_distilling_mapping_trains_the_operators_alone(build, tiny_teacher, tiny_batch):
-    stage = build("mapping", distillation_weight=1.0).train()
+    stage = build("mapping", losses={"affinity": 1.0}).train()
     before = {name: tensor.clone() for name, tensor in tiny_teacher.state_dict().items()}
     stage([tiny_batch])["loss"].backward()
     assert all(parameter.grad.any() for parameter in stage.trained.operators.parameters())
@@ -147,10 +149,60 @@ def test_a_distilling_mapping_trains_the_operators_alone(build, tiny_teacher, ti
         assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
-def test_a_distillation_weight_out_of_range_is_an_error(build, weight):
-    with pytest.raises(ValueError, match=f"distillation_weight={weight} must lie between 0 and 1"):
-        build("distillation", distillation_weight=weight)
+def test_every_loss_can_be_trained_on_at_once(build, tiny_batch):
+    losses = {name: 1 + index for index, name in enumerate(LOSSES)}
+    output = build("distillation", losses=losses)([tiny_batch])
+    expected = sum(weight * output[name] for name, weight in losses.items())
+    torch.testing.assert_close(output["loss"], expected, atol=1e-5, rtol=0)
+
+
+def test_embeddings_of_other_widths_are_compared_through_a_trained_map(student, tiny_teacher, other_teacher, batch):
+    """Which is no part of the student, and the same in every process."""
+    torch.manual_seed(0)
+    numbers = torch.get_rng_state()
+    stage = DistillationStage(student, [tiny_teacher, other_teacher], 50.0, False, {"feature": 1.0}).train()
+    assert torch.equal(torch.get_rng_state(), numbers)
+    maps = dict(stage.projectors.named_parameters())
+    assert {name: tuple(one.shape) for name, one in maps.items()} == {
+        "1.image.weight": (16, 32),
+        "1.text.weight": (16, 32),
+    }
+    optimizer = torch.optim.Adam(stage.parameters(), 1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(stage([batch])["loss"])
+        losses[-1].backward()
+        optimizer.step()
+    assert all(one.grad.any() for one in maps.values())
+    assert losses[-1] < 0.7 * losses[0]
+    assert stage.student() is student and type(student) is CLIPModel
+
+
+def test_embeddings_from_a_cache_are_compared_like_their_teachers(student, tiny_teacher, other_teacher, batch):
+    teachers, losses = [tiny_teacher, other_teacher], {"feature": 1.0, "interactive": 1.0}
+    live = step(DistillationStage(student.eval(), teachers, 50.0, False, losses), [batch])
+    embeds = [features(teacher, batch) for teacher in teachers]
+    brought = batch | {"teacher_embeds": [(one.image_embeds, one.text_embeds) for one in embeds]}
+    cached = DistillationStage(student.eval(), [], 50.0, False, losses, teacher_dims=(32, 16))
+    torch.testing.assert_close(step(cached, [brought]), live, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"affinities": 1.0}, "unknown names .'affinities'.; allowed are .'affinity', 'contrastive'"),
+        ({"affinity": -0.1, "contrastive": 1.0}, "weights of at least 0"),
+        ({"affinity": math.nan}, "weights of at least 0"),
+        ({"affinity": math.inf}, "weights of at least 0"),
+        ({"affinity": 0.0}, "and one above it"),
+        ({}, "and one above it"),
+    ],
+)
+def test_losses_that_make_no_sum_are_an_error(build, losses, message):
+    for make in (lambda: build("distillation", losses=losses), lambda: DistillationArguments(losses=losses)):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -222,7 +274,7 @@ def test_an_exported_student_carries_the_scale_it_was_trained_with(build, name):
 @pytest.mark.parametrize("learn_logit_scale", [False, True], ids=["fixed scale", "learned scale"])
 @pytest.mark.parametrize("name", STAGES)
 def test_chunks_have_the_loss_and_gradient_of_the_whole_batch(build, batch, name, learn_logit_scale):
-    options = {"distillation_weight": 0.6} if name == "distillation" else {}
+    options = {"losses": MIXED} if name == "distillation" else {}
     stage = build(name, learn_logit_scale=learn_logit_scale, **options).train()
     whole = step(stage, [batch])
     trained = {k for k, p in stage.named_parameters() if p.requires_grad and not k.endswith("k_proj.bias")}
@@ -252,7 +304,7 @@ def build_with_dropout(tiny_config):
             return MappingStage(mapper, 50.0, learn_logit_scale=True).train()
         if name == "contrastive":
             return ContrastiveStage(mapper.export(), 50.0, learn_logit_scale=True).train()
-        return DistillationStage(mapper.export(), [teacher], 50.0, True, 0.6).train()
+        return DistillationStage(mapper.export(), [teacher], 50.0, True, MIXED).train()
 
     return stage
 
@@ -454,13 +506,13 @@ def with_embeds(chunk: dict, teachers: list[nn.Module]) -> dict:
 @pytest.mark.parametrize("size", [24, 6])
 def test_cached_embeddings_teach_like_their_teachers(student, tiny_teacher, other_teacher, batch, size):
     teachers, student = [tiny_teacher, other_teacher], student.eval()
-    live = step(DistillationStage(student, teachers, 50.0, False, 0.6), chunked(batch, size))
+    live = step(DistillationStage(student, teachers, 50.0, False, MIXED), chunked(batch, size))
     chunks = [with_embeds(chunk, teachers) for chunk in chunked(batch, size)]
-    cached = step(DistillationStage(student, [], 50.0, False, 0.6), chunks)
+    cached = step(DistillationStage(student, [], 50.0, False, MIXED), chunks)
     assert cached[0] == pytest.approx(live[0], abs=1e-3)
     assert_same_step(cached, live, tolerance=1e-2)
     # The order counts: each teacher's images belong to its own texts.
-    alone = step(DistillationStage(student, [other_teacher], 50.0, False, 0.6), chunked(batch, size))
+    alone = step(DistillationStage(student, [other_teacher], 50.0, False, MIXED), chunked(batch, size))
     assert abs(alone[0]["affinity"] - live[0]["affinity"]) > 1e-2
 
 

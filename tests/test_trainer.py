@@ -283,7 +283,7 @@ def test_metrics_have_a_line_for_every_log_every_steps_and_the_last(trainer_of):
     assert [line["pairs"] for line in lines] == [24, 48, 56]
     for line in lines:
         assert line["stage"] == "retraining" and (line["bad_rows"], line["skipped"]) == ({}, 0)
-        assert {"loss", "affinity", "contrastive", "learning_rate", "grad_norm", "seconds"} <= line.keys()
+        assert {"loss", "affinity", "learning_rate", "grad_norm", "seconds"} <= line.keys()
     seconds = [line["seconds"] for line in lines]
     assert 0 < seconds[0] < seconds[1] < seconds[2] <= result.seconds + 1e-3
     assert (result.steps, result.pairs, result.skipped, result.metrics) == (7, 56, 0, {})

@@ -1,5 +1,7 @@
 """The soft-label loss: the student's similarities follow the teachers', both ways (CLIP-Map Eq. 11, TinyCLIP)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -24,11 +26,11 @@ def affinity_loss(student: ClipFeatures, *teachers: ClipFeatures) -> torch.Tenso
     """
     if not teachers:
         raise ValueError("The affinity loss needs the features of at least one teacher.")
-    logits, targets = student.logits_per_image(), [one.logits_per_image().detach() for one in teachers]
-    image_to_text = F.cross_entropy(logits, _mean_softmax(targets))  # (batch, batch)
-    text_to_image = F.cross_entropy(logits.T, _mean_softmax([one.T for one in targets]))
-    return (image_to_text + text_to_image) / 2
+    logits, targets = student.logits_per_image(), softmaxed(teachers)
+    return sum(F.cross_entropy(*both) for both in zip((logits, logits.T), targets, strict=True)) / 2
 
 
-def _mean_softmax(logits: list[torch.Tensor]) -> torch.Tensor:
-    return sum(one.softmax(dim=-1) for one in logits) / len(logits)
+def softmaxed(teachers: Sequence[ClipFeatures]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What images are to find among texts, and texts among images: rows of `(batch, batch)` that sum to one."""
+    logits = [one.logits_per_image().detach() for one in teachers]
+    return tuple(sum(one.softmax(dim=-1) for one in way) / len(way) for way in (logits, [one.T for one in logits]))

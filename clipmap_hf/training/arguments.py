@@ -239,18 +239,37 @@ class MappingArguments(StageArguments):
     """The mapping stage (Table 8): only the operators are trained, by default on the contrastive loss."""
 
     learning_rate: float = field(default=8e-4, metadata={"help": "Peak learning rate."})
-    distillation_weight: float = field(
-        default=0.0, metadata={"help": "Share of the affinity loss, against the live teacher (Fig. 4)."}
+    losses: dict[str, float] = field(
+        default_factory=lambda: {"contrastive": 1.0},
+        metadata={"help": "Weights of the losses, `name=weight` …; others than contrastive ask the live teacher."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_losses(self.losses)
 
 
 @dataclass
 class DistillationArguments(StageArguments):
     """The retraining stage (Table 9): all student weights are trained against the teacher."""
 
-    distillation_weight: float = field(
-        default=1.0, metadata={"help": "λ of Eq. 13: the share of the affinity loss; the rest is contrastive."}
+    losses: dict[str, float] = field(
+        default_factory=lambda: {"affinity": 1.0},
+        metadata={
+            "help": "Weights of the losses, `name=weight` …: affinity (Eq. 11), contrastive, and CLIP-KD's feature, "
+            "interactive and relational."
+        },
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_losses(self.losses)
+
+
+def _check_losses(losses: dict[str, float]) -> None:
+    from clipmap_hf.losses import check_losses  # imports torch, for which `--help` must not wait
+
+    check_losses(losses)
 
 
 def _check_ranges(arguments: Any, at_least_0: tuple[str, ...] = (), above_0: tuple[str, ...] = ()) -> None:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import yaml
 
 
 __all__ = ["arguments_yaml", "parse_arguments"]
+
+
+_NUMBERS = dict[str, float]  # on the command line: name=number name=number
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -63,7 +67,7 @@ def parse_arguments(
     parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     plain, staged = parsed[: len(dataclass_types)], parsed[len(dataclass_types) :]
     return *plain, *(
-        stage(**{f.name: getattr(values, f"{name}_{f.name}") for f in dataclasses.fields(stage)})
+        stage(**{f.name: _value(f, getattr(values, f"{name}_{f.name}")) for f in dataclasses.fields(stage)})
         for (name, stage), values in zip(stages.items(), staged, strict=False)  # a namespace with `config` comes last
     )
 
@@ -84,6 +88,9 @@ def _yaml_options(
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
     options = []
+    mappings = {
+        f"{key}_{f.name}" for key, stage in own.items() for f in dataclasses.fields(stage) if f.type == _NUMBERS
+    }
     for key, value in content.items():
         if key in sections:
             if not isinstance(value or {}, dict):
@@ -92,10 +99,10 @@ def _yaml_options(
             _check_known(path, value or {}, allowed, f" in section {key!r}")
             if key in own:
                 for name, inner in (value or {}).items():
-                    options += _option(f"{key}_{name}", inner)
+                    options += _option(f"{key}_{name}", inner, mappings)
         elif key not in ignored:
             _check_known(path, {key}, known | set(sections), "")
-            options += _option(key, value)
+            options += _option(key, value, mappings)
     return options
 
 
@@ -105,17 +112,47 @@ def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
         raise ValueError(f"{path}: unknown keys {unknown}{where}; allowed are {sorted(allowed)}.")
 
 
-def _option(name: str, value: Any) -> list[str]:
+def _option(name: str, value: Any, mappings: set[str]) -> list[str]:
     if value is None or value == []:
         return []
     if isinstance(value, dict):
-        raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
+        if name not in mappings:
+            raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
+        value = _as_words(value)
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def _with_prefix(name: str, stage: type) -> type:
-    """A copy of the dataclass `stage` (whose fields are scalars) with every field renamed `{name}_{field}`."""
+    """
+    A copy of the dataclass `stage` (whose fields are scalars, or numbers by name) with every field renamed
+    `{name}_{field}`, and numbers by name as words.
+    """
     fields = [
-        (f"{name}_{f.name}", f.type, field(default=f.default, metadata=f.metadata)) for f in dataclasses.fields(stage)
+        (
+            f"{name}_{f.name}",
+            list[str],
+            field(default_factory=partial(_as_words, f.default_factory()), metadata=f.metadata),
+        )
+        if f.type == _NUMBERS
+        else (f"{name}_{f.name}", f.type, field(default=f.default, metadata=f.metadata))
+        for f in dataclasses.fields(stage)
     ]
     return dataclasses.make_dataclass(f"{name.title()}{stage.__name__}", fields, namespace={"__module__": __name__})
+
+
+def _as_words(numbers: dict[str, float]) -> list[str]:
+    return [f"{name}={number}" for name, number in numbers.items()]
+
+
+def _value(of: dataclasses.Field, parsed: Any) -> Any:
+    """What an option stands for; numbers by name came as words."""
+    if of.type != _NUMBERS:
+        return parsed
+    numbers = {}
+    for word in parsed:
+        name, _, number = word.partition("=")
+        try:
+            numbers[name] = float(number)
+        except ValueError:
+            raise ValueError(f"{of.name} takes words like name=0.5, got {word!r}.") from None
+    return numbers

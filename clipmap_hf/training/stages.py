@@ -2,23 +2,28 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import starmap
+from types import MappingProxyType
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from clipmap_hf.data.collate import normalized_pixels
 from clipmap_hf.distributed import average_gradients, gather
 from clipmap_hf.features import ClipFeatures
-from clipmap_hf.losses import affinity_loss, contrastive_loss
+from clipmap_hf.losses import EMBEDDING_LOSSES, LOSSES, check_losses, contrastive_loss
 from clipmap_hf.mapping.mapper import WeightMapper
 
 
 __all__ = ["ContrastiveStage", "DistillationStage", "MappingStage", "Stage"]
 
 MAX_LOGIT_SCALE = 100.0
+AFFINITY, CONTRASTIVE = MappingProxyType({"affinity": 1.0}), MappingProxyType({"contrastive": 1.0})
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -84,18 +89,24 @@ class ContrastiveStage(Stage):
         return {"loss": contrastive_loss(features), "logit_scale": features.logit_scale}
 
 
-class DistillationStage(ContrastiveStage):
+class DistillationStage(Stage):
     """
-    Trains all student weights against frozen teachers: `(1 - λ) contrastive + λ affinity` (Eq. 11–13).
+    Trains all student weights against frozen teachers, on a weighted sum of losses: `{"affinity": 1}` is Eq. 11,
+    `{"affinity": λ, "contrastive": 1 - λ}` Eq. 13, `{"contrastive": 1, "relational": 1, "feature": 2000,
+    "interactive": 1}` CLIP-KD. Where a loss compares embeddings of other widths than the student's, a linear map from
+    the student's is trained with it.
 
     Args:
         trained: The student.
         teachers: `CLIPModel`s that read the same inputs; kept in eval mode and out of the stage's state dict. Without
             any, chunks must bring `teacher_embeds`, from a `TeacherCache`.
-        distillation_weight: λ of Eq. 13.
+        logit_scale: As above.
+        learn_logit_scale: As above.
+        losses: Weights by name, a key of `LOSSES`.
+        teacher_dims: Widths of the teachers' embeddings, if chunks bring them.
 
     Raises:
-        ValueError: If λ is no share, or the models read different inputs.
+        ValueError: If a loss is unknown or its weight no share, or the models read different inputs.
     """
 
     def __init__(
@@ -104,16 +115,24 @@ class DistillationStage(ContrastiveStage):
         teachers: Sequence[nn.Module],
         logit_scale: float,
         learn_logit_scale: bool,
-        distillation_weight: float = 1.0,
+        losses: Mapping[str, float] = AFFINITY,
+        teacher_dims: Sequence[int] = (),
     ):
         super().__init__(trained, logit_scale, learn_logit_scale)
-        if not 0 <= distillation_weight <= 1:
-            raise ValueError(f"distillation_weight={distillation_weight} must lie between 0 and 1 (Eq. 13's λ).")
+        check_losses(losses)
+        config = self._student_config()
         for teacher in teachers:
-            _check_same_inputs(self._student_config(), teacher.config)
-        self.distillation_weight = distillation_weight
+            _check_same_inputs(config, teacher.config)
+        self.losses = dict(losses)
         # In a list, they are no submodules, so never saved, wrapped or sent to other processes.
         self._teachers = [teacher.requires_grad_(False).eval() for teacher in teachers]
+        dims = teacher_dims or [teacher.config.projection_dim for teacher in teachers]
+        compared = set(EMBEDDING_LOSSES) & set(losses)
+        self.projectors = nn.ModuleList(
+            nn.Identity() if dim == config.projection_dim else _Projector(config.projection_dim, dim)
+            for dim in dims
+            if compared
+        )
 
     def _apply(self, fn, *args, **kwargs):
         for teacher in self._teachers:
@@ -122,15 +141,23 @@ class DistillationStage(ContrastiveStage):
 
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
         teachers, student = self._teacher_features(chunks), self._student_features(chunks)
-        affinity, contrastive = affinity_loss(student, *teachers), contrastive_loss(student)
-        loss = self.distillation_weight * affinity + (1 - self.distillation_weight) * contrastive
-        return {"loss": loss, "affinity": affinity, "contrastive": contrastive, "logit_scale": student.logit_scale}
+        values = {name: self._loss(name, student, teachers) for name in self.losses}
+        loss = sum(weight * values[name] for name, weight in self.losses.items())
+        return {"loss": loss, **values, "logit_scale": student.logit_scale}
+
+    def _loss(self, name: str, student: ClipFeatures, teachers: Sequence[ClipFeatures]) -> torch.Tensor:
+        if name not in EMBEDDING_LOSSES:
+            return LOSSES[name](student, *teachers)
+        projected = [projector(student) for projector in self.projectors]
+        return sum(starmap(LOSSES[name], zip(projected, teachers, strict=True))) / len(teachers)
 
     def _student_config(self) -> PretrainedConfig:
         return self.trained.config
 
     @torch.no_grad()
     def _teacher_features(self, chunks: Sequence[Batch]) -> list[ClipFeatures]:
+        if not self._teachers and "teacher_embeds" not in chunks[0]:
+            return []
         embeds = [
             [(images.float(), texts.float()) for images, texts in chunk["teacher_embeds"]]
             if "teacher_embeds" in chunk
@@ -144,15 +171,16 @@ class DistillationStage(ContrastiveStage):
 class MappingStage(DistillationStage):
     """
     Trains the operators of a `WeightMapper`, the teacher frozen, on the contrastive loss (paper A.3, Eq. 12) or, as in
-    Fig. 4, with a share of distillation. The weights are mapped once for all chunks of a step, and what processes
+    Fig. 4, on others too. The weights are mapped once for all chunks of a step, and what processes
     exchange are gradients of the student's size.
 
     Args:
         trained: The mapper.
         logit_scale: As above.
         learn_logit_scale: As above.
-        teachers: Needed only for a `distillation_weight`, if the chunks bring no `teacher_embeds`.
-        distillation_weight: The share of the affinity loss.
+        teachers: As above; not needed for the contrastive loss alone.
+        losses: As above.
+        teacher_dims: As above.
     """
 
     trained: WeightMapper
@@ -164,12 +192,10 @@ class MappingStage(DistillationStage):
         logit_scale: float,
         learn_logit_scale: bool,
         teachers: Sequence[nn.Module] = (),
-        distillation_weight: float = 0.0,
+        losses: Mapping[str, float] = CONTRASTIVE,
+        teacher_dims: Sequence[int] = (),
     ):
-        super().__init__(trained, teachers, logit_scale, learn_logit_scale, distillation_weight)
-
-    def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        return super().forward(chunks) if self.distillation_weight else ContrastiveStage.forward(self, chunks)
+        super().__init__(trained, teachers, logit_scale, learn_logit_scale, losses, teacher_dims)
 
     def student(self) -> nn.Module:
         return self.trained.export()
@@ -184,6 +210,22 @@ class MappingStage(DistillationStage):
         trained = [name for name, weight in weights.items() if weight.requires_grad]
         weights |= zip(trained, average_gradients([weights[name] for name in trained]), strict=True)
         return self.trained.skeleton, weights
+
+
+class _Projector(nn.Module):
+    """Takes the student's embeddings to where a teacher's are; the same in every process."""
+
+    def __init__(self, student_dim: int, teacher_dim: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name in ("image", "text"):
+            linear = skip_init(nn.Linear, student_dim, teacher_dim, bias=False)
+            nn.init.orthogonal_(linear.weight, generator=generator)
+            setattr(self, name, linear)
+
+    def forward(self, student: ClipFeatures) -> ClipFeatures:
+        embeds = self.image(student.image_embeds), self.text(student.text_embeds)
+        return ClipFeatures(*(F.normalize(one.float(), dim=-1) for one in embeds), student.logit_scale)
 
 
 def _encode(model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, torch.Tensor]:

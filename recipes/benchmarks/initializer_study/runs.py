@@ -97,7 +97,7 @@ def _mapped(folder: Path, settings: dict, before: dict) -> dict:
     arguments = MappingArguments(
         steps=numbers["steps"], batch_size=settings["batch_size"], learning_rate=numbers["rate"]
     )
-    stage = MappingStage(mapper, arguments.logit_scale, arguments.learn_logit_scale, [], numbers["weight"])
+    stage = MappingStage(mapper, arguments.logit_scale, arguments.learn_logit_scale, [], losses(numbers["weight"]))
     cached = embeddings(folder, settings) if numbers["weight"] else None
     curve = train(folder, settings, "mapping", stage, arguments, cached)
     stage.student().save_pretrained(_mapped_student(folder, settings))
@@ -115,11 +115,16 @@ def _distilled(folder: Path, settings: dict, before: dict) -> dict:
         steps=numbers["steps"],
         batch_size=settings["batch_size"],
         learning_rate=numbers["rate"],
-        distillation_weight=numbers["weight"],
+        losses=losses(numbers["weight"]),
     )
-    stage = DistillationStage(student, [], arguments.logit_scale, arguments.learn_logit_scale, numbers["weight"])
+    stage = DistillationStage(student, [], arguments.logit_scale, arguments.learn_logit_scale, arguments.losses)
     curve = train(folder, settings, "distillation", stage, arguments, embeddings(folder, settings))
     return _continued(result, "distillation", curve)
+
+
+def losses(weight: float) -> dict[str, float]:
+    """Eq. 13, with λ as the weight."""
+    return {name: share for name, share in (("affinity", weight), ("contrastive", 1 - weight)) if share}
 
 
 def _mapped_student(folder: Path, settings: dict) -> Path:
