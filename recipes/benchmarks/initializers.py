@@ -68,9 +68,12 @@ ABLATIONS = {
 BUDGET = 250  # steps that `mapping` below is a part of; of other --steps, it is as large a share
 RATES = {"mapping_rate": 1e-3, "distillation_rate": 2e-3}  # the demo's
 TRIALS = {"mapping_rate": (2.5e-4, 5e-4, 1e-3, 2e-3), "distillation_rate": (5e-4, 1e-3, 2e-3, 4e-3)}
-TRIALS_OF = {"calibrated": 0.25}  # of these: a better start wants lower rates
-TUNED = {method: {"mapped": 80} for method in METHODS}  # steps of mapping; with and without, rates are others
-TUNED |= {method: {"mapped": 80, "direct": 0} for method in ("diagonal", "importance", "calibrated")}
+MAPPED, DIRECT, FEATURE = {"mapping": 80}, {"mapping": 0}, {"mapping": 0, "losses": {"feature": 2000.0}}
+TUNED = {method: {"mapped": MAPPED} for method in METHODS}  # ways to train, each with rates of its own
+TUNED["importance"] = {"mapped": MAPPED, "direct": DIRECT}
+TUNED |= {method: {"mapped": MAPPED, "direct": DIRECT, "feature": FEATURE} for method in ("diagonal", "calibrated")}
+# How large the rates to try are beside those above: a good start is soon lost, unless the loss is its own.
+TRIALS_OF = {("calibrated", "mapped"): 0.25, ("calibrated", "direct"): 0.25}
 
 # The rows of each part. One without a method has the method that is best in validation, and is mapped or not as there.
 STARTS = {method: {"method": method} for method in METHODS}
@@ -97,8 +100,10 @@ PARTS = {
     "curves": {
         "manual inheritance": {"method": "diagonal"},  # with which the report compares the others
         "manual inheritance, mapped": {"method": "diagonal", "mapping": 80},
+        "manual inheritance, feature loss": {"method": "diagonal", **FEATURE},
         "importance": {"method": "importance"},
         "calibrated": {"method": "calibrated"},
+        "calibrated, feature loss": {"method": "calibrated", **FEATURE},
     },
 }
 
@@ -136,7 +141,7 @@ def planned(arguments: argparse.Namespace, part: str, seed: int) -> list[tuple[s
         for name, row in PARTS[part].items():
             row = row if "method" in row else {**best_in_validation(tuned, size), **row}
             if row["method"] in arguments.methods:
-                way = "mapped" if row.get("mapping") else "direct"
+                way = "mapped" if row.get("mapping") else "feature" if "losses" in row else "direct"
                 row = {**tuned.get(size, {}).get(row["method"], {}).get(way, RATES), **row}
                 runs.append((part, name, make_settings(arguments, sizes, size, row, seed)))
     return runs
@@ -148,7 +153,9 @@ def make_settings(arguments: argparse.Namespace, sizes: dict, size: str, row: di
     steps = {"mapping": mapping, "distillation": 0 if row.get("untrained") else arguments.steps - mapping}
     more = {
         "mapping": {"trains": row.get("mapping_trains"), "weight": row.get("mapping_distillation", 0.0)},
-        "distillation": {"weight": row.get("distillation_weight", 1.0)},
+        "distillation": {"losses": row["losses"]}
+        if "losses" in row
+        else {"weight": row.get("distillation_weight", 1.0)},
     }
     return {
         "size": size,
@@ -170,19 +177,19 @@ def tune(arguments: argparse.Namespace) -> None:
     """Writes the rates that are best in validation to `tuned.json`; what others found of other sizes stays there."""
     for size in arguments.sizes:
         for method in arguments.methods:
-            ways = {way: best_rates(arguments, size, method, mapping) for way, mapping in TUNED[method].items()}
+            ways = {way: best_rates(arguments, size, method, way) for way in TUNED[method]}
             tuned = read_tuned(arguments.output_dir)
             tuned.setdefault(size, {})[method] = ways
             write_atomically(arguments.output_dir / "tuned.json", (json.dumps(tuned, indent=2) + "\n").encode())
 
 
-def best_rates(arguments: argparse.Namespace, size: str, method: str, mapping: int) -> dict[str, float]:
-    """The best rates, of mapping first, with the recall that they lead to in validation and the steps of mapping."""
-    best = {**RATES, "mapping": mapping, "recall": -1.0}
+def best_rates(arguments: argparse.Namespace, size: str, method: str, way: str) -> dict[str, float]:
+    """The best rates, of mapping first, with the recall that they lead to in validation and what the way asks for."""
+    best = {**RATES, **TUNED[method][way], "recall": -1.0}
     for name, values in TRIALS.items():
-        if mapping or name != "mapping_rate":
+        if best["mapping"] or name != "mapping_rate":
             for value in values:
-                trial = {**best, name: value * TRIALS_OF.get(method, 1.0)}
+                trial = {**best, name: value * TRIALS_OF.get((method, way), 1.0)}
                 row = {**trial, "method": method, "validation": True}
                 result = finished(arguments.output_dir, make_settings(arguments, SIZES, size, row, seed=0))
                 trial["recall"] = result["distillation"]["recall@5"]
@@ -191,8 +198,13 @@ def best_rates(arguments: argparse.Namespace, size: str, method: str, mapping: i
 
 
 def best_in_validation(tuned: dict, size: str) -> dict:
-    """The method that `tune` found best, and its steps of mapping."""
-    found = [{"method": method, **way} for method, ways in tuned.get(size, {}).items() for way in ways.values()]
+    """The method that `tune` found best on the affinity loss, and its steps of mapping."""
+    found = [
+        {"method": method, **ways[way]}
+        for method, ways in tuned.get(size, {}).items()
+        for way in ("mapped", "direct")
+        if way in ways
+    ]
     if not found:
         raise ValueError(f"No method is known to be the best of {size!r}; run --parts tune before.")
     best = max(found, key=lambda one: one["recall"])

@@ -115,10 +115,18 @@ def _distilled(folder: Path, settings: dict, before: dict) -> dict:
         steps=numbers["steps"],
         batch_size=settings["batch_size"],
         learning_rate=numbers["rate"],
-        losses=losses(numbers["weight"]),
+        losses=numbers.get("losses") or losses(numbers["weight"]),
     )
-    stage = DistillationStage(student, [], arguments.logit_scale, arguments.learn_logit_scale, arguments.losses)
-    curve = train(folder, settings, "distillation", stage, arguments, embeddings(folder, settings))
+    cached = embeddings(folder, settings)
+    stage = DistillationStage(
+        student,
+        [],
+        arguments.logit_scale,
+        arguments.learn_logit_scale,
+        arguments.losses,
+        cached.summary["dims"],
+    )
+    curve = train(folder, settings, "distillation", stage, arguments, cached)
     return _continued(result, "distillation", curve)
 
 
