@@ -10,7 +10,7 @@ from calibrated_starts import TOWERS, embeddings, random_pairs, split, started
 from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
 from clipmap_hf.mapping.calibration import calibrate
 from clipmap_hf.mapping.initializers import importance
-from clipmap_hf.mapping.initializers.importance import head_channels
+from clipmap_hf.mapping.scores import head_channels
 
 
 NARROW = ClipMapConfig(vision=TowerConfig(48), text=TowerConfig(32), initializer="importance")

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from clipmap_hf.distributed import process_count, sum_over_processes
 from clipmap_hf.mapping.calibration import TowerStatistics, normalized, token_weights
-from clipmap_hf.mapping.initializers.importance import head_channels
 from clipmap_hf.mapping.moments import Moments
+from clipmap_hf.mapping.scores import head_channels, strongest
 from clipmap_hf.mapping.towers import Tower, pooled
 
 
@@ -121,8 +121,8 @@ class _TowerRefit:
     def refit_layer(self, layer: nn.Module, segment: range, steps: int) -> None:
         """Solves one layer of the student for a segment of the teacher's, and goes on behind both."""
         config, attention, mlp = self.student.config, layer.self_attn, layer.mlp
-        heads = _strongest(self.statistics.head_energy, segment, config.num_attention_heads)
-        neurons = _strongest(self.statistics.neuron_energy, segment, config.intermediate_size)
+        heads = _strongest_of(self.statistics.head_energy, segment, config.num_attention_heads)
+        neurons = _strongest_of(self.statistics.neuron_energy, segment, config.intermediate_size)
         for norm in (layer.layer_norm1, layer.layer_norm2):
             norm.weight.fill_(1)
             norm.bias.zero_()
@@ -260,9 +260,9 @@ def _set(linear: nn.Linear, solved: tuple[torch.Tensor, torch.Tensor]) -> None:
     linear.bias.copy_(solved[1])
 
 
-def _strongest(energy: torch.Tensor, segment: range, count: int) -> dict[int, torch.Tensor]:
+def _strongest_of(energy: torch.Tensor, segment: range, count: int) -> dict[int, torch.Tensor]:
     """The most energetic entries of a segment's layers together, by layer, where a layer has any; ascending."""
     size = energy.shape[1]
-    kept = energy[segment.start : segment.stop].flatten().topk(count).indices.sort().values
+    kept = strongest(energy[segment.start : segment.stop].flatten(), count)
     of_layers = {index: kept[kept // size == index - segment.start] % size for index in segment}
     return {index: entries for index, entries in of_layers.items() if len(entries)}

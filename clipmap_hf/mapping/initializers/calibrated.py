@@ -6,8 +6,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from clipmap_hf.mapping.calibration import TowerStatistics
-from clipmap_hf.mapping.initializers.importance import kept_heads, kept_neurons, selection
 from clipmap_hf.mapping.moments import Moments
+from clipmap_hf.mapping.scores import head_channels, selection, strongest
 from clipmap_hf.mapping.towers import Tower
 
 
@@ -43,7 +43,9 @@ def calibrated(
     for name, of_tower in statistics.items():
         tower, size = Tower(teacher, name), getattr(student, f"{name}_config")
         residual = residual_axes(of_tower.read, size.hidden_size)
-        heads, neurons = kept_heads(of_tower, size), kept_neurons(of_tower, size)
+        heads = strongest(of_tower.head_energy, size.num_attention_heads)
+        heads = head_channels(heads, size.hidden_size // size.num_attention_heads)  # (layers, hidden_size)
+        neurons = strongest(of_tower.neuron_energy, size.intermediate_size)  # (layers, intermediate_size)
         operators[f"{name}_residual"] = residual
         if name == "vision":
             embedding = residual * tower.model.pre_layrnorm.weight

@@ -8,7 +8,7 @@ import torch
 
 from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS
 from clipmap_hf.mapping.initializers.calibrated import calibrated
-from clipmap_hf.mapping.initializers.importance import selection
+from clipmap_hf.mapping.scores import selection
 
 
 def first(energy: torch.Tensor, count: int) -> torch.Tensor:
@@ -49,8 +49,8 @@ REPLACEMENTS = {
     "gains": {f"{_CALIBRATED}._gain": lambda residual, moment: 1.0},
     "lifts": {f"{_CALIBRATED}._lifts": lambda moments, kept: selection(kept, len(moments[0].mean))},
     "energy": {
-        "clipmap_hf.mapping.initializers.importance._strongest": first,
-        "clipmap_hf.mapping.refit._strongest": first_of_segment,
+        f"{_CALIBRATED}.strongest": first,
+        "clipmap_hf.mapping.refit._strongest_of": first_of_segment,
     },
     "gradient steps of whole towers": {"clipmap_hf.mapping.refit._TowerRefit.descend": nothing},
     "weight of the pooled token": {"clipmap_hf.mapping.calibration.POOLED_WEIGHT": 1.0},

@@ -1,0 +1,88 @@
+"""How much each part of a teacher counts, and the operators that keep the channels, heads and neurons that count most."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+
+
+__all__ = ["Scores", "TowerScores", "head_channels", "keep", "selection", "strongest"]
+
+
+@dataclass
+class TowerScores:
+    """
+    Scores of one tower's parts; what counts more has a higher one. Only parts of a kind are compared: channels with
+    channels, heads and neurons with those of their layer, layers with layers.
+
+    Args:
+        channels: Of the residual stream, `(hidden_size,)`.
+        heads: `(layers, heads)`.
+        neurons: `(layers, intermediate_size)`.
+        layers: `(layers,)`.
+    """
+
+    channels: torch.Tensor
+    heads: torch.Tensor
+    neurons: torch.Tensor
+    layers: torch.Tensor
+
+
+@dataclass
+class Scores:
+    """
+    Scores of both towers' parts.
+
+    Args:
+        vision: Of the vision tower.
+        text: Of the text tower.
+        embed: Of the joint embedding's dimensions, `(projection_dim,)`.
+    """
+
+    vision: TowerScores
+    text: TowerScores
+    embed: torch.Tensor
+
+
+def keep(scores: Scores, teacher: PretrainedConfig, student: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """
+    One-hot width operators of the highest scores, as many in each layer as the student has.
+
+    Args:
+        scores: Of the teacher's parts.
+        teacher: The teacher's config.
+        student: The student's config.
+
+    Returns:
+        The operators by name, `(small, big)` or `(layers, small, big)`.
+    """
+    operators = {}
+    for name in ("vision", "text"):
+        of_tower, big, small = getattr(scores, name), *(getattr(one, f"{name}_config") for one in (teacher, student))
+        operators[f"{name}_residual"] = selection(strongest(of_tower.channels, small.hidden_size), big.hidden_size)
+        width = big.hidden_size // big.num_attention_heads
+        channels = head_channels(strongest(of_tower.heads, small.num_attention_heads), width)
+        heads = selection(channels, big.hidden_size)
+        neurons = selection(strongest(of_tower.neurons, small.intermediate_size), big.intermediate_size)
+        operators |= {f"{name}_{space}": heads for space in ("query", "key", "value")}
+        operators |= {f"{name}_{space}": neurons for space in ("ffn", "ffn_in")}
+    if student.projection_dim < teacher.projection_dim:
+        operators["embed"] = selection(strongest(scores.embed, student.projection_dim), teacher.projection_dim)
+    return operators
+
+
+def strongest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the highest along the last dimension, ascending; of equal ones, the first."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :count].sort().values
+
+
+def head_channels(heads: torch.Tensor, width: int) -> torch.Tensor:
+    """The channels `(..., heads * width)` of heads `(..., heads)` of a width."""
+    return (heads[..., None] * width + torch.arange(width, device=heads.device)).flatten(-2)
+
+
+def selection(indices: torch.Tensor, size: int) -> torch.Tensor:
+    """The operator that keeps entries of a space, `(..., small, size)`."""
+    return F.one_hot(indices, size).float()
