@@ -23,10 +23,11 @@ from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER, write_student_folder
 from clipmap_hf.hub.map_folder import MAP_WEIGHTS, load_map_weights, map_file, read_map_config, write_map
 from clipmap_hf.hub.push import push_folder
-from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS
+from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, NEED_PAIRS, SELECTIONS
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.start import start_from_activations
 from clipmap_hf.models import load_model, load_processor
+from clipmap_hf.selection.start import start_from_selection
 
 
 __all__ = ["ClipMapCompressor"]
@@ -109,14 +110,18 @@ class ClipMapCompressor(nn.Module):
             return cls._continued(source, revision, dtype, backend, kwargs)
         config = _starting_config(student, initializer, calibration_data is not None)
         compressor, teacher = cls._from_teacher(source, config, revision, dtype, backend, kwargs)
-        if config.initializer in CALIBRATED_INITIALIZERS:
+        starts = {
+            **dict.fromkeys(CALIBRATED_INITIALIZERS, start_from_activations),
+            **dict.fromkeys(SELECTIONS, start_from_selection),
+        }
+        if config.initializer in starts:
             if isinstance(calibration_data, str):
                 calibration_data = load_pairs(calibration_data)
             if isinstance(calibration_data, (Dataset, IterableDataset)):
                 calibration_data = CalibrationPairs(calibration_data, compressor.processor, calibration_pairs)
             device = join_processes().device
             device = "cpu" if device.type == "mps" else device  # which has no fp64
-            start_from_activations(compressor.mapper, teacher.to(device), calibration_data)
+            starts[config.initializer](compressor.mapper, teacher.to(device), calibration_data)
         return compressor
 
     @classmethod
@@ -264,7 +269,7 @@ def _starting_config(student: str | ClipMapConfig, initializer: str | None, has_
     if None not in (initializer, student.initializer) and initializer != student.initializer:
         raise ValueError(f"initializer={initializer!r}, but the student's config says {student.initializer!r}.")
     chosen = initializer or student.initializer or ("calibrated" if has_data else "diagonal")
-    if (chosen in CALIBRATED_INITIALIZERS) != has_data:
+    if (chosen in NEED_PAIRS) != has_data:
         verb = "does not start from data; leave calibration_data out" if has_data else "needs calibration_data"
-        raise ValueError(f"initializer={chosen!r} {verb}. Those that need it are {sorted(CALIBRATED_INITIALIZERS)}.")
+        raise ValueError(f"initializer={chosen!r} {verb}. Those that need it are {sorted(NEED_PAIRS)}.")
     return dataclasses.replace(student, initializer=chosen)

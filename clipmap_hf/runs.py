@@ -16,7 +16,7 @@ from clipmap_hf.distributed import join_processes
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import write_student_folder
-from clipmap_hf.mapping.initializers import INITIALIZERS
+from clipmap_hf.mapping.initializers import NEED_PAIRS
 from clipmap_hf.models import load_processor
 from clipmap_hf.teachers import Teacher, check_same_preprocessing, make_teacher_cache
 from clipmap_hf.training.arguments import (
@@ -65,7 +65,7 @@ def start_compressor(
         run: Its seed draws them.
         data: The training pairs, and how they are read.
     """
-    if student is None or student.initializer in INITIALIZERS:
+    if student is None or student.initializer not in (None, *NEED_PAIRS):
         return ClipMapCompressor.from_pretrained(teacher_id, student, revision=revision, backend=data.image_backend)
     state, folder = join_processes(), Path(run.output_dir) / "start"
     origin = {

@@ -299,7 +299,7 @@ def test_an_initializer_may_stand_in_the_config_or_beside_it(teacher_folder, bat
             OPEN,
             "importance",
             False,
-            r"initializer='importance' needs calibration_data. .* \['calibrated', 'importance'\]",
+            r"initializer='importance' needs calibration_data. .* \['calibrated', 'importance', 'mope', 'taylor'\]",
         ),
         (OPEN, "calibrated", False, "initializer='calibrated' needs calibration_data"),
         (dataclasses.replace(OPEN, initializer="calibrated"), None, False, "'calibrated' needs calibration_data"),

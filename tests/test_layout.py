@@ -14,12 +14,12 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # From left to right: a module imports from its own part and from those before it.
 ORDER = (
     ("atomic", "comparison", "config", "distributed", "features", "models"),
+    ("losses",),
     ("families",),
     ("mapping",),
-    ("selection",),
-    ("losses",),
     ("data",),
     ("evaluation",),
+    ("selection",),
     ("training",),
     ("ternary",),
     ("hub",),

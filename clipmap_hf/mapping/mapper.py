@@ -13,7 +13,7 @@ from clipmap_hf.config import ClipMapConfig, student_config
 from clipmap_hf.families import Family, TensorSpec, family_for
 from clipmap_hf.mapping.depth import DEPTH_RULES, one_hot_depth
 from clipmap_hf.mapping.fold import fold
-from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, INITIALIZERS
+from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, INITIALIZERS, SELECTIONS
 from clipmap_hf.mapping.operators import Operator, mix_depth, project_axes
 
 
@@ -31,8 +31,9 @@ class WeightMapper(nn.Module):
 
     Args:
         teacher: The model to compress; its tensors are copied in fp32.
-        config: The student's size and how the operators start. With one of `CALIBRATED_INITIALIZERS` they are not a
-            number until `start_from_activations` sets them, or a state dict is loaded.
+        config: The student's size and how the operators start. With one of `CALIBRATED_INITIALIZERS` or `SELECTIONS`
+            they are not a number until `start_from_activations` or `start_from_selection` sets them, or a state dict
+            is loaded.
 
     Raises:
         ValueError: If the teacher is of no known family, the sizes do not fit it, or a name in `config` is unknown.
@@ -150,19 +151,21 @@ class WeightMapper(nn.Module):
     def _initial_operators(self, teacher: PretrainedConfig) -> dict[str, Operator]:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed)
-        calibrated = config.initializer in CALIBRATED_INITIALIZERS
-        functions = {**INITIALIZERS, **dict.fromkeys(CALIBRATED_INITIALIZERS, _not_yet_known)}
+        # What data decides, and what it may say of layers.
+        later = dict.fromkeys(CALIBRATED_INITIALIZERS, "similarity") | dict.fromkeys(SELECTIONS, "score")
+        functions = {**INITIALIZERS, **dict.fromkeys(later, _not_yet_known)}
         initialize = _named(functions, "initializer", config.initializer or "diagonal")
         shapes = operator_shapes(self.family, self.kinds, teacher, self.student_config, self.ties)
         initial = {name: initialize(shape, generator) for name, shape in shapes.items()}
-        rules = {**DEPTH_RULES, "similarity": None} if calibrated else DEPTH_RULES
+        waits = config.initializer in later
+        rules = {**DEPTH_RULES, later[config.initializer]: None} if waits else DEPTH_RULES
         choose_layers = _named(rules, "depth", config.depth)
         for spec in self.kinds:
             if spec.layer is not None:
                 big, small = (
                     getattr(c, f"{spec.tower}_config").num_hidden_layers for c in (teacher, self.student_config)
                 )
-                depth = _not_yet_known((small, big)) if calibrated else one_hot_depth(choose_layers(big, small), big)
+                depth = _not_yet_known((small, big)) if waits else one_hot_depth(choose_layers(big, small), big)
                 initial[self._depth_name(spec)] = depth
         return {name: self._operator(value) for name, value in initial.items()}
 

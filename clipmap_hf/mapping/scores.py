@@ -1,4 +1,4 @@
-"""How much each part of a teacher counts, and the operators that keep the channels, heads and neurons that count most."""
+"""How much each part of a teacher counts, and the operators that keep what counts most."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,8 @@
 """How width operators start, one function a file.
 
 `INITIALIZERS: name -> function(shape, generator)` need no data;
-`CALIBRATED_INITIALIZERS: name -> function(statistics, teacher, student_config)` start from a teacher's activations.
+`CALIBRATED_INITIALIZERS: name -> function(statistics, teacher, student_config)` start from a teacher's activations;
+`SELECTIONS: name -> whether it looks at pairs` are one-hot, and `clipmap_hf.selection` has their functions.
 """
 
 from clipmap_hf.mapping.initializers.calibrated import calibrated
@@ -15,6 +16,8 @@ from clipmap_hf.mapping.initializers.xavier import xavier
 __all__ = [
     "CALIBRATED_INITIALIZERS",
     "INITIALIZERS",
+    "NEED_PAIRS",
+    "SELECTIONS",
     "calibrated",
     "diagonal",
     "importance",
@@ -25,3 +28,5 @@ __all__ = [
 
 INITIALIZERS = {"diagonal": diagonal, "kaiming": kaiming, "random": random, "xavier": xavier}
 CALIBRATED_INITIALIZERS = {"calibrated": calibrated, "importance": importance}
+SELECTIONS = {"magnitude": False, "manual": False, "mope": True, "random_selection": False, "taylor": True}
+NEED_PAIRS = (*CALIBRATED_INITIALIZERS, *(name for name, looks in SELECTIONS.items() if looks))

@@ -1,0 +1,112 @@
+"""Scores of a teacher's parts by its weights, or by their gradients."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from clipmap_hf.distributed import sum_over_processes
+from clipmap_hf.families import family_for
+from clipmap_hf.features import ClipFeatures
+from clipmap_hf.losses import contrastive_loss
+from clipmap_hf.mapping.scores import Scores, TowerScores
+
+
+__all__ = ["magnitude", "manual", "part_sums", "random_selection", "taylor"]
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def manual(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Scores:
+    """TinyCLIP's manual inheritance: the first channels, heads and neurons; of layers, too, the first count most."""
+    return _scores_like(teacher, lambda size: -torch.arange(size, dtype=torch.float32))
+
+
+def random_selection(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Scores:
+    """A draw, the least that any other criterion should beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return _scores_like(teacher, lambda size: torch.rand(size, generator=generator))
+
+
+@torch.no_grad()
+def magnitude(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Scores:
+    """The sum of squares of all weights that write or read a part."""
+    return part_sums(teacher, {name: tensor.double().square() for name, tensor in teacher.state_dict().items()})
+
+
+@torch.no_grad()
+def taylor(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Scores:
+    """
+    First-order estimate of what the contrastive loss gains without a part: the absolute sum of weight times gradient
+    over all that writes the part, plus that over all that reads it (MoPE-CLIP, after DynaBERT).
+
+    Args:
+        teacher: The model, on the device to compute on.
+        batches: Of `pixel_values`, `input_ids` and `attention_mask`; the gradient is that of the sum of their losses.
+            Of several processes, each has its own.
+        seed: Not used.
+    """
+    model = teacher.eval()
+    gradients = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with torch.enable_grad():
+            output = model(**{name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")})
+            loss = contrastive_loss(ClipFeatures.from_output(output, model.logit_scale))
+            found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        for name, gradient in zip(gradients, found, strict=True):
+            gradients[name] += 0 if gradient is None else gradient
+    sum_over_processes(gradients.values())
+    return part_sums(teacher, {name: tensor.double() * gradients[name] for name, tensor in model.named_parameters()})
+
+
+def part_sums(teacher: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> Scores:
+    """
+    For each part the absolute sum of values over all that writes it, plus that over all that reads it; a layer has
+    what its heads and neurons have.
+
+    Args:
+        teacher: The model.
+        values: Of its tensors, by their names and of their shapes.
+    """
+    sums = defaultdict(float)
+    family = family_for(teacher.config)
+    for name, spec in family.specs(teacher.state_dict(), teacher.config).items():
+        for axis, space in enumerate(spec.rule.axes):
+            if space is not None:
+                others = [other for other in range(len(spec.rule.axes)) if other != axis]
+                sums[spec.tower, spec.layer, space] += values[name].sum(dim=others) if others else values[name]
+    embed = sum(one.abs() for (_, _, space), one in sums.items() if space == "embed")
+    return Scores(*(_tower_sums(teacher, name, sums) for name in ("vision", "text")), embed=embed)
+
+
+def _tower_sums(teacher: PreTrainedModel, tower: str, sums: Mapping[tuple, torch.Tensor]) -> TowerScores:
+    config = getattr(teacher.config, f"{tower}_config")
+    width = config.hidden_size // config.num_attention_heads
+
+    def of_layer(layer: int, *spaces: str) -> list[torch.Tensor]:
+        return [
+            one for (where, index, space), one in sums.items() if (where, index) == (tower, layer) and space in spaces
+        ]
+
+    layers = range(config.num_hidden_layers)
+    of_heads = [of_layer(index, "query", "key", "value", "value.in") for index in layers]
+    heads = torch.stack([sum(one.unflatten(0, (-1, width)).sum(dim=1).abs() for one in found) for found in of_heads])
+    neurons = torch.stack([sum(one.abs() for one in of_layer(index, "ffn", "ffn.in")) for index in layers])
+    stream = ("residual", "residual.in", "patch")
+    channels = sum(one.abs() for (where, _, space), one in sums.items() if where == tower and space in stream)
+    return TowerScores(channels, heads, neurons, heads.sum(dim=1) + neurons.sum(dim=1))
+
+
+def _scores_like(teacher: PreTrainedModel, scores_of: Callable[[int], torch.Tensor]) -> Scores:
+    towers = []
+    for name in ("vision", "text"):
+        config = getattr(teacher.config, f"{name}_config")
+        layers = range(config.num_hidden_layers)
+        heads, neurons = (
+            torch.stack([scores_of(size) for _ in layers])
+            for size in (config.num_attention_heads, config.intermediate_size)
+        )
+        towers.append(TowerScores(scores_of(config.hidden_size), heads, neurons, scores_of(len(layers))))
+    return Scores(*towers, embed=scores_of(teacher.config.projection_dim))

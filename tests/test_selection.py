@@ -1,0 +1,177 @@
+"""Selection keeps a teacher's parts as they are: those that a criterion gives the highest scores."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from calibrated_starts import TOWERS, random_pairs, split
+
+from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
+from clipmap_hf.evaluation.retrieval import recall_at_k
+from clipmap_hf.features import ClipFeatures
+from clipmap_hf.losses import contrastive_loss
+from clipmap_hf.mapping.initializers import SELECTIONS
+from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.mapping.scores import Scores, TowerScores, keep, strongest
+from clipmap_hf.mapping.towers import Tower
+from clipmap_hf.selection import CRITERIA
+from clipmap_hf.selection.criteria import part_sums, taylor
+from clipmap_hf.selection.mope import pruning_errors
+from clipmap_hf.selection.start import start_from_selection
+
+
+NARROW = ClipMapConfig(TowerConfig(48, num_hidden_layers=2), TowerConfig(32, num_hidden_layers=2), projection_dim=16)
+
+
+@pytest.fixture(scope="module")
+def batches(shared_teacher) -> list[dict]:
+    pairs = random_pairs(shared_teacher.config, 24)
+    return split(pairs | {"attention_mask": torch.ones_like(pairs["input_ids"])}, 12)
+
+
+def selected(teacher, config: ClipMapConfig, name: str, batches) -> WeightMapper:
+    mapper = WeightMapper(teacher, dataclasses.replace(config, initializer=name))
+    start_from_selection(mapper, teacher, batches)
+    return mapper
+
+
+def test_the_mapper_knows_all_criteria():
+    assert set(SELECTIONS) == set(CRITERIA)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_student_of_the_same_size_is_the_teacher(shared_teacher, batches, name):
+    student = selected(shared_teacher, ClipMapConfig(), name, batches).export().state_dict()
+    for tensor_name, tensor in shared_teacher.state_dict().items():
+        assert torch.equal(student[tensor_name], tensor), tensor_name
+
+
+@pytest.mark.parametrize("depth", ["interval_front", "score"])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_operators_keep_whole_parts(shared_teacher, batches, name, depth):
+    mapper = selected(shared_teacher, dataclasses.replace(NARROW, depth=depth), name, batches)
+    for operator_name, operator in mapper.operators.items():
+        value = operator()
+        assert ((value == 0) | (value == 1)).all() and (value.sum(dim=-1) == 1).all(), operator_name
+        assert (value.argmax(dim=-1).diff() > 0).all(), operator_name
+    for tower in TOWERS:
+        heads = mapper.operators[f"{tower}_value"]().sum(dim=-2).unflatten(1, (-1, 16))
+        assert (heads == heads[:, :, :1]).all()
+
+
+def test_manual_is_the_front_slice(shared_teacher):
+    manual = selected(shared_teacher, NARROW, "manual", []).export().state_dict()
+    diagonal = WeightMapper(shared_teacher, dataclasses.replace(NARROW, initializer="diagonal")).export().state_dict()
+    for name, tensor in diagonal.items():
+        assert torch.equal(manual[name], tensor), name
+
+
+def test_random_selection_follows_its_seed(shared_teacher):
+    first, again, other = (
+        selected(shared_teacher, dataclasses.replace(NARROW, seed=seed), "random_selection", []).export().state_dict()
+        for seed in (0, 0, 1)
+    )
+    name = "visual_projection.weight"
+    assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+
+
+def test_the_highest_scores_are_kept(shared_teacher):
+    def scores(config) -> TowerScores:
+        layers = config.num_hidden_layers
+        return TowerScores(
+            torch.arange(config.hidden_size).float(),
+            torch.arange(config.num_attention_heads).float().expand(layers, -1),
+            -torch.arange(config.intermediate_size).float().expand(layers, -1),
+            torch.arange(layers).float(),
+        )
+
+    teacher = shared_teacher.config
+    given = Scores(scores(teacher.vision_config), scores(teacher.text_config), torch.arange(32).float())
+    operators = keep(given, teacher, student_config(teacher, NARROW))
+    assert operators["vision_residual"].argmax(dim=1).tolist() == list(range(16, 64))
+    assert operators["text_key"][1].argmax(dim=1).tolist() == list(range(16, 48))
+    assert operators["text_ffn_in"][2].argmax(dim=1).tolist() == list(range(128))
+    assert operators["embed"].argmax(dim=1).tolist() == list(range(16, 32))
+
+
+def test_the_first_of_equal_scores_are_kept():
+    assert strongest(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), 3).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("name", ["magnitude", "taylor"])  # without a module, recall may rise
+def test_dead_parts_are_not_kept(shared_teacher, batches, name):
+    teacher = copy.deepcopy(shared_teacher)
+    for tower in TOWERS:
+        for layer in Tower(teacher, tower).layers:
+            for module, rows in ((layer.self_attn, slice(16, 32)), (layer.mlp, slice(3, 40))):
+                writers = (module.fc1,) if hasattr(module, "fc1") else (module.q_proj, module.k_proj, module.v_proj)
+                reader = module.fc2 if hasattr(module, "fc2") else module.out_proj
+                with torch.no_grad():
+                    for writer in writers:
+                        writer.weight[rows] = writer.bias[rows] = 0
+                    reader.weight[:, rows] = 0
+    scores = CRITERIA[name](teacher, batches, 0)
+    for tower in TOWERS:
+        of_tower = getattr(scores, tower)
+        assert (strongest(of_tower.heads, of_tower.heads.shape[1] - 1) != 1).all()
+        alive = strongest(of_tower.neurons, of_tower.neurons.shape[1] - 37)
+        assert ((alive < 3) | (alive >= 40)).all()
+
+
+def test_part_sums_add_up_what_writes_and_what_reads(shared_teacher):
+    values = {name: torch.ones_like(tensor) for name, tensor in shared_teacher.state_dict().items()}
+    scores = part_sums(shared_teacher, values)
+    width, ffn = 64, 256
+    assert (scores.vision.neurons == width + 1 + width).all()  # a row of fc1 with its bias, a column of fc2
+    assert (scores.vision.heads == 16 * (3 * (width + 1) + width)).all()
+    assert (scores.embed == 64 + 48).all()
+    negative = part_sums(shared_teacher, {name: -tensor for name, tensor in values.items()})
+    torch.testing.assert_close(negative.vision.channels, scores.vision.channels)
+    assert scores.vision.layers[0] == 4 * 16 * (3 * (width + 1) + width) + ffn * (2 * width + 1)
+
+
+def test_taylor_scores_are_weights_times_gradients(shared_teacher, batches):
+    model = copy.deepcopy(shared_teacher).eval()
+    for batch in batches:
+        output = model(**batch)
+        contrastive_loss(ClipFeatures.from_output(output, model.logit_scale)).backward()
+    mlp = model.text_model.encoder.layers[1].mlp
+    written = (mlp.fc1.weight * mlp.fc1.weight.grad).sum(dim=1) + mlp.fc1.bias * mlp.fc1.bias.grad
+    read = (mlp.fc2.weight * mlp.fc2.weight.grad).sum(dim=0)
+    scores = taylor(shared_teacher, batches, 0).text.neurons[1]
+    torch.testing.assert_close(scores.float(), written.abs() + read.abs(), atol=1e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_pruning_errors_are_those_of_models_without_the_module(shared_teacher, batches):
+    neurons = {name: getattr(taylor(shared_teacher, batches, 0), name).neurons for name in TOWERS}
+    errors = pruning_errors(shared_teacher, batches, neurons)
+
+    def recall(model) -> float:
+        outputs = [model(**batch) for batch in batches]
+        embeds = (torch.cat([getattr(one, f"{side}_embeds") for one in outputs]) for side in ("image", "text"))
+        values = recall_at_k(*embeds).values()
+        return sum(values) / len(values)
+
+    whole, seen = recall(shared_teacher), set()
+    for tower, index in (("vision", 0), ("vision", 3), ("text", 1)):
+        size = neurons[tower].shape[1]
+        least = neurons[tower][index].argsort(descending=True, stable=True)[7 * size // 8 :]
+        for module in ("head", "group", "layer"):
+            model = copy.deepcopy(shared_teacher)
+            layer = Tower(model, tower).layers[index]
+            if module != "group":
+                layer.self_attn.out_proj.weight[:, slice(16, 32) if module == "head" else slice(None)] = 0
+            if module != "head":
+                layer.mlp.fc2.weight[:, least if module == "group" else slice(None)] = 0
+            if module == "layer":
+                layer.self_attn.out_proj.bias[:] = layer.mlp.fc2.bias[:] = 0
+            found = {
+                "head": errors[tower].heads[index, 1],
+                "group": errors[tower].groups[index, 7],
+                "layer": errors[tower].layers[index],
+            }[module]
+            assert found == pytest.approx(whole - recall(model), abs=1e-6), (tower, index, module)
+            seen.add(float(found))
+    assert len(seen) > 2
