@@ -16,17 +16,29 @@ __all__ = ["adamw", "learning_rate_at", "parameter_groups", "step_count"]
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
     AdamW's groups of the trainable parameters: matrices decay; vectors (those stacked over layers too), scalars,
-    position embeddings and depth matrices (whose one-hot start is no neighborhood of zero) do not.
+    position embeddings and depth matrices (whose one-hot start is no neighborhood of zero) do not. Parameters that
+    the module's `fixed_rates` name have that rate, which no schedule changes, as the group's `fixed_rate`.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    fixed = {
+        name: rate
+        for name, _ in trainable
+        for start, rate in getattr(module, "fixed_rates", {}).items()
+        if name.startswith(start)
+    }
 
     def decays(name: str, parameter: torch.nn.Parameter) -> bool:
         return parameter.ndim >= 2 and not re.search("norm|bias|position_embedding|_depth", name)
 
+    scheduled = [(name, p) for name, p in trainable if name not in fixed]
     groups = [
-        {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if p.ndim and not decays(name, p)], "weight_decay": 0.0},
-        {"params": [p for _, p in trainable if not p.ndim], "weight_decay": 0.0},  # FSDP leaves scalars as they are
+        {"params": [p for name, p in scheduled if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in scheduled if p.ndim and not decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for _, p in scheduled if not p.ndim], "weight_decay": 0.0},  # FSDP leaves scalars as they are
+    ]
+    groups += [
+        {"params": [p for name, p in trainable if fixed.get(name) == rate], "weight_decay": 0.0, "fixed_rate": rate}
+        for rate in sorted(set(fixed.values()))
     ]
     return [group for group in groups if group["params"]]
 

@@ -220,7 +220,7 @@ class Trainer:
         torch.manual_seed(zlib.crc32(f"{self.run.seed}-{progress.step}-{accelerator.process_index}".encode()))
         rate = learning_rate_at(progress.step, self.steps, args.learning_rate, args.warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group.get("fixed_rate", rate)
         values = {"loss": math.nan, "grad_norm": math.nan, "learning_rate": rate}
         if chunks:
             output = stage(chunks)
