@@ -1,5 +1,6 @@
 """What the recipes run: mapping and distillation, each from models and arguments to a written student folder."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,12 @@ from clipmap_hf.training.arguments import (
     DataArguments,
     DistillationArguments,
     MappingArguments,
+    MaskingArguments,
     RunArguments,
     TeacherCacheArguments,
 )
+from clipmap_hf.training.masking import MaskingStage
+from clipmap_hf.training.optimization import step_count
 from clipmap_hf.training.setup import (
     config_values,
     evaluation_function,
@@ -38,7 +42,7 @@ from clipmap_hf.training.stages import DistillationStage, MappingStage
 from clipmap_hf.training.trainer import TrainResult
 
 
-__all__ = ["run_distillation", "run_mapping", "start_compressor"]
+__all__ = ["run_distillation", "run_mapping", "run_masking", "start_compressor"]
 
 _ORIGIN = "origin.json"
 
@@ -228,5 +232,67 @@ def run_distillation(
             "student": config_values(student.config),
         },
         teacher_cache=teacher_cache,
+        recipe=recipe,
+    )
+
+
+def run_masking(
+    teachers: Sequence[Teacher],
+    student: ClipMapConfig,
+    arguments: MaskingArguments,
+    run: RunArguments,
+    data: DataArguments,
+    *,
+    recipe: str | None = None,
+) -> TrainResult:
+    """
+    Learns masks of a copy of the first teacher (TinyCLIP's automatic inheritance) and writes the student that they
+    select, to be distilled, to `run.output_dir`.
+
+    Args:
+        teachers: Frozen; the targets of several are averaged.
+        student: The shape to select.
+        arguments: The stage's numbers.
+        run: Where and how to run.
+        data: Training and evaluation pairs.
+        recipe: The resolved arguments as YAML, for the card and `arguments.yaml`.
+    """
+    first, pairs = teachers[0], training_pairs(data)
+    check_same_preprocessing(first.processor, teachers)
+    steps, ramp = step_count(arguments, pairs), arguments.ramp_steps
+    stage = MaskingStage(
+        copy.deepcopy(first.model),
+        [teacher.model for teacher in teachers],
+        arguments.logit_scale,
+        arguments.learn_logit_scale,
+        student,
+        max(1, round(ramp if ramp >= 1 else ramp * steps)),
+        arguments.losses,
+    )
+
+    def save(folder: Path, metrics: dict[str, float]) -> None:
+        model = stage.student()
+        costs = CostReport(teacher=model_cost(first.model.config), student=model_cost(model.config))
+        card = render_card(
+            first.id,
+            str(costs),
+            model_class=type(model).__name__,
+            method="Its weights were selected from the teacher's by learned masks (TinyCLIP), and trained with them.",
+            results={"student": metrics} if metrics else None,
+            recipe=recipe,
+        )
+        write_student_folder(folder, model, first.processor, card)
+
+    return run_stage(
+        stage,
+        arguments,
+        run,
+        data,
+        first.processor,
+        name="masking",
+        pairs=pairs,
+        evaluate=evaluation_function(data, first.processor, run),
+        save=save,
+        config={"teachers": [[one.id, one.revision] for one in teachers], "student": student.to_dict()},
         recipe=recipe,
     )

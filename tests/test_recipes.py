@@ -258,6 +258,19 @@ def test_a_mapping_can_be_distilled(finish, steps, mapped_folder, teacher_folder
 
 
 @pytest.mark.recipes
+def test_mask_learns_masks_and_writes_what_they_select(finish, steps, teacher_folder, pairs_parquet, tmp_path):
+    data = ("--train_data", pairs_parquet, "--eval_data", pairs_parquet, "--depth", "score")
+    argv = ("--teacher", teacher_folder, *SMALL, *data, *steps("masking"), "--output_dir", tmp_path)
+    finish("mask.py", *argv, "--masking_losses", "affinity=1", "feature=10")
+    check_student(tmp_path, vision_width=32)
+    lines = [line for line in log_of(tmp_path) if "loss" in line]
+    assert {"affinity", "feature", "budget", "share", "due"} <= lines[0].keys() and len(lines) == 2
+    assert lines[1]["due"] < lines[0]["due"] < 1
+    assert f"eval_{next(iter(RECALLS))}" in log_of(tmp_path)[-1]
+    assert "learned masks (TinyCLIP)" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.recipes
 def test_a_terminated_recipe_exits_with_75_and_the_same_command_finishes_it(
     finish, environment, teacher_folder, pairs_parquet, tmp_path
 ):

@@ -266,6 +266,19 @@ class DistillationArguments(StageArguments):
         _check_losses(self.losses)
 
 
+@dataclass
+class MaskingArguments(DistillationArguments):
+    """The stage that learns masks (TinyCLIP's automatic inheritance): weights and masks are trained together."""
+
+    ramp_steps: float = field(
+        default=0.5, metadata={"help": "Until the budget is the student's: steps, or a share of all if below 1."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_ranges(self, at_least_0=("ramp_steps",))
+
+
 def _check_losses(losses: dict[str, float]) -> None:
     from clipmap_hf.losses import check_losses  # imports torch, for which `--help` must not wait
 

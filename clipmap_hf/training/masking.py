@@ -35,7 +35,7 @@ class MaskingStage(DistillationStage):
         logit_scale: As in `Stage`.
         learn_logit_scale: As in `Stage`.
         student: The shape to reach, and the depth rule; with `score`, layers are chosen by what their masks keep.
-        ramp_steps: Steps in which the budget goes from the whole to the target.
+        ramp_steps: Steps in which the budget goes from the whole to the target; at least 1.
         losses: As in `DistillationStage`.
         teacher_dims: As in `DistillationStage`.
     """
@@ -65,7 +65,7 @@ class MaskingStage(DistillationStage):
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
         output = super().forward(chunks)
         share = self.masks.share()
-        due = 1 - (1 - self.target) * min(1.0, (int(self.step) + 1) / max(1, self.ramp_steps))
+        due = 1 - (1 - self.target) * min(1.0, (int(self.step) + 1) / self.ramp_steps)
         gap = (share - due).clamp(min=0)
         linear, quadratic = self.multipliers
         held = self.multipliers.detach()
