@@ -261,7 +261,7 @@ def test_a_mapping_can_be_distilled(finish, steps, mapped_folder, teacher_folder
 def test_mask_learns_masks_and_writes_what_they_select(finish, steps, teacher_folder, pairs_parquet, tmp_path):
     data = ("--train_data", pairs_parquet, "--eval_data", pairs_parquet, "--depth", "score")
     argv = ("--teacher", teacher_folder, *SMALL, *data, *steps("masking"), "--output_dir", tmp_path)
-    finish("mask.py", *argv, "--masking_losses", "affinity=1", "feature=10")
+    finish("mask.py", *argv, "--masking_ramp_steps", 2, "--masking_losses", "affinity=1", "feature=10")
     check_student(tmp_path, vision_width=32)
     lines = [line for line in log_of(tmp_path) if "loss" in line]
     assert {"affinity", "feature", "budget", "share", "due"} <= lines[0].keys() and len(lines) == 2
