@@ -97,9 +97,9 @@ def _mapped(folder: Path, settings: dict, before: dict) -> dict:
     arguments = MappingArguments(
         steps=numbers["steps"], batch_size=settings["batch_size"], learning_rate=numbers["rate"]
     )
-    stage = MappingStage(mapper, arguments.logit_scale, arguments.learn_logit_scale, [], losses(numbers["weight"]))
-    cached = embeddings(folder, settings) if numbers["weight"] else None
-    curve = train(folder, settings, "mapping", stage, arguments, cached)
+    asked = [teacher().model] if numbers["weight"] else []  # its cache has the captions of the other stage only
+    stage = MappingStage(mapper, arguments.logit_scale, arguments.learn_logit_scale, asked, losses(numbers["weight"]))
+    curve = train(folder, settings, "mapping", stage, arguments)
     stage.student().save_pretrained(_mapped_student(folder, settings))
     return _continued(result, "mapping", curve)
 
