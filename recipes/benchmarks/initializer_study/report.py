@@ -41,7 +41,7 @@ def write_report(folder: Path, results: Mapping[tuple[str, str, str], Runs]) -> 
         if part == "curves":
             for size in dict.fromkeys(size for size, _ in found):
                 curves = {row: runs for (one, row), runs in found.items() if one == size}
-                draw(folder / f"curves-{size.replace(' ', '')}.png", size, curves)
+                draw(folder / f"curves-{size.split()[0]}.png", size, curves)
                 if REFERENCE in curves:
                     rows = [lead_row(size, row, runs, curves[REFERENCE]) for row, runs in curves.items()]
                     sections += [f"### {size}: compared with {REFERENCE}", markdown(rows)]
