@@ -30,6 +30,11 @@ def masks(shared_teacher) -> Masks:
     return masks
 
 
+def masking(teacher, ramp_steps: int) -> MaskingStage:
+    """The stage of a copy; a stage freezes its teachers, and others use this one."""
+    return MaskingStage(copy.deepcopy(teacher), [copy.deepcopy(teacher)], 50.0, False, NARROW, ramp_steps)
+
+
 def test_draws_are_zero_as_often_as_expected():
     logits = torch.tensor([-4.0, -1.0, 0.0, 1.0, 4.0])
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +86,7 @@ def test_a_masked_model_is_the_model_of_the_kept_parts(shared_teacher, tiny_batc
             logits = getattr(masks, f"{tower}_{part}")
             smallest = logits.sort(dim=-1, descending=True).values[..., size - 1 : size]
             on[f"{tower}_{part}"] = (logits >= smallest).float()
-    stage = MaskingStage(copy.deepcopy(shared_teacher).requires_grad_(True), [shared_teacher], 50.0, False, NARROW, 1)
+    stage = masking(shared_teacher, 1)
     weights = masks.masked(dict(shared_teacher.named_parameters()), on)
     output = functional_call(stage.skeleton.eval(), weights, kwargs=tiny_batch)
     expected_output = small(**tiny_batch)
@@ -111,9 +116,7 @@ def test_the_share_of_masks_that_are_all_but_settled_is_that_of_the_student(shar
 
 
 def test_masks_reach_their_budget_and_the_student_its_shape(shared_teacher, tiny_batch):
-    stage = MaskingStage(
-        copy.deepcopy(shared_teacher).requires_grad_(True), [shared_teacher], 50.0, False, NARROW, ramp_steps=40
-    ).train()
+    stage = masking(shared_teacher, 40).train()
     optimizer = torch.optim.AdamW(parameter_groups(stage, 0.2), lr=1e-4)
     for group in optimizer.param_groups:
         group["lr"] = group.get("fixed_rate", 0.0) * 10  # in fewer steps
@@ -136,10 +139,7 @@ def test_masks_reach_their_budget_and_the_student_its_shape(shared_teacher, tiny
 
 
 def test_a_draw_is_the_same_when_a_run_goes_on(shared_teacher, tiny_batch):
-    stages = [
-        MaskingStage(copy.deepcopy(shared_teacher).requires_grad_(True), [shared_teacher], 50.0, False, NARROW, 4)
-        for _ in range(2)
-    ]
+    stages = [masking(shared_teacher, 4) for _ in range(2)]
     for stage in stages:
         for logits in stage.masks.parameters():
             logits.data.fill_(0.5)
@@ -153,7 +153,7 @@ def test_a_draw_is_the_same_when_a_run_goes_on(shared_teacher, tiny_batch):
 
 
 def test_masks_and_multipliers_have_a_rate_of_their_own(shared_teacher):
-    stage = MaskingStage(copy.deepcopy(shared_teacher).requires_grad_(True), [shared_teacher], 50.0, False, NARROW, 4)
+    stage = masking(shared_teacher, 4)
     groups = [group for group in parameter_groups(stage, 0.2) if "fixed_rate" in group]
     assert [group["fixed_rate"] for group in groups] == [0.02]
     assert [group["weight_decay"] for group in groups] == [0.0]
