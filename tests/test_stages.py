@@ -188,6 +188,13 @@ def test_embeddings_from_a_cache_are_compared_like_their_teachers(student, tiny_
     torch.testing.assert_close(step(cached, [brought]), live, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"contrastive"}))
+def test_a_loss_that_no_teacher_is_there_for_is_an_error(student, tiny_batch, name):
+    stage = DistillationStage(student, [], 50.0, False, {name: 1.0})
+    with pytest.raises(ValueError, match="needs the features of at least one teacher"):
+        stage([tiny_batch])
+
+
 @pytest.mark.parametrize(
     ("losses", "message"),
     [

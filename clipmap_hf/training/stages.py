@@ -106,7 +106,7 @@ class DistillationStage(Stage):
         teacher_dims: Widths of the teachers' embeddings, if chunks bring them.
 
     Raises:
-        ValueError: If a loss is unknown or its weight no share, or the models read different inputs.
+        ValueError: If a loss is unknown or its weight negative, or the models read different inputs.
     """
 
     def __init__(
@@ -127,11 +127,10 @@ class DistillationStage(Stage):
         # In a list, they are no submodules, so never saved, wrapped or sent to other processes.
         self._teachers = [teacher.requires_grad_(False).eval() for teacher in teachers]
         dims = teacher_dims or [teacher.config.projection_dim for teacher in teachers]
-        compared = set(EMBEDDING_LOSSES) & set(losses)
+        own = config.projection_dim
+        compared = set(EMBEDDING_LOSSES) & set(losses) and set(dims) - {own}
         self.projectors = nn.ModuleList(
-            nn.Identity() if dim == config.projection_dim else _Projector(config.projection_dim, dim)
-            for dim in dims
-            if compared
+            nn.Identity() if dim == own else _Projector(own, dim) for dim in dims if compared
         )
 
     def _apply(self, fn, *args, **kwargs):
@@ -146,7 +145,7 @@ class DistillationStage(Stage):
         return {"loss": loss, **values, "logit_scale": student.logit_scale}
 
     def _loss(self, name: str, student: ClipFeatures, teachers: Sequence[ClipFeatures]) -> torch.Tensor:
-        if name not in EMBEDDING_LOSSES:
+        if name not in EMBEDDING_LOSSES or not self.projectors:
             return LOSSES[name](student, *teachers)
         projected = [projector(student) for projector in self.projectors]
         return sum(starmap(LOSSES[name], zip(projected, teachers, strict=True))) / len(teachers)
@@ -171,8 +170,8 @@ class DistillationStage(Stage):
 class MappingStage(DistillationStage):
     """
     Trains the operators of a `WeightMapper`, the teacher frozen, on the contrastive loss (paper A.3, Eq. 12) or, as in
-    Fig. 4, on others too. The weights are mapped once for all chunks of a step, and what processes
-    exchange are gradients of the student's size.
+    Fig. 4, on others too. The weights are mapped once for all chunks of a step, and what processes exchange are
+    gradients of the student's size.
 
     Args:
         trained: The mapper.
