@@ -1,27 +1,21 @@
-"""What the recipes run: mapping and distillation, each from models and arguments to a written student folder."""
+"""What the recipes run: mapping, distillation and masking, from models and arguments to a written student folder."""
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import CLIPProcessor, PreTrainedModel
 
-from clipmap_hf.atomic import read_json, write_json
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
-from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.evaluation.cost import CostReport, model_cost
+from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import write_student_folder
-from clipmap_hf.mapping.initializers import NEED_PAIRS
-from clipmap_hf.models import load_processor
 from clipmap_hf.teachers import Teacher, check_same_preprocessing, make_teacher_cache
 from clipmap_hf.training.arguments import (
-    CalibrationArguments,
     DataArguments,
     DistillationArguments,
     MappingArguments,
@@ -35,83 +29,13 @@ from clipmap_hf.training.setup import (
     config_values,
     evaluation_function,
     run_stage,
-    source_files,
     training_pairs,
 )
 from clipmap_hf.training.stages import DistillationStage, MappingStage
 from clipmap_hf.training.trainer import TrainResult
 
 
-__all__ = ["run_distillation", "run_mapping", "run_masking", "start_compressor"]
-
-_ORIGIN = "origin.json"
-
-
-def start_compressor(
-    teacher_id: str,
-    revision: str | None,
-    student: ClipMapConfig | None,
-    calibration: CalibrationArguments,
-    run: RunArguments,
-    data: DataArguments,
-) -> ClipMapCompressor:
-    """
-    Starts to compress a teacher, from calibration data if `student` allows it. Without `student`, goes on with a map.
-
-    A start from data is kept in `start/` inside `run.output_dir`, an untrained student with its map, and taken from
-    there when the same command runs again.
-
-    Args:
-        teacher_id: Hub id or folder.
-        revision: Branch, tag or commit on the Hub.
-        student: The size to make, and how its operators start.
-        calibration: The pairs to start from.
-        run: Its seed draws them.
-        data: The training pairs, and how they are read.
-    """
-    if student is None or student.initializer not in (None, *NEED_PAIRS):
-        return ClipMapCompressor.from_pretrained(teacher_id, student, revision=revision, backend=data.image_backend)
-    state, folder = join_processes(), Path(run.output_dir) / "start"
-    origin = {
-        "teacher": [teacher_id, revision],
-        "student": student.to_dict(),
-        "calibration": dataclasses.asdict(calibration),
-        "data": source_files(_calibration_source(calibration, data))
-        | {"caption_column": data.caption_column, "streaming": data.streaming, "image_backend": data.image_backend},
-        "seed": run.seed,
-    }
-    if run.resume == "auto" and (folder / _ORIGIN).is_file() and read_json(folder / _ORIGIN) == origin:
-        return ClipMapCompressor.from_pretrained(folder, backend=data.image_backend)
-    batches = _calibration_pairs(teacher_id, revision, calibration, run, data)
-    compressor = ClipMapCompressor.from_pretrained(
-        teacher_id, student, calibration_data=batches, revision=revision, backend=data.image_backend
-    )
-    state.wait_for_everyone()  # none may look for what another writes
-    if state.is_main_process:
-        (folder / _ORIGIN).unlink(missing_ok=True)  # it may be that of another start
-        compressor.save_pretrained(folder)
-        write_json(folder / _ORIGIN, origin)
-    return compressor
-
-
-def _calibration_source(calibration: CalibrationArguments, data: DataArguments) -> DataArguments:
-    return dataclasses.replace(data, train_data=calibration.calibration_data or data.train_data)
-
-
-def _calibration_pairs(
-    teacher_id: str, revision: str | None, calibration: CalibrationArguments, run: RunArguments, data: DataArguments
-) -> CalibrationPairs:
-    caption = data.caption_column[0]
-    rows = load_pairs(
-        _calibration_source(calibration, data).train_data,
-        split=data.train_split,
-        image_column=data.image_column,
-        caption_columns=[caption],
-        streaming=data.streaming,
-    )
-    rows = rows if caption == "caption" else rows.rename_column(caption, "caption")
-    processor = load_processor(teacher_id, revision=revision, backend=data.image_backend)
-    return CalibrationPairs(rows, processor, calibration.calibration_pairs, data.max_bad_fraction, run.seed)
+__all__ = ["run_distillation", "run_mapping", "run_masking"]
 
 
 def run_mapping(
@@ -195,7 +119,7 @@ def run_distillation(
         for teacher in teachers:
             teacher.model.cpu()
     stage = DistillationStage(
-        student,
+        _frozen(student, arguments.freeze),
         [teacher.model for teacher in teachers] if teacher_cache is None else [],
         arguments.logit_scale,
         arguments.learn_logit_scale,
@@ -234,6 +158,14 @@ def run_distillation(
         teacher_cache=teacher_cache,
         recipe=recipe,
     )
+
+
+def _frozen(student: PreTrainedModel, tower: str | None) -> PreTrainedModel:
+    """The student, with a tower and its projection left out of training."""
+    family = family_for(student.config)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(tower is None or family.match(name).tower != tower)
+    return student
 
 
 def run_masking(

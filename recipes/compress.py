@@ -45,7 +45,8 @@ def main() -> None:
         description=__doc__,
     )
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.runs import run_distillation, run_mapping, start_compressor
+    from clipmap_hf.runs import run_distillation, run_mapping
+    from clipmap_hf.starts import start_compressor
     from clipmap_hf.teachers import Teacher
     from clipmap_hf.training.setup import map_config
 

@@ -11,11 +11,13 @@ import torch
 from conftest import randomize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig, compressor, runs
+from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig, compressor, runs, starts
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.families import CLIP
 from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.runs import run_distillation, run_mapping, start_compressor
+from clipmap_hf.runs import run_distillation, run_mapping
+from clipmap_hf.starts import start_compressor
 from clipmap_hf.teachers import Teacher, make_teacher_cache
 from clipmap_hf.training.arguments import (
     CalibrationArguments,
@@ -77,7 +79,7 @@ def distill(teacher, tiny_processor, data, tmp_path):
     def run(teachers: list[Teacher], **values) -> tuple[TrainResult, list[dict], CLIPModel]:
         student = WeightMapper(copy.deepcopy(teacher.model), SMALL).export()
         numbers = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
-        numbers |= {name: values.pop(name) for name in ("steps", "micro_batch_size") if name in values}
+        numbers |= {name: values.pop(name) for name in ("steps", "micro_batch_size", "freeze") if name in values}
         options = {"data": data, "output_dir": str(tmp_path / "out"), "resume": "never", "seed": 0} | values
         given = {name: options.pop(name) for name in ("cache", "recipe") if name in options}
         chosen, processor = options.pop("data"), options.pop("processor", tiny_processor)
@@ -153,6 +155,14 @@ def test_a_distilled_student_is_written_with_its_card_and_results(distill, teach
     assert f"{100 * result.metrics['image_to_text_recall@5']:.1f}" in card
     assert [line["step"] for line in log if "eval_mean_recall" in line] == [4, 6]
     assert (tmp_path / "out" / "best" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("freeze", ["vision", "text"])
+def test_a_frozen_tower_stays_as_it_is_and_the_other_learns(distill, teacher, teachers, freeze):
+    before = WeightMapper(copy.deepcopy(teacher.model), SMALL).export().state_dict()
+    after = distill(teachers, freeze=freeze)[2].state_dict()
+    changed = {CLIP.match(name).tower for name in before if not torch.equal(before[name], after[name])}
+    assert changed - {None} == {"vision", "text"} - {freeze}
 
 
 def test_several_teachers_teach_otherwise_than_one(distill, teachers):
@@ -417,7 +427,7 @@ def test_a_start_for_another_student_takes_the_place_of_the_first(start, no_cali
 def test_a_start_that_was_not_written_to_its_end_is_not_taken_for_the_one_before(start, monkeypatch):
     start(STARTED)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_json", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(starts, "write_json", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             start(dataclasses.replace(STARTED, projection_dim=16))
     assert start(STARTED).config.projection_dim is None

@@ -12,7 +12,8 @@ from transformers import CLIPModel, PretrainedConfig, PreTrainedModel
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.demo.report import Contestant
-from clipmap_hf.runs import run_distillation, run_mapping, start_compressor
+from clipmap_hf.runs import run_distillation, run_mapping
+from clipmap_hf.starts import start_compressor
 from clipmap_hf.teachers import Teacher
 from clipmap_hf.training.arguments import (
     CalibrationArguments,

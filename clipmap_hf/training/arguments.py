@@ -260,10 +260,13 @@ class DistillationArguments(StageArguments):
             "interactive and relational."
         },
     )
+    freeze: str | None = field(default=None, metadata={"help": "The tower to leave as it is: `vision` or `text`."})
 
     def __post_init__(self):
         super().__post_init__()
         _check_losses(self.losses)
+        if self.freeze not in (None, "vision", "text"):
+            raise ValueError(f"freeze={self.freeze!r} is no tower; it must be 'vision' or 'text'.")
 
 
 @dataclass
