@@ -19,7 +19,7 @@ def run(tower: Tower, batch) -> torch.Tensor:
     for layer in tower.layers:
         stream = stream + layer.self_attn.out_proj(tower.attended(layer, stream))
         stream = stream + layer.mlp.fc2(tower.activated(layer, stream))
-    return tower.embeds(batch, stream)
+    return tower.embeds(stream, tower.ends(batch))
 
 
 @torch.no_grad()

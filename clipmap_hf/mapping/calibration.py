@@ -146,7 +146,7 @@ class _TowerSums:
             self.cosines[index] += weights.double() @ F.cosine_similarity(stream[counted], behind[counted]).double()
             stream = behind
         self.read[-1].add(normalized(pooled(stream, tower.ends(batch)), epsilon))
-        self.embeds.add(F.normalize(tower.embeds(batch, stream), dim=-1))
+        self.embeds.add(F.normalize(tower.embeds(stream, tower.ends(batch)), dim=-1))
 
     def statistics(self) -> TowerStatistics:
         for one in (*self.read, self.embedded, self.embeds, *self.attended, *self.activated):

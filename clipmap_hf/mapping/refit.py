@@ -150,10 +150,9 @@ class _TowerRefit:
         projection = self.student.projection
         moments = Moments(projection.in_features, projection.out_features, device=self.teacher.device)
         for one in self.streams:
-            big, small = (pooled(self._load(stream), one.ends) for stream in (one.teacher, one.student))
-            targets = F.normalize(self.teacher.projection(self.teacher.final_norm(big)), dim=-1)
+            targets = F.normalize(self.teacher.embeds(self._load(one.teacher), one.ends), dim=-1)
             targets = targets if embed is None else targets @ embed.T
-            moments.add(normalized(small, self.epsilon), targets)
+            moments.add(normalized(pooled(self._load(one.student), one.ends), self.epsilon), targets)
             one.embeds = F.normalize(targets, dim=-1)
         moments.sum_over_processes()
         weight, bias = moments.solve(_PROJECTION_RIDGE)
@@ -170,14 +169,14 @@ class _TowerRefit:
         """Mean squared distance of some items' normalized embeddings."""
         stream = self._load(one.first[items])
         for layer in self.student.layers:
-            stream = self.student.behind(layer, self.student.middle(layer, stream))
-        embeds = self.student.projection(self.student.final_norm(pooled(stream, one.ends[items])))
+            stream = self.student.through(layer, stream)
+        embeds = self.student.embeds(stream, one.ends[items])
         return (F.normalize(embeds, dim=-1) - one.embeds[items]).square().sum(dim=-1).mean()
 
     def _error_behind(self, layer: nn.Module, one: _Streams, items: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the stream behind a layer, of some items."""
         stream, target, weights = self._load(one.student[items]), self._load(one.behind[items]), one.weights[items]
-        behind = self.student.behind(layer, self.student.middle(layer, stream))
+        behind = self.student.through(layer, stream)
         return ((behind - target).square().mean(dim=-1) * weights).sum() / weights.sum()
 
     def _go_through(self, segment: range, heads: list[int], neurons: list[int]) -> Examples:

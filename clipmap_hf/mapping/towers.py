@@ -60,9 +60,13 @@ class Tower:
         """The stream behind the layer."""
         return middle + layer.mlp.fc2(self.activated(layer, middle))
 
-    def embeds(self, batch: Mapping[str, torch.Tensor], stream: torch.Tensor) -> torch.Tensor:
+    def through(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
+        """The stream behind the layer, from that before it."""
+        return self.behind(layer, self.middle(layer, stream))
+
+    def embeds(self, stream: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """The embeddings `(items, projection_dim)`, not normalized, from the stream behind the last layer."""
-        return self.projection(self.final_norm(pooled(stream, self.ends(batch))))
+        return self.projection(self.final_norm(pooled(stream, ends)))
 
     @torch.no_grad()
     def add_constant(self, constant: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,31 +116,19 @@ class Masks(nn.Module):
 
     def share(self) -> torch.Tensor:
         """The expected share of the weights in layers that are kept, of both towers together."""
-        kept = {name: expected(logits) for name, logits in self.named_parameters()}
-        whole = {name: torch.ones_like(logits) for name, logits in kept.items()}
-        return self._weights(kept) / self._weights(whole)
-
-    def share_of(self, student: PretrainedConfig) -> float:
-        """The share of the weights in layers that a student of this config has."""
-        sizes = []
-        for config in (student, self.config):
-            towers = (config.vision_config, config.text_config)
-            sizes.append(
-                sum(
-                    one.num_hidden_layers * one.hidden_size * (4 * one.hidden_size + 2 * one.intermediate_size)
-                    for one in towers
-                )
-            )
-        return sizes[0] / sizes[1]
-
-    def _weights(self, kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        total = 0
+        kept = 0
         for name in ("vision", "text"):
             config = getattr(self.config, f"{name}_config")
             width = config.hidden_size // config.num_attention_heads
-            channels, heads, neurons = (kept[f"{name}_{part}"].sum() for part in ("channels", "heads", "neurons"))
-            total = total + channels * (4 * width * heads + 2 * neurons)
-        return total
+            channels, heads, neurons = (
+                expected(getattr(self, f"{name}_{part}")).sum() for part in ("channels", "heads", "neurons")
+            )
+            kept = kept + _weights(channels, width * heads, neurons)
+        return kept / _weights_of(self.config)
+
+    def share_of(self, student: PretrainedConfig) -> float:
+        """The share of the weights in layers that a student of this config has."""
+        return _weights_of(student) / _weights_of(self.config)
 
     @torch.no_grad()
     def scores(self) -> Scores:
@@ -151,3 +140,18 @@ class Masks(nn.Module):
                 TowerScores(channels, heads, neurons, expected(heads).mean(dim=1) + expected(neurons).mean(dim=1))
             )
         return Scores(*towers, embed=torch.zeros(self.config.projection_dim))
+
+
+def _weights(channels: torch.Tensor | int, values: torch.Tensor | int, neurons: torch.Tensor | int) -> Any:
+    """Weights of a tower's layers, from how many channels it has, and of all layers together values and neurons."""
+    return channels * (4 * values + 2 * neurons)
+
+
+def _weights_of(config: PretrainedConfig) -> int:
+    towers = (config.vision_config, config.text_config)
+    return sum(
+        _weights(
+            one.hidden_size, one.num_hidden_layers * one.hidden_size, one.num_hidden_layers * one.intermediate_size
+        )
+        for one in towers
+    )

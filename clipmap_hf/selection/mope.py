@@ -131,8 +131,8 @@ class _PrunedTower:
         embeds = []
         for batch, stream in zip(self.batches, streams, strict=True):
             for layer in self.tower.layers[index:]:
-                stream = self.tower.behind(layer, self.tower.middle(layer, stream))
-            embeds.append(F.normalize(self.tower.embeds(batch, stream), dim=-1))
+                stream = self.tower.through(layer, stream)
+            embeds.append(F.normalize(self.tower.embeds(stream, self.tower.ends(batch)), dim=-1))
         return gather(torch.cat(embeds))
 
 

@@ -88,9 +88,6 @@ def _yaml_options(
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
     options = []
-    mappings = {
-        f"{key}_{f.name}" for key, stage in own.items() for f in dataclasses.fields(stage) if f.type == _NUMBERS
-    }
     for key, value in content.items():
         if key in sections:
             if not isinstance(value or {}, dict):
@@ -98,11 +95,13 @@ def _yaml_options(
             allowed = {f.name for f in dataclasses.fields(sections[key])}
             _check_known(path, value or {}, allowed, f" in section {key!r}")
             if key in own:
+                numbers = {f.name for f in dataclasses.fields(own[key]) if f.type == _NUMBERS}
                 for name, inner in (value or {}).items():
-                    options += _option(f"{key}_{name}", inner, mappings)
+                    words = _as_words(inner) if name in numbers and isinstance(inner, dict) else inner
+                    options += _option(f"{key}_{name}", words)
         elif key not in ignored:
             _check_known(path, {key}, known | set(sections), "")
-            options += _option(key, value, mappings)
+            options += _option(key, value)
     return options
 
 
@@ -112,13 +111,11 @@ def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
         raise ValueError(f"{path}: unknown keys {unknown}{where}; allowed are {sorted(allowed)}.")
 
 
-def _option(name: str, value: Any, mappings: set[str]) -> list[str]:
+def _option(name: str, value: Any) -> list[str]:
     if value is None or value == []:
         return []
     if isinstance(value, dict):
-        if name not in mappings:
-            raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
-        value = _as_words(value)
+        raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
