@@ -81,14 +81,15 @@ class ClipMapConfig:
         text: Size of the text tower.
         projection_dim: Width of the joint embedding; the teacher's by default, so that the student's embeddings
             live in the teacher's space.
-        initializer: How the width operators start: a key of `INITIALIZERS` (`diagonal` is Eq. 9), or of
-            `CALIBRATED_INITIALIZERS`, which need calibration data. By default `calibrated` with such data, `diagonal`
-            without.
+        initializer: How the width operators start: a key of `INITIALIZERS` (`diagonal` is Eq. 9), of
+            `CALIBRATED_INITIALIZERS`, or of `SELECTIONS`; those in `NEED_PAIRS` need calibration data. By default
+            `calibrated` with such data, `diagonal` without.
         refit: Whether `calibrated` solves the student's layers one after another (`refit`).
         refit_steps: Steps of gradient descent on each layer after it was solved, and as many on each tower: most of
             the time of a start.
-        depth: Which teacher layers the depth operators start from: a key of `DEPTH_RULES`, or, with calibration data,
-            `similarity`, the layers that change the stream most.
+        depth: Which teacher layers the depth operators start from: a key of `DEPTH_RULES`; `similarity`, with
+            `calibrated` or `importance`, the layers that change the stream most; or `score`, with a selection, those
+            that its criterion scores highest.
         depth_per: One depth matrix per `tower` (the paper) or per tensor `kind`.
         tie_ffn: Whether `fc2` reads through the transposed operator that `fc1` writes with. A.3 lists no such tie.
         decay_towards: What weight decay pulls an operator to. `initial` keeps the inheritance; `zero` is the literal

@@ -171,7 +171,8 @@ class StudentArguments:
     initializer: str | None = field(
         default=None,
         metadata={
-            "help": "Start of the operators: calibrated (default), importance, diagonal, random, kaiming, xavier."
+            "help": "Start of the operators: calibrated (default), importance; without data diagonal, random, "
+            "kaiming, xavier; selections manual, magnitude, taylor, mope, random_selection."
         },
     )
     refit: bool | None = field(
@@ -181,7 +182,8 @@ class StudentArguments:
         default=None, metadata={"help": "Steps of gradient descent on each layer after it was solved (default: 200)."}
     )
     depth: str | None = field(
-        default=None, metadata={"help": "Teacher layers to start from (default: interval_front)."}
+        default=None,
+        metadata={"help": "Teacher layers to start from: interval_front (default), spread, similarity or score."},
     )
     depth_per: str | None = field(default=None, metadata={"help": "One depth matrix per `tower` (default) or `kind`."})
     tie_ffn: bool | None = field(default=None, metadata={"help": "Tie fc2's input operator to fc1's output operator."})
@@ -193,7 +195,7 @@ class StudentArguments:
 
 @dataclass
 class CalibrationArguments:
-    """The pairs that `calibrated` and `importance` start from."""
+    """The pairs that `calibrated`, `importance`, `taylor` and `mope` start from."""
 
     calibration_data: str | None = field(
         default=None, metadata={"help": "Where they come from, with columns as `train_data`, which is the default."}
