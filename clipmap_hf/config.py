@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 
 
-__all__ = ["PRESETS", "ClipMapConfig", "TowerConfig", "student_config"]
+__all__ = ["PRESETS", "ClipMapConfig", "TowerConfig", "cut_towers", "student_config"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ClipMapConfig:
 
     Args:
         vision: Size of the vision tower.
-        text: Size of the text tower.
+        text: Size of the text tower. A tower that is left as large as the teacher's is kept as it is, bit for bit.
         projection_dim: Width of the joint embedding; the teacher's by default, so that the student's embeddings
             live in the teacher's space.
         initializer: How the width operators start: a key of `INITIALIZERS` (`diagonal` is Eq. 9), of
@@ -185,3 +185,13 @@ def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> Pretrain
         tower.validate()
     student.projection_dim = projection_dim
     return student
+
+
+def cut_towers(teacher: PretrainedConfig, student: PretrainedConfig) -> tuple[str, ...]:
+    """Which of `vision` and `text` are smaller in the student; the joint embedding belongs to both."""
+    sizes = [field.name for field in dataclasses.fields(TowerConfig)]
+
+    def size(config: PretrainedConfig, tower: str) -> list[int]:
+        return [config.projection_dim, *(getattr(getattr(config, f"{tower}_config"), name) for name in sizes)]
+
+    return tuple(tower for tower in ("vision", "text") if size(teacher, tower) != size(student, tower))

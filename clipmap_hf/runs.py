@@ -193,7 +193,7 @@ def run_masking(
     check_same_preprocessing(first.processor, teachers)
     steps, ramp = step_count(arguments, pairs), arguments.ramp_steps
     stage = MaskingStage(
-        copy.deepcopy(first.model),
+        _frozen(copy.deepcopy(first.model), arguments.freeze),
         [teacher.model for teacher in teachers],
         arguments.logit_scale,
         arguments.learn_logit_scale,

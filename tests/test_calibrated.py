@@ -17,7 +17,9 @@ from clipmap_hf.mapping.initializers.calibrated import residual_axes
 
 BOTH = pytest.mark.parametrize("refit", [False, True], ids=["mapped", "refitted"])
 DEPTHS = {"vision": [1, 2, 3, 4], "text": [1, 2, 3]}  # of students as deep as the teacher
-SAME = ClipMapConfig(initializer="calibrated", refit_steps=0)
+SAME = ClipMapConfig(  # but for a neuron, or nothing would be mapped
+    TowerConfig(intermediate_size=255), TowerConfig(intermediate_size=191), initializer="calibrated", refit_steps=0
+)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_a_teacher_that_needs_more_is_compressed_with_loss(shared_teacher, batch
 
 @BOTH
 def test_a_student_of_the_same_size_computes_what_the_teacher_does(shared_teacher, batches, others, refit, exact):
-    teacher = plain(shared_teacher)
+    teacher = silence(plain(shared_teacher), [], [7])
     mapper = started(teacher, dataclasses.replace(SAME, refit=refit), batches)
     for tower in TOWERS:
         assert max(losses(mapper, teacher, tower, others, DEPTHS[tower])) < 5e-5
@@ -146,13 +148,13 @@ def test_a_student_of_the_same_size_computes_what_the_teacher_does(shared_teache
 
 @BOTH
 def test_a_student_of_the_same_size_is_near_to_any_teacher(shared_teacher, batches, others, refit):
-    mapper = started(shared_teacher, dataclasses.replace(SAME, refit=refit), batches)
+    mapper = started(silence(shared_teacher, [], [7]), dataclasses.replace(SAME, refit=refit), batches)
     near = nearness(mapper, shared_teacher, others)
-    assert min(near.values()) > (0.995 if refit else 0.999), near
+    assert min(near.values()) > (0.995 if refit else 0.998), near
 
 
 def test_a_teacher_of_few_embedding_axes_keeps_its_similarities(shared_teacher, batches, others, exact):
-    teacher, generator = plain(shared_teacher), torch.Generator().manual_seed(0)
+    teacher, generator = silence(plain(shared_teacher), [], [7]), torch.Generator().manual_seed(0)
     few = torch.linalg.qr(torch.randn(32, 16, generator=generator)).Q
     with torch.no_grad():
         for projection in (teacher.visual_projection, teacher.text_projection):

@@ -30,9 +30,9 @@ def masks(shared_teacher) -> Masks:
     return masks
 
 
-def masking(teacher, ramp_steps: int) -> MaskingStage:
+def masking(teacher, ramp_steps: int, student: ClipMapConfig = NARROW) -> MaskingStage:
     """The stage of a copy; a stage freezes its teachers, and others use this one."""
-    return MaskingStage(copy.deepcopy(teacher), [copy.deepcopy(teacher)], 50.0, False, NARROW, ramp_steps)
+    return MaskingStage(copy.deepcopy(teacher), [copy.deepcopy(teacher)], 50.0, False, student, ramp_steps)
 
 
 def test_draws_are_zero_as_often_as_expected():
@@ -113,6 +113,19 @@ def test_the_share_of_masks_that_are_all_but_settled_is_that_of_the_student(shar
         for model in (WeightMapper(shared_teacher, NARROW).export(), shared_teacher)
     ]
     assert masks.share_of(student) == pytest.approx(blocks[0] / blocks[1])
+
+
+def test_a_tower_that_is_not_cut_has_no_masks(shared_teacher, tiny_batch):
+    stage = masking(shared_teacher, 40, ClipMapConfig(TowerConfig(32), initializer="manual")).train()
+    assert {name.split("_")[0] for name, _ in stage.masks.named_parameters()} == {"vision"}
+    assert stage.target > 0.3 and stage.masks.share() > 0.98
+    texts, whole = (
+        stage._encode(*model, tiny_batch)[1] for model in (stage._student_model([tiny_batch]), (shared_teacher, {}))
+    )
+    torch.testing.assert_close(texts, whole, atol=1e-6, rtol=0)
+    student, teacher = stage.student().state_dict(), shared_teacher.state_dict()
+    for name in (name for name in teacher if name.startswith("text")):
+        assert torch.equal(student[name], teacher[name]), name
 
 
 def test_masks_reach_their_budget_and_the_student_its_shape(shared_teacher, tiny_batch):

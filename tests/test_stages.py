@@ -558,6 +558,11 @@ def test_a_built_cache_teaches_like_live_teachers(
 # What is evaluated and saved
 
 
+def test_a_student_as_large_as_its_teacher_is_not_mapped(tiny_teacher):
+    with pytest.raises(ValueError, match="as large as its teacher.*Say what is to be smaller"):
+        MappingStage(WeightMapper(tiny_teacher, ClipMapConfig()), 50.0, False)
+
+
 def test_the_student_of_a_mapping_is_a_plain_clip_model(build, tiny_batch):
     stage = build("mapping")
     student = stage.student()

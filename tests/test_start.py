@@ -172,9 +172,23 @@ def test_a_start_of_other_towers_does_not_matter(shared_teacher, batches):
             assert torch.equal(given[name], tensor), name
 
 
-def test_towers_are_both_started(shared_teacher, batches):
-    mapper = started(shared_teacher, ClipMapConfig(initializer="importance"), batches)
+@pytest.mark.parametrize("initializer", ["calibrated", "importance"])
+def test_towers_that_are_cut_are_started(shared_teacher, batches, initializer):
+    mapper = started(shared_teacher, dataclasses.replace(SMALL, initializer=initializer), batches)
     assert {name.split("_")[0] for name in mapper.operators} == set(TOWERS)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("initializer", ["calibrated", "importance"])
+def test_the_other_tower_is_kept_bit_for_bit(shared_teacher, batches, initializer, tower):
+    size = {tower: TowerConfig(32, num_hidden_layers=2)}
+    mapper = started(shared_teacher, ClipMapConfig(**size, initializer=initializer), batches)
+    assert {name.split("_")[0] for name in mapper.operators} == {tower}
+    teacher, student = shared_teacher.state_dict(), mapper.export().state_dict()
+    kept = [name for name in teacher if mapper.family.match(name).tower != tower]
+    assert not set(kept) & {name.replace("-", ".") for name in mapper.corrections}
+    for name in kept:
+        assert torch.equal(student[name], teacher[name]), name
 
 
 @pytest.mark.parametrize("refit", [False, True])

@@ -46,25 +46,30 @@ class TowerStatistics:
 
 @torch.no_grad()
 def calibrate(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], *, neuron_covariance: bool = False
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    towers: Iterable[str] = ("vision", "text"),
+    *,
+    neuron_covariance: bool = False,
 ) -> dict[str, TowerStatistics]:
     """
-    Measures both towers of a model. The sums are fp64, and those of several processes, each with batches of its own,
+    Measures the towers of a model. The sums are fp64, and those of several processes, each with batches of its own,
     are added up.
 
     Args:
         model: The teacher.
         batches: As `calibration_batch` gives them.
+        towers: Which ones.
         neuron_covariance: Whether `activated` has covariances, which take time and `layers x intermediate_size²`
             numbers, or just variances.
 
     Returns:
-        The statistics of `vision` and of `text`.
+        The statistics by tower.
 
     Raises:
         ValueError: If there are no batches.
     """
-    sums = {name: _TowerSums(Tower(model, name), neuron_covariance) for name in ("vision", "text")}
+    sums = {name: _TowerSums(Tower(model, name), neuron_covariance) for name in towers}
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         for tower in sums.values():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from clipmap_hf.config import ClipMapConfig, student_config
+from clipmap_hf.config import ClipMapConfig, cut_towers, student_config
 from clipmap_hf.families import Family, TensorSpec, family_for
 from clipmap_hf.mapping.depth import DEPTH_RULES, one_hot_depth
 from clipmap_hf.mapping.fold import fold
@@ -29,6 +29,8 @@ class WeightMapper(nn.Module):
     With the initializer `calibrated`, the teacher is folded first, and each student tensor, but for the token table,
     is the mapped one plus a correction, which is trained with the operators.
 
+    A tower that is as large as the teacher's is copied as it is, and has no operators.
+
     Args:
         teacher: The model to compress; its tensors are copied in fp32.
         config: The student's size and how the operators start. With one of `CALIBRATED_INITIALIZERS` or `SELECTIONS`
@@ -47,9 +49,13 @@ class WeightMapper(nn.Module):
         self.logit_scale = nn.Parameter(teacher.logit_scale.detach().float().clone(), requires_grad=False)
         tensors = {name: tensor.detach().float() for name, tensor in teacher.state_dict().items()}
         specs = self.family.specs(tensors, teacher.config)
+        self.cut = cut_towers(teacher.config, self.student_config)
         self.folds = config.initializer == "calibrated"
         self.ties = operator_ties(config)
-        self.kinds = _stack(self, fold(tensors, self.family) if self.folds else tensors, specs)
+        if self.folds:
+            folded = fold(tensors, self.family)
+            tensors |= {name: folded[name] for name, spec in specs.items() if spec.tower in self.cut}
+        self.kinds = _stack(self, tensors, specs)
         # The skeleton lends its forward pass; its own weights are never read, so it stays out of the registry.
         skeleton = AutoModel.from_config(copy.deepcopy(self.student_config), dtype=torch.float32)
         self.__dict__["skeleton"] = skeleton.requires_grad_(False)
@@ -97,10 +103,10 @@ class WeightMapper(nn.Module):
         Sets the operators, and all corrections to zero.
 
         Args:
-            operators: All width operators, by name.
-            depth: The depth operator `(student_layers, teacher_layers)` of each tower.
+            operators: All width operators, by name; others are left alone.
+            depth: The depth operator `(student_layers, teacher_layers)` of each tower that is cut.
         """
-        for spec in self.kinds:
+        for spec in self._mapped_kinds():
             if spec.layer is not None:
                 operators = {**operators, self._depth_name(spec): depth[spec.tower]}
         for name, operator in self.operators.items():
@@ -126,6 +132,8 @@ class WeightMapper(nn.Module):
         operators: Mapping[str, torch.Tensor],
         token_ids: torch.Tensor | None,
     ) -> torch.Tensor:
+        if spec.tower not in self.cut:
+            return tensor
         rank = len(spec.rule.axes)
         along = {
             axis - rank: operators[name]
@@ -155,12 +163,12 @@ class WeightMapper(nn.Module):
         later = dict.fromkeys(CALIBRATED_INITIALIZERS, "similarity") | dict.fromkeys(SELECTIONS, "score")
         functions = {**INITIALIZERS, **dict.fromkeys(later, _not_yet_known)}
         initialize = _named(functions, "initializer", config.initializer or "diagonal")
-        shapes = operator_shapes(self.family, self.kinds, teacher, self.student_config, self.ties)
+        shapes = operator_shapes(self.family, self._mapped_kinds(), teacher, self.student_config, self.ties)
         initial = {name: initialize(shape, generator) for name, shape in shapes.items()}
         waits = config.initializer in later
         rules = {**DEPTH_RULES, later[config.initializer]: None} if waits else DEPTH_RULES
         choose_layers = _named(rules, "depth", config.depth)
-        for spec in self.kinds:
+        for spec in self._mapped_kinds():
             if spec.layer is not None:
                 big, small = (
                     getattr(c, f"{spec.tower}_config").num_hidden_layers for c in (teacher, self.student_config)
@@ -173,9 +181,12 @@ class WeightMapper(nn.Module):
         weights = self.skeleton.state_dict()
         return {
             _correction_name(spec): self._operator(_not_yet_known(self._student_tensor(weights, spec).shape))
-            for spec in self.kinds
+            for spec in self._mapped_kinds()
             if not spec.rule.lookup
         }
+
+    def _mapped_kinds(self) -> list[TensorSpec]:
+        return [spec for spec in self.kinds if spec.tower in self.cut]
 
     def _operator(self, initial: torch.Tensor) -> Operator:
         return Operator(initial, decay_to_zero=self.config.decay_towards == "zero")

@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from clipmap_hf.config import cut_towers
+
 
 __all__ = ["Scores", "TowerScores", "head_channels", "keep", "selection", "strongest"]
 
@@ -35,19 +37,19 @@ class Scores:
     Scores of both towers' parts.
 
     Args:
-        vision: Of the vision tower.
-        text: Of the text tower.
+        vision: Of the vision tower, if that is cut.
+        text: Of the text tower, if that is cut.
         embed: Of the joint embedding's dimensions, `(projection_dim,)`.
     """
 
-    vision: TowerScores
-    text: TowerScores
+    vision: TowerScores | None
+    text: TowerScores | None
     embed: torch.Tensor
 
 
 def keep(scores: Scores, teacher: PretrainedConfig, student: PretrainedConfig) -> dict[str, torch.Tensor]:
     """
-    One-hot width operators of the highest scores, as many in each layer as the student has.
+    One-hot width operators of the highest scores, as many in each layer as the student has, of towers that are cut.
 
     Args:
         scores: Of the teacher's parts.
@@ -58,7 +60,7 @@ def keep(scores: Scores, teacher: PretrainedConfig, student: PretrainedConfig) -
         The operators by name, `(small, big)` or `(layers, small, big)`.
     """
     operators = {}
-    for name in ("vision", "text"):
+    for name in cut_towers(teacher, student):
         of_tower, big, small = getattr(scores, name), *(getattr(one, f"{name}_config") for one in (teacher, student))
         operators[f"{name}_residual"] = selection(strongest(of_tower.channels, small.hidden_size), big.hidden_size)
         width = big.hidden_size // big.num_attention_heads

@@ -42,7 +42,7 @@ def start_from_activations(
     if mapper.folds:
         model.load_state_dict(fold(model.state_dict(), mapper.family))
     pairs = _Pairs(batches, model)
-    statistics = calibrate(model, pairs, neuron_covariance=mapper.folds and not config.refit)
+    statistics = calibrate(model, pairs, mapper.cut, neuron_covariance=mapper.folds and not config.refit)
     operators = CALIBRATED_INITIALIZERS[config.initializer](statistics, model, mapper.student_config)
     layers = {}
     for name, of_tower in statistics.items():
@@ -55,7 +55,8 @@ def start_from_activations(
     mapper.start(operators, depths)
     if mapper.folds:
         student = mapper.export().to(model.device)
-        set_pre_layrnorm(student, model, statistics["vision"], operators)
+        if "vision" in statistics:
+            set_pre_layrnorm(student, model, statistics["vision"], operators)
         if config.refit:
             refit(student, model, statistics, operators, layers, pairs, config.refit_steps)
         else:

@@ -1,7 +1,7 @@
 """Hard-concrete masks of a CLIP's channels, heads and neurons, and their budget (TinyCLIP's automatic way)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,17 +57,18 @@ class MaskedLayerNorm(nn.LayerNorm):
 
 class Masks(nn.Module):
     """
-    The logits of all masks of a model: of each tower's channels, and of each layer's heads and neurons.
+    The logits of all masks of a model: of a tower's channels, and of each layer's heads and neurons.
 
     Args:
         config: The model's config.
         family: Its table of axes.
+        towers: Those that are masked.
     """
 
-    def __init__(self, config: PretrainedConfig, family: Family):
+    def __init__(self, config: PretrainedConfig, family: Family, towers: Sequence[str] = ("vision", "text")):
         super().__init__()
-        self.config, self.family = config, family
-        for name in ("vision", "text"):
+        self.config, self.family, self.towers = config, family, towers
+        for name in towers:
             tower = getattr(config, f"{name}_config")
             layers = tower.num_hidden_layers
             shapes = ((tower.hidden_size,), (layers, tower.num_attention_heads), (layers, tower.intermediate_size))
@@ -93,9 +94,10 @@ class Masks(nn.Module):
         found = {}
         for name, tensor in weights.items():
             spec = self.family.match(name)
-            if "norm" in spec.kind.rpartition(".")[0].rpartition(".")[2]:
-                found[f"{name.rpartition('.')[0]}.mask"] = masks[f"{spec.tower}_channels"]
-            else:
+            masked, module = spec.tower in self.towers, name.rpartition(".")[0]
+            if masked and "norm" in module.rpartition(".")[2]:
+                found[f"{module}.mask"] = masks[f"{spec.tower}_channels"]
+            elif masked:
                 for axis, space in enumerate(spec.rule.axes):
                     if (mask := self._mask(space, spec.tower, spec.layer, masks)) is not None:
                         tensor = tensor * mask.reshape([-1 if axis == other else 1 for other in range(tensor.ndim)])
@@ -116,14 +118,14 @@ class Masks(nn.Module):
 
     def share(self) -> torch.Tensor:
         """The expected share of the weights in layers that are kept, of both towers together."""
-        kept = 0
-        for name in ("vision", "text"):
+        kept = _weights_of(self.config)
+        for name in self.towers:
             config = getattr(self.config, f"{name}_config")
             width = config.hidden_size // config.num_attention_heads
             channels, heads, neurons = (
                 expected(getattr(self, f"{name}_{part}")).sum() for part in ("channels", "heads", "neurons")
             )
-            kept = kept + _weights(channels, width * heads, neurons)
+            kept = kept - _weights_of_tower(config) + _weights(channels, width * heads, neurons)
         return kept / _weights_of(self.config)
 
     def share_of(self, student: PretrainedConfig) -> float:
@@ -133,13 +135,12 @@ class Masks(nn.Module):
     @torch.no_grad()
     def scores(self) -> Scores:
         """What was learned, as scores; a layer has the expected share of its heads plus that of its neurons."""
-        towers = []
-        for name in ("vision", "text"):
+        towers = {"vision": None, "text": None}
+        for name in self.towers:
             channels, heads, neurons = (getattr(self, f"{name}_{part}") for part in ("channels", "heads", "neurons"))
-            towers.append(
-                TowerScores(channels, heads, neurons, expected(heads).mean(dim=1) + expected(neurons).mean(dim=1))
-            )
-        return Scores(*towers, embed=torch.zeros(self.config.projection_dim))
+            layers = expected(heads).mean(dim=1) + expected(neurons).mean(dim=1)
+            towers[name] = TowerScores(channels, heads, neurons, layers)
+        return Scores(**towers, embed=torch.zeros(self.config.projection_dim))
 
 
 def _weights(channels: torch.Tensor | int, values: torch.Tensor | int, neurons: torch.Tensor | int) -> Any:
@@ -147,11 +148,10 @@ def _weights(channels: torch.Tensor | int, values: torch.Tensor | int, neurons: 
     return channels * (4 * values + 2 * neurons)
 
 
+def _weights_of_tower(config: PretrainedConfig) -> int:
+    layers = config.num_hidden_layers
+    return _weights(config.hidden_size, layers * config.hidden_size, layers * config.intermediate_size)
+
+
 def _weights_of(config: PretrainedConfig) -> int:
-    towers = (config.vision_config, config.text_config)
-    return sum(
-        _weights(
-            one.hidden_size, one.num_hidden_layers * one.hidden_size, one.num_hidden_layers * one.intermediate_size
-        )
-        for one in towers
-    )
+    return _weights_of_tower(config.vision_config) + _weights_of_tower(config.text_config)

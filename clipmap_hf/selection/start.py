@@ -45,7 +45,7 @@ def start_from_scores(mapper: WeightMapper, teacher: PretrainedConfig, scores: S
         scores: Of the teacher's parts.
     """
     depths = {}
-    for name in ("vision", "text"):
+    for name in mapper.cut:
         big, small = (getattr(one, f"{name}_config").num_hidden_layers for one in (teacher, mapper.student_config))
         if mapper.config.depth == "score":
             layers = strongest(getattr(scores, name).layers, small).tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from clipmap_hf.config import ClipMapConfig, student_config
+from clipmap_hf.config import ClipMapConfig, cut_towers, student_config
 from clipmap_hf.families import family_for
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.selection.masks import MaskedLayerNorm, Masks, sampled, settled
@@ -28,6 +28,7 @@ class MaskingStage(DistillationStage):
     are left as the student has, in both towers together; the loss is that of distillation, and of the budget
     `λ₁ gap + λ₂ gap²`, whose multipliers rise as long as there is a gap. What is evaluated and saved is the student of
     the given shape, uniform in each tower, that keeps the parts with the largest logits; whatever the towers' shares.
+    A tower that the student leaves as it is has no masks.
 
     Args:
         trained: A copy of the teacher; trained in place.
@@ -55,10 +56,11 @@ class MaskingStage(DistillationStage):
     ):
         super().__init__(trained, teachers, logit_scale, learn_logit_scale, losses, teacher_dims)
         self.config, self.ramp_steps = dataclasses.replace(student, initializer="manual"), ramp_steps
-        self.masks = Masks(trained.config, family_for(trained.config))
+        shape = student_config(trained.config, self.config)
+        self.masks = Masks(trained.config, family_for(trained.config), cut_towers(trained.config, shape))
         self.multipliers = nn.Parameter(torch.full((2,), _MULTIPLIER))
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.target = self.masks.share_of(student_config(trained.config, self.config))
+        self.target = self.masks.share_of(shape)
         # As in the mapper, the skeleton lends its forward pass only.
         self.__dict__["skeleton"] = _with_masked_norms(trained).requires_grad_(False)
 
@@ -84,7 +86,7 @@ class MaskingStage(DistillationStage):
     def student(self) -> nn.Module:
         mapper = WeightMapper(self.trained, self.config)
         start_from_scores(mapper, self.trained.config, self.masks.scores())
-        return mapper.to(self.masks.vision_channels.device).export()
+        return mapper.to(self.multipliers.device).export()
 
     def train(self, mode: bool = True):
         self.skeleton.train(mode)

@@ -180,6 +180,9 @@ class MappingStage(DistillationStage):
         teachers: As above; not needed for the contrastive loss alone.
         losses: As above.
         teacher_dims: As above.
+
+    Raises:
+        ValueError: If the student is as large as its teacher, so that nothing is mapped, or as above.
     """
 
     trained: WeightMapper
@@ -194,6 +197,11 @@ class MappingStage(DistillationStage):
         losses: Mapping[str, float] = CONTRASTIVE,
         teacher_dims: Sequence[int] = (),
     ):
+        if not trained.cut:
+            raise ValueError(
+                "The student is as large as its teacher, so there is nothing to map. Say what is to be smaller: a "
+                "preset, or sizes such as vision_hidden_size."
+            )
         super().__init__(trained, teachers, logit_scale, learn_logit_scale, losses, teacher_dims)
 
     def student(self) -> nn.Module:

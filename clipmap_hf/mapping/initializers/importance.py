@@ -21,14 +21,14 @@ def importance(
     leaves them in it; a head's or a neuron's is that of what it adds to the stream.
 
     Args:
-        statistics: Of the teacher, by tower.
+        statistics: Of the teacher, by tower; of those that are cut at least.
         teacher: The teacher.
         student: The student's config.
 
     Returns:
         The operators by name, `(small, big)` or `(layers, small, big)`.
     """
-    energies = {}
+    energies = {"vision": None, "text": None}
     for name, of_tower in statistics.items():
         tower = Tower(teacher, name)
         norms = [norm for layer in tower.layers for norm in (layer.layer_norm1, layer.layer_norm2)]
