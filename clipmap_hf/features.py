@@ -21,11 +21,13 @@ class ClipFeatures:
         image_embeds: Normalized image embeddings of shape `(images, projection_dim)`, fp32.
         text_embeds: Normalized text embeddings of shape `(texts, projection_dim)`, fp32.
         logit_scale: The reciprocal temperature (not its logarithm), a scalar.
+        hidden_errors: Of each pair, how far hidden states are from a teacher's, `(images,)`; only for the hidden loss.
     """
 
     image_embeds: torch.Tensor
     text_embeds: torch.Tensor
     logit_scale: torch.Tensor
+    hidden_errors: torch.Tensor | None = None
 
     @staticmethod
     def embeds(output) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,14 @@ from clipmap_hf.losses import (
     affinity_loss,
     contrastive_loss,
     feature_loss,
+    hidden_loss,
     interactive_loss,
     relational_loss,
 )
+from clipmap_hf.losses.hidden import hidden_errors
+
+
+OF_EMBEDDINGS = sorted(set(LOSSES) - {"hidden"})
 
 
 def features_of_logits(logits: list[list[float]], scale: float = 1.0) -> ClipFeatures:
@@ -77,7 +82,7 @@ def test_contrastive_loss_needs_no_teacher():
     assert contrastive_loss(student) == contrastive_loss(student, random_features(1))
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", OF_EMBEDDINGS)
 def test_gradient_reaches_only_the_student(name):
     student, teacher = random_features(0), random_features(1)
     LOSSES[name](student, teacher).backward()
@@ -85,14 +90,14 @@ def test_gradient_reaches_only_the_student(name):
     assert teacher.image_embeds.grad is None and teacher.text_embeds.grad is None
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"feature"}))  # which has no logits
+@pytest.mark.parametrize("name", sorted(set(OF_EMBEDDINGS) - {"feature"}))  # which has no logits
 def test_a_learned_logit_scale_gets_a_gradient(name):
     embeds, scale = random_features(0), torch.tensor(5.0, requires_grad=True)
     LOSSES[name](ClipFeatures(embeds.image_embeds, embeds.text_embeds, scale), random_features(1)).backward()
     assert scale.grad.abs() > 1e-4
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", OF_EMBEDDINGS)
 def test_the_order_of_the_pairs_does_not_matter(name):
     student, teacher = random_features(0), random_features(1)
     order = [3, 1, 5, 0, 4, 2]
@@ -100,7 +105,7 @@ def test_the_order_of_the_pairs_does_not_matter(name):
     torch.testing.assert_close(LOSSES[name](*shuffled), LOSSES[name](student, teacher), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", OF_EMBEDDINGS)
 def test_images_and_texts_are_treated_alike(name):
     student, teacher = random_features(0), random_features(1)
     swapped = [ClipFeatures(f.text_embeds, f.image_embeds, f.logit_scale) for f in (student, teacher)]
@@ -150,7 +155,7 @@ def test_relational_loss_has_the_gradient_of_the_affinity_loss():
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - set(EMBEDDING_LOSSES)))
+@pytest.mark.parametrize("name", sorted(set(OF_EMBEDDINGS) - set(EMBEDDING_LOSSES)))
 def test_student_and_teacher_may_differ_in_width(name):
     loss = LOSSES[name](random_features(0, dim=4), random_features(1, dim=16))
     assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
@@ -180,9 +185,45 @@ def test_teachers_of_other_widths_teach_together():
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"contrastive"}))
+@pytest.mark.parametrize("name", sorted(set(OF_EMBEDDINGS) - {"contrastive"}))
 def test_distillation_without_a_teacher_is_an_error(name):
     with pytest.raises(
         ValueError, match=f"The {'affinity' if name == 'relational' else name} loss needs .* one teacher"
     ):
         LOSSES[name](random_features(0))
+
+
+# Hidden states
+
+
+def random_streams(layers: int, seed: int = 0, width: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, width, generator=generator) for _ in range(layers)]
+
+
+@pytest.mark.parametrize(("layers", "compared"), [(1, [5]), (2, [2, 5]), (4, [1, 2, 3, 5]), (6, [0, 1, 2, 3, 4, 5])])
+def test_layers_are_compared_with_those_as_far_down(layers, compared):
+    teacher = random_streams(6)
+    assert hidden_errors([teacher[index] for index in compared], teacher).tolist() == [0.0, 0.0]
+    given = hidden_errors([teacher[index] + 2 for index in compared], teacher)
+    torch.testing.assert_close(given, torch.full((2,), 4.0 * layers), atol=1e-5, rtol=0)
+
+
+def test_hidden_errors_do_not_look_at_padding():
+    student, teacher = random_streams(2), random_streams(2, seed=1)
+    counts = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    student[0].requires_grad_()
+    errors = hidden_errors(student, teacher, counts)
+    by_hand = sum((own[0, :2] - theirs[0, :2]).square().mean() for own, theirs in zip(student, teacher, strict=True))
+    torch.testing.assert_close(errors[0], by_hand, atol=1e-6, rtol=0)
+    torch.testing.assert_close(errors[1], hidden_errors(student, teacher)[1], atol=1e-6, rtol=0)
+    errors.sum().backward()
+    assert not student[0].grad[0, 2].any() and student[0].grad[0, 1].any()
+
+
+def test_the_hidden_loss_is_the_mean_of_what_features_bring():
+    features = random_features(0)
+    with pytest.raises(ValueError, match="needs features with hidden_errors"):
+        hidden_loss(features)
+    errors = torch.tensor([1.0, 2.0, 6.0])
+    assert hidden_loss(ClipFeatures(features.image_embeds, features.text_embeds, features.logit_scale, errors)) == 3.0

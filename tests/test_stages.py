@@ -190,9 +190,52 @@ def test_embeddings_from_a_cache_are_compared_like_their_teachers(student, tiny_
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"contrastive"}))
 def test_a_loss_that_no_teacher_is_there_for_is_an_error(student, tiny_batch, name):
-    stage = DistillationStage(student, [], 50.0, False, {name: 1.0})
-    with pytest.raises(ValueError, match="needs the features of at least one teacher"):
-        stage([tiny_batch])
+    with pytest.raises(ValueError, match="needs the (features of at least one teacher|teacher itself)"):
+        DistillationStage(student, [], 50.0, False, {name: 1.0})([tiny_batch])
+
+
+# The hidden loss
+
+
+def streams(model: CLIPModel, batch) -> dict[str, torch.Tensor]:
+    """What the last layer of each tower leaves, by hooks."""
+    found = {}
+    for name in ("vision", "text"):
+        last = getattr(model, f"{name}_model").encoder.layers[-1]
+        last.register_forward_hook(lambda _, __, output, name=name: found.update({name: output}), always_call=True)
+    features(model, batch)
+    return found
+
+
+def test_the_hidden_loss_compares_what_layers_leave(student, tiny_teacher, batch):
+    one_layer = ClipMapConfig(TowerConfig(num_hidden_layers=1), TowerConfig(num_hidden_layers=1))
+    student = WeightMapper(tiny_teacher, one_layer).export()
+    output = DistillationStage(student, [tiny_teacher], 50.0, False, {"hidden": 1.0}).eval()([batch])
+    own, theirs = (streams(model, batch) for model in (student, tiny_teacher))
+    counts = batch["attention_mask"]
+    text = ((own["text"] - theirs["text"]).square().mean(dim=-1) * counts).sum(dim=1) / counts.sum(dim=1)
+    expected = (own["vision"] - theirs["vision"]).square().mean() + text.mean()
+    torch.testing.assert_close(output["hidden"], expected, atol=1e-5, rtol=1e-5)
+    assert output["hidden"] > 0.01
+
+
+def test_a_copy_of_the_teacher_has_no_hidden_errors(tiny_teacher, batch):
+    stage = DistillationStage(copy.deepcopy(tiny_teacher), [tiny_teacher], 50.0, False, {"hidden": 1.0}).eval()
+    assert not list(stage.stream_projectors.parameters())
+    assert stage([batch])["loss"] < 1e-10
+
+
+def test_streams_of_other_widths_are_compared_through_a_trained_map(student, tiny_teacher, batch):
+    stage = DistillationStage(student, [tiny_teacher], 50.0, False, {"hidden": 1.0}).train()
+    maps = {name: tuple(one.shape) for name, one in stage.stream_projectors.named_parameters()}
+    assert maps == {"vision.weight": (64, 32), "text.weight": (48, 16)}
+    _, gradients = step(stage, [batch])
+    assert all(gradients[f"stream_projectors.{name}"].any() for name in maps)
+
+
+def test_a_mapping_has_no_hidden_loss(build):
+    with pytest.raises(ValueError, match="knows no hidden loss"):
+        build("mapping", losses={"hidden": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -281,7 +324,7 @@ def test_an_exported_student_carries_the_scale_it_was_trained_with(build, name):
 @pytest.mark.parametrize("learn_logit_scale", [False, True], ids=["fixed scale", "learned scale"])
 @pytest.mark.parametrize("name", STAGES)
 def test_chunks_have_the_loss_and_gradient_of_the_whole_batch(build, batch, name, learn_logit_scale):
-    options = {"losses": MIXED} if name == "distillation" else {}
+    options = {"losses": MIXED | {"hidden": 0.1}} if name == "distillation" else {}
     stage = build(name, learn_logit_scale=learn_logit_scale, **options).train()
     whole = step(stage, [batch])
     trained = {k for k, p in stage.named_parameters() if p.requires_grad and not k.endswith("k_proj.bias")}

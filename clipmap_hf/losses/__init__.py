@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from clipmap_hf.losses.affinity import affinity_loss
 from clipmap_hf.losses.contrastive import contrastive_loss
 from clipmap_hf.losses.feature import feature_loss
+from clipmap_hf.losses.hidden import hidden_loss
 from clipmap_hf.losses.interactive import interactive_loss
 from clipmap_hf.losses.relational import relational_loss
 
@@ -16,6 +17,7 @@ __all__ = [
     "check_losses",
     "contrastive_loss",
     "feature_loss",
+    "hidden_loss",
     "interactive_loss",
     "relational_loss",
 ]
@@ -24,6 +26,7 @@ LOSSES = {
     "affinity": affinity_loss,
     "contrastive": contrastive_loss,
     "feature": feature_loss,
+    "hidden": hidden_loss,
     "interactive": interactive_loss,
     "relational": relational_loss,
 }

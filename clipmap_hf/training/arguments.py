@@ -258,8 +258,8 @@ class DistillationArguments(StageArguments):
     losses: dict[str, float] = field(
         default_factory=lambda: {"affinity": 1.0},
         metadata={
-            "help": "Weights of the losses, `name=weight` …: affinity (Eq. 11), contrastive, and CLIP-KD's feature, "
-            "interactive and relational."
+            "help": "Weights of the losses, `name=weight` …: affinity (Eq. 11), contrastive, CLIP-KD's feature, "
+            "interactive and relational, MoPE-CLIP's hidden."
         },
     )
     freeze: str | None = field(default=None, metadata={"help": "The tower to leave as it is: `vision` or `text`."})

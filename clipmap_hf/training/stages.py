@@ -8,8 +8,6 @@ from types import MappingProxyType
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
-from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
@@ -17,7 +15,9 @@ from clipmap_hf.data.collate import normalized_pixels
 from clipmap_hf.distributed import average_gradients, gather
 from clipmap_hf.features import ClipFeatures
 from clipmap_hf.losses import EMBEDDING_LOSSES, LOSSES, check_losses, contrastive_loss
+from clipmap_hf.losses.hidden import hidden_errors
 from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.training.projectors import EmbeddingProjector, stream_projectors
 
 
 __all__ = ["ContrastiveStage", "DistillationStage", "MappingStage", "Stage"]
@@ -75,10 +75,14 @@ class Stage(nn.Module):
     def _student_features(self, chunks: Sequence[Batch]) -> ClipFeatures:
         model = self._student_model(chunks)
         if len(chunks) == 1:
-            embeds = [self._encode(*model, chunks[0])]
+            found = [self._encoded(*model, chunks[0])]
         else:
-            embeds = [checkpoint(self._encode, *model, chunk, use_reentrant=False) for chunk in chunks]
-        return _features(embeds, self.trained.logit_scale)
+            found = [checkpoint(self._encoded, *model, chunk, use_reentrant=False) for chunk in chunks]
+        return _features(found, self.trained.logit_scale)
+
+    def _encoded(self, model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, ...]:
+        """What the loss reads of a chunk, in rows that are pairs: the first fields of `ClipFeatures`."""
+        return self._encode(model, weights, chunk)[:2]
 
 
 class ContrastiveStage(Stage):
@@ -94,19 +98,20 @@ class DistillationStage(Stage):
     Trains all student weights against frozen teachers, on a weighted sum of losses: `{"affinity": 1}` is Eq. 11,
     `{"affinity": λ, "contrastive": 1 - λ}` Eq. 13, `{"contrastive": 1, "relational": 1, "feature": 2000,
     "interactive": 1}` CLIP-KD. Where a loss compares embeddings of other widths than the student's, a linear map from
-    the student's is trained with it.
+    the student's is trained with it; so it is for the hidden loss, if the first teacher's streams are wider.
 
     Args:
         trained: The student.
         teachers: `CLIPModel`s that read the same inputs; kept in eval mode and out of the stage's state dict. Without
-            any, chunks must bring `teacher_embeds`, from a `TeacherCache`.
+            any, chunks must bring `teacher_embeds`, from a `TeacherCache`, which has no streams for the hidden loss.
         logit_scale: As above.
         learn_logit_scale: As above.
         losses: Weights by name, a key of `LOSSES`.
         teacher_dims: Widths of the teachers' embeddings, if chunks bring them.
 
     Raises:
-        ValueError: If a loss is unknown or its weight negative, or the models read different inputs.
+        ValueError: If a loss is unknown, its weight negative or its teacher missing, or the models read different
+            inputs.
     """
 
     def __init__(
@@ -130,8 +135,12 @@ class DistillationStage(Stage):
         own = config.projection_dim
         compared = set(EMBEDDING_LOSSES) & set(losses) and set(dims) - {own}
         self.projectors = nn.ModuleList(
-            nn.Identity() if dim == own else _Projector(own, dim) for dim in dims if compared
+            nn.Identity() if dim == own else EmbeddingProjector(own, dim) for dim in dims if compared
         )
+        if "hidden" in losses:
+            if not teachers:
+                raise ValueError("The hidden loss needs the teacher itself, of whose streams a cache has none.")
+            self.stream_projectors = stream_projectors(config, teachers[0].config)
 
     def _apply(self, fn, *args, **kwargs):
         for teacher in self._teachers:
@@ -139,6 +148,7 @@ class DistillationStage(Stage):
         return super()._apply(fn, *args, **kwargs)
 
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        chunks = self._taught(chunks)
         teachers, student = self._teacher_features(chunks), self._student_features(chunks)
         values = {name: self._loss(name, student, teachers) for name in self.losses}
         loss = sum(weight * values[name] for name, weight in self.losses.items())
@@ -154,17 +164,37 @@ class DistillationStage(Stage):
         return self.trained.config
 
     @torch.no_grad()
+    def _taught(self, chunks: Sequence[Batch]) -> list[Batch]:
+        """Chunks with what their teachers make of them; streams only of a single one, as many are too large."""
+        taught = list(chunks)
+        for index, chunk in enumerate(chunks):
+            if self._teachers and "teacher_embeds" not in chunk:
+                found = [_encode(teacher, {}, chunk, "hidden" in self.losses) for teacher in self._teachers]
+                streams = {"teacher_streams": found[0][2]} if len(chunks) == 1 else {}
+                taught[index] = {**chunk, **streams, "teacher_embeds": [one[:2] for one in found]}
+        return taught
+
     def _teacher_features(self, chunks: Sequence[Batch]) -> list[ClipFeatures]:
-        if not self._teachers and "teacher_embeds" not in chunks[0]:
-            return []
         embeds = [
-            [(images.float(), texts.float()) for images, texts in chunk["teacher_embeds"]]
-            if "teacher_embeds" in chunk
-            else [_encode(teacher, {}, chunk) for teacher in self._teachers]
-            for chunk in chunks
+            [(images.float(), texts.float()) for images, texts in chunk.get("teacher_embeds", ())] for chunk in chunks
         ]
-        scale = torch.tensor(self.initial_logit_scale, device=embeds[0][0][0].device)
-        return [_features(of_teacher, scale) for of_teacher in zip(*embeds, strict=True)]
+        return [
+            _features(of_teacher, torch.tensor(self.initial_logit_scale, device=of_teacher[0][0].device))
+            for of_teacher in zip(*embeds, strict=True)
+        ]
+
+    def _encoded(self, model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, ...]:
+        if "hidden" not in self.losses:
+            return super()._encoded(model, weights, chunk)
+        images, texts, streams = self._encode(model, weights, chunk, True)
+        if (theirs := chunk.get("teacher_streams")) is None:
+            with torch.no_grad():
+                theirs = _encode(self._teachers[0], {}, chunk, True)[2]
+        errors = [
+            hidden_errors([self.stream_projectors[name](one) for one in streams[name]], theirs[name], counts)
+            for name, counts in (("vision", None), ("text", chunk["attention_mask"]))
+        ]
+        return images, texts, sum(errors)
 
 
 class MappingStage(DistillationStage):
@@ -182,7 +212,8 @@ class MappingStage(DistillationStage):
         teacher_dims: As above.
 
     Raises:
-        ValueError: If the student is as large as its teacher, so that nothing is mapped, or as above.
+        ValueError: If the student is as large as its teacher, so that nothing is mapped, for the hidden loss, whose
+            projections are trained with a student, or as above.
     """
 
     trained: WeightMapper
@@ -202,6 +233,8 @@ class MappingStage(DistillationStage):
                 "The student is as large as its teacher, so there is nothing to map. Say what is to be smaller: a "
                 "preset, or sizes such as vision_hidden_size."
             )
+        if "hidden" in losses:
+            raise ValueError("The mapping stage knows no hidden loss; leave it out, or use it in distillation.")
         super().__init__(trained, teachers, logit_scale, learn_logit_scale, losses, teacher_dims)
 
     def student(self) -> nn.Module:
@@ -219,34 +252,25 @@ class MappingStage(DistillationStage):
         return self.trained.skeleton, weights
 
 
-class _Projector(nn.Module):
-    """Takes the student's embeddings to where a teacher's are; the same in every process."""
-
-    def __init__(self, student_dim: int, teacher_dim: int):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        for name in ("image", "text"):
-            linear = skip_init(nn.Linear, student_dim, teacher_dim, bias=False)
-            nn.init.orthogonal_(linear.weight, generator=generator)
-            setattr(self, name, linear)
-
-    def forward(self, student: ClipFeatures) -> ClipFeatures:
-        embeds = self.image(student.image_embeds), self.text(student.text_embeds)
-        return ClipFeatures(*(F.normalize(one.float(), dim=-1) for one in embeds), student.logit_scale)
-
-
-def _encode(model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalized embeddings of a chunk's images and texts; `weights` take the place of the model's own."""
+def _encode(
+    model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch, hidden: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Sequence[torch.Tensor]]]:
+    """
+    The normalized embeddings of a chunk's images and texts, and if asked for, by tower, the streams that its layers
+    leave. `weights` take the place of the model's own.
+    """
     inputs = {name: chunk[name] for name in ("input_ids", "attention_mask")}
     inputs["pixel_values"] = normalized_pixels(chunk)
+    inputs |= {"output_hidden_states": True} if hidden else {}
     output = functional_call(model, weights, args=(), kwargs=inputs) if weights else model(**inputs)
-    return ClipFeatures.embeds(output)
+    towers = {"vision": output.vision_model_output, "text": output.text_model_output} if hidden else {}
+    return *ClipFeatures.embeds(output), {name: tower.hidden_states[1:] for name, tower in towers.items()}
 
 
-def _features(embeds: Sequence[tuple[torch.Tensor, torch.Tensor]], logit_scale: torch.Tensor) -> ClipFeatures:
-    """The chunks' embeddings put together, those of all processes with them."""
-    images, texts = (gather(torch.cat(pieces)) for pieces in zip(*embeds, strict=True))
-    return ClipFeatures(images, texts, logit_scale.float().exp())
+def _features(chunks: Sequence[tuple[torch.Tensor, ...]], logit_scale: torch.Tensor) -> ClipFeatures:
+    """What was read of chunks put together, of all processes."""
+    images, texts, *errors = (gather(torch.cat(pieces)) for pieces in zip(*chunks, strict=True))
+    return ClipFeatures(images, texts, logit_scale.float().exp(), *errors)
 
 
 def _check_same_inputs(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
