@@ -169,6 +169,7 @@ def _frozen(student: PreTrainedModel, tower: str | None) -> PreTrainedModel:
 
 
 def run_masking(
+    source: Teacher,
     teachers: Sequence[Teacher],
     student: ClipMapConfig,
     arguments: MaskingArguments,
@@ -178,10 +179,11 @@ def run_masking(
     recipe: str | None = None,
 ) -> TrainResult:
     """
-    Learns masks of a copy of the first teacher (TinyCLIP's automatic inheritance) and writes the student that they
-    select, to be distilled, to `run.output_dir`.
+    Learns masks of a copy of a model (TinyCLIP's automatic inheritance) and writes the student that they select, to be
+    distilled, to `run.output_dir`.
 
     Args:
+        source: What to select from; mostly the first teacher.
         teachers: Frozen; the targets of several are averaged.
         student: The shape to select.
         arguments: The stage's numbers.
@@ -189,11 +191,11 @@ def run_masking(
         data: Training and evaluation pairs.
         recipe: The resolved arguments as YAML, for the card and `arguments.yaml`.
     """
-    first, pairs = teachers[0], training_pairs(data)
-    check_same_preprocessing(first.processor, teachers)
+    pairs = training_pairs(data)
+    check_same_preprocessing(source.processor, teachers)
     steps, ramp = step_count(arguments, pairs), arguments.ramp_steps
     stage = MaskingStage(
-        _frozen(copy.deepcopy(first.model), arguments.freeze),
+        _frozen(copy.deepcopy(source.model), arguments.freeze),
         [teacher.model for teacher in teachers],
         arguments.logit_scale,
         arguments.learn_logit_scale,
@@ -204,27 +206,31 @@ def run_masking(
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
         model = stage.student()
-        costs = CostReport(teacher=model_cost(first.model.config), student=model_cost(model.config))
+        costs = CostReport(teacher=model_cost(source.model.config), student=model_cost(model.config))
         card = render_card(
-            first.id,
+            source.id,
             str(costs),
             model_class=type(model).__name__,
             method="Its weights were selected from the teacher's by learned masks (TinyCLIP), and trained with them.",
             results={"student": metrics} if metrics else None,
             recipe=recipe,
         )
-        write_student_folder(folder, model, first.processor, card)
+        write_student_folder(folder, model, source.processor, card)
 
     return run_stage(
         stage,
         arguments,
         run,
         data,
-        first.processor,
+        source.processor,
         name="masking",
         pairs=pairs,
-        evaluate=evaluation_function(data, first.processor, run),
+        evaluate=evaluation_function(data, source.processor, run),
         save=save,
-        config={"teachers": [[one.id, one.revision] for one in teachers], "student": student.to_dict()},
+        config={
+            "source": [source.id, source.revision],
+            "teachers": [[one.id, one.revision] for one in teachers],
+            "student": student.to_dict(),
+        },
         recipe=recipe,
     )

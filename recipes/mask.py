@@ -37,8 +37,10 @@ def main() -> None:
     config = map_config(student, run.seed)
     if config is None:
         raise ValueError("Say what to select: --student, or sizes such as --vision_hidden_size.")
+    teachers = [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers]
     run_masking(
-        [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers],
+        teachers[0],
+        teachers,
         config,
         masking,
         run,

@@ -26,6 +26,7 @@ ORDER = (
     ("compressor",),
     ("teachers",),
     ("runs", "starts"),
+    ("compression",),
     ("demo",),
 )
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

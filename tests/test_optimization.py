@@ -150,6 +150,7 @@ def test_epochs_are_passes_over_full_batches(count, batch_size, epochs, steps):
 def test_steps_win_over_epochs():
     assert step_count(StageArguments(steps=5, epochs=100, batch_size=8), pairs(24)) == 5
     assert step_count(StageArguments(steps=0, epochs=100, batch_size=8), pairs(24)) == 0
+    assert step_count(StageArguments(steps=0, batch_size=25), pairs(24)) == 0  # which asks for no batch
 
 
 def test_a_stream_takes_its_steps_and_has_no_epochs():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,55 @@ def test_mask_learns_masks_and_writes_what_they_select(finish, steps, teacher_fo
     assert lines[1]["due"] < lines[0]["due"] < 1
     assert f"eval_{next(iter(RECALLS))}" in log_of(tmp_path)[-1]
     assert "learned masks (TinyCLIP)" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.recipes
+def test_compress_distills_what_masks_select(finish, steps, teacher_folder, pairs_parquet, tmp_path):
+    argv = ("--teacher", teacher_folder, *SMALL, "--train_data", pairs_parquet, "--output_dir", tmp_path)
+    finish("compress.py", *argv, *steps("masking", "distillation"))
+    selected, student = check_student(tmp_path / "masked", 32), check_student(tmp_path, 32)
+    assert not torch.equal(selected.text_projection.weight, student.text_projection.weight)
+    assert not (tmp_path / "mapped").exists()
+    assert f"A smaller version of `{teacher_folder.name}`" in (tmp_path / "README.md").read_text()
+
+
+SIZES = ("vision_hidden_size=48,text_hidden_size=32", "vision_hidden_size=32,vision_num_hidden_layers=2")
+
+
+@pytest.mark.recipes
+def test_progressive_goes_from_size_to_size_and_on_where_it_was(
+    finish, steps, teacher_folder, pairs_parquet, tmp_path
+):
+    argv = ("--teacher", teacher_folder, "--train_data", pairs_parquet, "--initializer", "magnitude")
+    argv += (*steps("distillation"), "--teacher_cache", tmp_path / "cache", "--views", 1, "--sizes", *SIZES)
+    finish("progressive.py", *argv, "--output_dir", tmp_path / "whole")
+    first, last = check_student(tmp_path / "whole" / "1", 48), check_student(tmp_path / "whole", 32)
+    assert first.config.text_config.hidden_size == last.config.text_config.hidden_size == 32
+    assert last.config.vision_config.num_hidden_layers == 2 < first.config.vision_config.num_hidden_layers
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"1", "2"}
+    for folder in ("1", "."):  # the original teacher throughout
+        assert (
+            f"A smaller version of `{teacher_folder.name}`" in (tmp_path / "whole" / folder / "README.md").read_text()
+        )
+    shutil.copytree(tmp_path / "whole" / "1", tmp_path / "stopped" / "1")
+    written = (tmp_path / "stopped" / "1" / "checkpoints").stat().st_mtime
+    finish("progressive.py", *argv, "--output_dir", tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "1" / "checkpoints").stat().st_mtime == written  # no step was made again
+    for folder in ("1", "."):
+        weights = [(tmp_path / run / folder / "model.safetensors").read_bytes() for run in ("whole", "stopped")]
+        assert weights[0] == weights[1]
+
+
+@pytest.mark.recipes
+def test_progressive_reads_sizes_from_yaml(finish, teacher_folder, pairs_parquet, tmp_path):
+    stage = {"steps": 1, "batch_size": 8}
+    sizes = [{"vision_hidden_size": 48, "text_hidden_size": 32}, {"text_num_hidden_layers": 1, "depth": "score"}]
+    content = {"sizes": sizes, "teacher": str(teacher_folder), "masking": stage, "distillation": stage}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(content))
+    argv = ("--train_data", pairs_parquet, "--output_dir", tmp_path / "out")
+    finish("progressive.py", "--config", tmp_path / "two.yaml", *argv)
+    assert check_student(tmp_path / "out" / "1" / "masked", 48).config.text_config.num_hidden_layers > 1
+    assert check_student(tmp_path / "out", 48).config.text_config.num_hidden_layers == 1
 
 
 @pytest.mark.recipes

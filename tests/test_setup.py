@@ -18,6 +18,7 @@ from clipmap_hf.training.setup import (
     evaluation_batches,
     map_config,
     run_stage,
+    sized,
     source_files,
     stage_seed,
     training_collator,
@@ -54,6 +55,20 @@ def test_nothing_said_is_no_student():
 def test_an_unknown_preset_is_an_error_that_names_the_presets():
     with pytest.raises(ValueError, match=r"student='huge' is unknown; the presets are \['base', 'small', 'tiny'\]"):
         map_config(StudentArguments(student="huge"))
+
+
+def test_a_size_is_a_preset_or_options_over_what_all_have_in_common():
+    common = StudentArguments(initializer="mope", vision_num_hidden_layers=3)
+    assert sized(common, "tiny") == dataclasses.replace(common, student="tiny")
+    given = sized(common, "vision_num_hidden_layers=2,text_hidden_size=64,depth=score,tie_ffn=true")
+    changes = {"vision_num_hidden_layers": 2, "text_hidden_size": 64, "depth": "score", "tie_ffn": True}
+    assert given == dataclasses.replace(common, **changes)
+
+
+@pytest.mark.parametrize("size", ["vision_width=2", "vision_hidden_size=", "text_hidden_size=64,tiny"])
+def test_a_size_that_says_nothing_known_is_an_error(size):
+    with pytest.raises(ValueError, match="it takes option=value, with an option of .'student', 'vision_hidden_size'"):
+        sized(StudentArguments(), size)
 
 
 @pytest.fixture

@@ -82,7 +82,8 @@ def step_count(arguments: StageArguments, pairs: PairDataset | PairStream) -> in
             raise ValueError("A stream has no length, so epochs cannot be counted; set steps.")
         return arguments.steps
     steps_per_epoch = len(pairs) // arguments.batch_size
-    if steps_per_epoch == 0:
+    asked = arguments.epochs if arguments.steps is None else arguments.steps
+    if asked and steps_per_epoch == 0:
         raise ValueError(
             f"batch_size={arguments.batch_size} is larger than the {len(pairs)} training pairs; lower it."
         )

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 
-__all__ = ["arguments_yaml", "parse_arguments"]
+__all__ = ["arguments_yaml", "optional", "parse_arguments"]
 
 
 _NUMBERS = dict[str, float]  # on the command line: name=number name=number
@@ -80,6 +80,12 @@ def arguments_yaml(*arguments: Any, **stages: Any) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
+def optional(stage: type) -> type:
+    """The dataclass of a stage that is left out unless its epochs or steps are given."""
+    none = field(default=0.0, metadata={"help": "Passes over the training data; by default none."})
+    return dataclasses.make_dataclass(f"Optional{stage.__name__}", [("epochs", float, none)], bases=(stage,))
+
+
 def _yaml_options(
     path: Path, known: set[str], ignored: set[str], sections: dict[str, type], own: dict[str, type]
 ) -> list[str]:
@@ -116,7 +122,12 @@ def _option(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, dict):
         raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return [f"--{name}", *(_word(one) for one in (value if isinstance(value, list) else [value]))]
+
+
+def _word(value: Any) -> str:
+    """A value on the command line; a mapping in a list is one word."""
+    return ",".join(_as_words(value)) if isinstance(value, dict) else str(value)
 
 
 def _with_prefix(name: str, stage: type) -> type:
@@ -137,8 +148,8 @@ def _with_prefix(name: str, stage: type) -> type:
     return dataclasses.make_dataclass(f"{name.title()}{stage.__name__}", fields, namespace={"__module__": __name__})
 
 
-def _as_words(numbers: dict[str, float]) -> list[str]:
-    return [f"{name}={number}" for name, number in numbers.items()]
+def _as_words(values: dict[str, Any]) -> list[str]:
+    return [f"{name}={value}" for name, value in values.items()]
 
 
 def _value(of: dataclasses.Field, parsed: Any) -> Any:

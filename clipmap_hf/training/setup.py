@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig
 
@@ -30,6 +31,7 @@ __all__ = [
     "evaluation_function",
     "map_config",
     "run_stage",
+    "sized",
     "source_files",
     "stage_seed",
     "training_collator",
@@ -64,6 +66,28 @@ def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | No
         sizes = {name: value for name, value in sizes.items() if value is not None}
         given[tower] = dataclasses.replace(getattr(config, tower), **sizes)
     return dataclasses.replace(config, seed=seed, **given)
+
+
+def sized(arguments: StudentArguments, size: str) -> StudentArguments:
+    """
+    Arguments with another size.
+
+    Args:
+        arguments: What all sizes have in common.
+        size: A preset, or `option=value,option=value` with the options of `StudentArguments`.
+
+    Raises:
+        ValueError: If there is no such option, or it has no value.
+    """
+    if "=" not in size:
+        return dataclasses.replace(arguments, student=size)
+    allowed, values = [f.name for f in dataclasses.fields(arguments)], {}
+    for word in size.split(","):
+        name, _, value = word.partition("=")
+        if name not in allowed or not value:
+            raise ValueError(f"The size {size!r} has {word!r}; it takes option=value, with an option of {allowed}.")
+        values[name] = yaml.safe_load(value)
+    return dataclasses.replace(arguments, **values)
 
 
 def training_pairs(data: DataArguments) -> PairDataset | PairStream:

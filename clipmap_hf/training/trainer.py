@@ -119,7 +119,8 @@ class Trainer:
             checkpoints.clear()
         self.progress = progress = checkpoints.resume() or Progress()
         self._open_log()
-        chunks_of_steps = self.pairs.steps(plan, self.collator, progress.step)
+        due = progress.step < self.steps  # without which no batch is looked for
+        chunks_of_steps = self.pairs.steps(plan, self.collator, progress.step) if due else iter(())
         bar = tqdm(initial=progress.step, total=self.steps, desc=self.name, unit="step", mininterval=1.0)
         stage.train()
         if self._evaluation_is_due() and progress.evaluated < progress.step:

@@ -1,0 +1,114 @@
+"""One compression from end to end: started or selected from a larger model, mapped if asked for, and distilled."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import CLIPProcessor, PreTrainedModel
+
+from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.distributed import join_processes
+from clipmap_hf.models import load_model
+from clipmap_hf.runs import run_distillation, run_mapping, run_masking
+from clipmap_hf.starts import start_compressor
+from clipmap_hf.teachers import Teacher
+from clipmap_hf.training.arguments import (
+    CalibrationArguments,
+    DataArguments,
+    DistillationArguments,
+    MappingArguments,
+    MaskingArguments,
+    RunArguments,
+    TeacherCacheArguments,
+)
+from clipmap_hf.training.trainer import TrainResult
+
+
+__all__ = ["compress"]
+
+ModelId = tuple[str, str | None]  # Hub id or folder, and its branch, tag or commit on the Hub
+
+
+def compress(
+    source: ModelId,
+    teachers: Sequence[ModelId],
+    student: ClipMapConfig | None,
+    run: RunArguments,
+    data: DataArguments,
+    *,
+    calibration: CalibrationArguments,
+    masking: MaskingArguments,
+    mapping: MappingArguments,
+    distillation: DistillationArguments,
+    cache: TeacherCacheArguments | None = None,
+    recipe: str | None = None,
+) -> TrainResult:
+    """
+    Makes a smaller model of `source` and distills it. The result lies in `run.output_dir`; what was mapped or selected
+    by masks lies in `mapped/` or `masked/` there.
+
+    Args:
+        source: What to compress; or, without `student`, a folder with a map to go on with, which knows its teacher.
+        teachers: Whom the stages learn from; of one map gone on with, its teacher takes the first one's place.
+        student: The size to make, and how its operators start.
+        run: Where and how to run.
+        data: Training and evaluation pairs.
+        calibration: The pairs to start from.
+        masking: If it has steps or epochs, masks select the student.
+        mapping: If it has steps or epochs, operators are trained.
+        distillation: The stage that all students end with.
+        cache: Where to keep the teachers' embeddings.
+        recipe: The resolved arguments as YAML, for cards and `arguments.yaml`.
+
+    Raises:
+        ValueError: If masks are asked for without `student`, or with what selects or maps by itself.
+    """
+    if _is_asked_for(masking):
+        model, processor = _selected(source, teachers, student, masking, mapping, run, data, recipe)
+    else:
+        compressor = start_compressor(*source, student, calibration, run, data)
+        join_processes().print(compressor.cost())
+        run_mapping(compressor, mapping, _in_folder(run, "mapped"), data, recipe=recipe)
+        model, processor = compressor.export(), compressor.processor
+        if source == teachers[0]:  # what was loaded is the commit that it was at, or the teacher of a map
+            teachers = [(compressor.teacher_id, compressor.teacher_revision), *teachers[1:]]
+        del compressor  # the operators are on disk, and larger than both models
+    return run_distillation(
+        model, _load(teachers, data), processor, distillation, run, data, cache=cache, recipe=recipe
+    )
+
+
+def _selected(
+    source: ModelId,
+    teachers: Sequence[ModelId],
+    student: ClipMapConfig | None,
+    masking: MaskingArguments,
+    mapping: MappingArguments,
+    run: RunArguments,
+    data: DataArguments,
+    recipe: str | None,
+) -> tuple[PreTrainedModel, CLIPProcessor]:
+    if student is None:
+        raise ValueError("Masks need to know what to select: a preset, or sizes such as vision_hidden_size.")
+    if student.initializer is not None or _is_asked_for(mapping):
+        raise ValueError(
+            f"Masks select by themselves: with masking steps, leave out initializer={student.initializer!r} and the "
+            "mapping's steps and epochs."
+        )
+    (selected_from,) = _load([source], data)
+    masked = _in_folder(run, "masked")
+    run_masking(selected_from, _load(teachers, data), student, masking, masked, data, recipe=recipe)
+    join_processes().wait_for_everyone()  # until the folder is written
+    return load_model(masked.output_dir), selected_from.processor
+
+
+def _is_asked_for(stage: MaskingArguments | MappingArguments) -> bool:
+    return bool(stage.epochs if stage.steps is None else stage.steps)
+
+
+def _in_folder(run: RunArguments, name: str) -> RunArguments:
+    return dataclasses.replace(run, output_dir=str(Path(run.output_dir) / name))
+
+
+def _load(models: Sequence[ModelId], data: DataArguments) -> list[Teacher]:
+    return [Teacher.load(*one, backend=data.image_backend) for one in models]

@@ -1,0 +1,37 @@
+"""What a compression refuses before anything is loaded; tests/test_recipes.py runs it."""
+
+import pytest
+
+from clipmap_hf import PRESETS, ClipMapConfig
+from clipmap_hf.compression import compress
+from clipmap_hf.training.arguments import (
+    CalibrationArguments,
+    DataArguments,
+    DistillationArguments,
+    MappingArguments,
+    MaskingArguments,
+    RunArguments,
+)
+
+
+@pytest.mark.parametrize(
+    ("student", "mapping_steps", "message"),
+    [
+        (None, 0, "Masks need to know what to select"),
+        (ClipMapConfig(initializer="calibrated"), 0, "leave out initializer='calibrated'"),
+        (PRESETS["tiny"], 3, "Masks select by themselves"),
+    ],
+)
+def test_masks_select_by_themselves(student, mapping_steps, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        compress(
+            ("nowhere", None),
+            [("nowhere", None)],
+            student,
+            RunArguments(str(tmp_path)),
+            DataArguments("nothing.parquet"),
+            calibration=CalibrationArguments(),
+            masking=MaskingArguments(steps=1),
+            mapping=MappingArguments(steps=mapping_steps),
+            distillation=DistillationArguments(steps=1),
+        )
