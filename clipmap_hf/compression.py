@@ -1,8 +1,9 @@
-"""One compression from end to end: started or selected from a larger model, mapped if asked for, and distilled."""
+"""Compression from end to end: started or selected from a larger model, mapped if asked for, distilled; in steps."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPProcessor, PreTrainedModel
 
@@ -24,7 +25,7 @@ from clipmap_hf.training.arguments import (
 from clipmap_hf.training.trainer import TrainResult
 
 
-__all__ = ["compress"]
+__all__ = ["compress", "compress_in_steps"]
 
 ModelId = tuple[str, str | None]  # Hub id or folder, and its branch, tag or commit on the Hub
 
@@ -76,6 +77,48 @@ def compress(
     return run_distillation(
         model, _load(teachers, data), processor, distillation, run, data, cache=cache, recipe=recipe
     )
+
+
+def compress_in_steps(
+    source: ModelId,
+    teachers: Sequence[ModelId],
+    students: Sequence[ClipMapConfig],
+    run: RunArguments,
+    data: DataArguments,
+    *,
+    cache: TeacherCacheArguments,
+    **arguments: Any,
+) -> TrainResult:
+    """
+    Makes one smaller model of another, all with the same teachers. What steps leave lies in `1/`, `2/`, … inside
+    `run.output_dir`, the last of it in that folder itself, the teacher cache alike. Each step has a seed of its own.
+
+    Args:
+        source: What to compress first.
+        teachers: Whom all steps learn from.
+        students: The sizes to go through, each cut from the one before.
+        run: As in `compress`.
+        data: As in `compress`.
+        cache: As in `compress`.
+        arguments: The others of `compress`.
+    """
+    for index, student in enumerate(students):
+        step = str(index + 1)
+        own_run = _in_folder(run, step) if index < len(students) - 1 else run
+        join_processes().print(f"Step {step} of {len(students)}, to {own_run.output_dir}")
+        result = compress(
+            source,
+            teachers,
+            student,
+            dataclasses.replace(own_run, seed=run.seed + index),
+            data,
+            cache=dataclasses.replace(
+                cache, teacher_cache=cache.teacher_cache and str(Path(cache.teacher_cache) / step)
+            ),
+            **arguments,
+        )
+        source = (own_run.output_dir, None)
+    return result
 
 
 def _selected(

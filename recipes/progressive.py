@@ -13,9 +13,7 @@ run that was stopped goes on where it was. Each step draws pairs with a seed of 
 folder for each.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from clipmap_hf.training.arguments import (
     CalibrationArguments,
@@ -52,32 +50,23 @@ def main() -> None:
         },
         description=__doc__,
     )
-    from clipmap_hf.compression import compress
+    from clipmap_hf.compression import compress_in_steps
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.training.setup import map_config, sized
 
     stages = {"masking": masking, "mapping": mapping, "distillation": distillation}
-    recipe = arguments_yaml(sizes, data, teacher, cache, student, calibration, run, **stages)
-    source, configs = teacher.teachers[0], [map_config(sized(student, size), run.seed) for size in sizes.sizes]
-    for index, config in enumerate(configs):
-        step = str(index + 1)
-        folder = Path(run.output_dir) / step if index < len(configs) - 1 else Path(run.output_dir)
-        own_run = dataclasses.replace(run, output_dir=str(folder), seed=run.seed + index)
-        of_step = cache.teacher_cache and str(Path(cache.teacher_cache) / step)
-        join_processes().print(f"Step {step} of {len(configs)}, to {folder}")
-        result = compress(
-            source,
-            teacher.teachers,
-            config,
-            own_run,
-            data,
-            calibration=calibration,
-            cache=dataclasses.replace(cache, teacher_cache=of_step),
-            recipe=recipe,
-            **stages,
-        )
-        source = (str(folder), None)
-        join_processes().print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))
+    result = compress_in_steps(
+        teacher.teachers[0],
+        teacher.teachers,
+        [map_config(sized(student, size), run.seed) for size in sizes.sizes],
+        run,
+        data,
+        calibration=calibration,
+        cache=cache,
+        recipe=arguments_yaml(sizes, data, teacher, cache, student, calibration, run, **stages),
+        **stages,
+    )
+    join_processes().print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))
 
 
 if __name__ == "__main__":

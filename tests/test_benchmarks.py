@@ -32,6 +32,10 @@ RUNS = {
         "--student tiny --batch_size 4 --micro_batch_size 2 --rounds 1",
         ["| contrastive |", "| mapping |", "mapping / contrastive: median "],
     ),
+    "methods.py": (
+        "--output_dir {folder} --sizes '1 %' --seeds 0 --steps 4 --batch_size 8 --methods 'TinyCLIP, manual' CLIP-Map",
+        ["| TinyCLIP, manual |", "| CLIP-Map |", "| 1 % | "],
+    ),
     "teacher_cache.py": (
         "--student tiny --batch_size 2 --rounds 1",
         ["| cached teacher |", "| live teacher |", "| no teacher |", "live / cached: median ", "by multiply-adds, "],

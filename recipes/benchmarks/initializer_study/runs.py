@@ -7,22 +7,20 @@ import zlib
 from copy import deepcopy
 from functools import cache, lru_cache
 from pathlib import Path
-from random import Random
 
-import datasets
 from initializer_study.ablations import without
+from initializer_study.pairs import embedded_data
 from torch import nn
 
 from clipmap_hf.atomic import write_atomically
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.data.teacher_cache import TeacherCache
-from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
+from clipmap_hf.demo import TEACHER
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.models import load_model
 from clipmap_hf.teachers import Teacher, make_teacher_cache
 from clipmap_hf.training.arguments import (
-    DataArguments,
     DistillationArguments,
     MappingArguments,
     RunArguments,
@@ -41,8 +39,6 @@ TRAINED = {
     "operators and all deltas": lambda name, delta: True,
 }
 EVALUATIONS = 10  # on the way of a whole budget
-HELD_OUT = "emojione"  # the style that learning rates are chosen on, and how many of its drawings
-HELD_OUT_PAIRS = 1000
 
 
 def finished(folder: Path, settings: dict) -> dict:
@@ -209,10 +205,7 @@ def teacher() -> Teacher:
 @cache
 def source(folder: Path, validation: bool) -> tuple:
     """The training data of a run: as arguments, loaded, and the function that evaluates a model on the other pairs."""
-    train, test = _held_out(folder / "validation") if validation else (TRAIN_PAIRS, TEST_PAIRS)
-    data = DataArguments(
-        str(train), eval_data=str(test), keyword_column=["keywords"], caption_sampling="random", crop_scale=[0.7, 1.0]
-    )
+    data = embedded_data(folder, validation)
     batches = list(evaluation_batches(data, teacher().processor))
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -221,19 +214,6 @@ def source(folder: Path, validation: bool) -> tuple:
         return {f"recall@{k}": sum(recall[f"{way}_recall@{k}"] for way in ways) / len(ways) for k in (1, 5)}
 
     return data, training_pairs(data), evaluate
-
-
-def _held_out(folder: Path) -> tuple[Path, Path]:
-    """The training pairs without one style, and some of that style to evaluate on."""
-    rows, parts = datasets.Dataset.from_parquet(str(TRAIN_PAIRS)), ([], [])
-    for index, style in enumerate(rows["style"]):
-        parts[style == HELD_OUT].append(index)
-    rest, held = parts
-    paths = folder / "train.parquet", folder / "test.parquet"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, indices in zip(paths, (rest, sorted(Random(0).sample(held, HELD_OUT_PAIRS))), strict=True):
-        rows.select(indices).to_parquet(path)
-    return paths
 
 
 def embeddings(folder: Path, settings: dict) -> TeacherCache:
