@@ -162,7 +162,7 @@ def _distillation(cell: dict, steps: int) -> DistillationArguments:
 
 
 def _cache(folder: Path, cell: dict, data: DataArguments) -> TeacherCacheArguments:
-    """Where the teacher's embeddings are kept for all cells of a seed, unless few are used or the loss asks for more."""
+    """Where the teacher's embeddings are kept for all cells of a seed; nowhere if few are used, or not enough."""
     views = math.ceil(cell["steps"] / (_pairs(data.train_data) // cell["batch_size"]))
     if views == 1 or "hidden" in cell["method"]["losses"]:
         return TeacherCacheArguments()
