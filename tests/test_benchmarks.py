@@ -36,6 +36,7 @@ RUNS = {
         "--output_dir {folder} --sizes '1 %' --seeds 0 --steps 4 --batch_size 8 --methods 'TinyCLIP, manual' CLIP-Map",
         ["| TinyCLIP, manual |", "| CLIP-Map |", "| 1 % | "],
     ),
+    "mope.py": ("--pairs 8 --rounds 1", ["| with reuse |", "| the whole model |", "whole / reuse: median "]),
     "teacher_cache.py": (
         "--student tiny --batch_size 2 --rounds 1",
         ["| cached teacher |", "| live teacher |", "| no teacher |", "live / cached: median ", "by multiply-adds, "],

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from clipmap_hf.mapping.scores import Scores, TowerScores, keep, strongest
 from clipmap_hf.mapping.towers import Tower
 from clipmap_hf.selection import CRITERIA
 from clipmap_hf.selection.criteria import part_sums, taylor
-from clipmap_hf.selection.mope import pruning_errors
+from clipmap_hf.selection.heat_map import errors_to_dict, heat_map
+from clipmap_hf.selection.mope import PruningErrors, pruning_errors
 from clipmap_hf.selection.start import start_from_selection
 
 
@@ -175,3 +177,27 @@ def test_pruning_errors_are_those_of_models_without_the_module(shared_teacher, b
             assert found == pytest.approx(whole - recall(model), abs=1e-6), (tower, index, module)
             seen.add(float(found))
     assert len(seen) > 2
+
+
+def test_a_heat_map_is_darkest_where_most_is_lost():
+    errors = PruningErrors(
+        torch.tensor([[0.0, 0.04], [-0.01, 0.02]]), torch.tensor([[0.01], [0.0]]), torch.tensor([0.5, 0.25])
+    )
+    vision, text = heat_map({"vision": errors, "text": errors}).split("\n\n")
+    name, header, *lines = vision.splitlines()
+    assert (name, header.split()) == ("vision", ["layer", "head", "0", "head", "1", "group", "0", "whole"])
+    assert [line.split() for line in lines] == [
+        ["0", "0.0", "4.0", "█", "1.0", "░", "50.0", "█"],
+        ["1", "-1.0", "2.0", "▒", "0.0", "25.0", "▒"],
+    ]
+    assert text.splitlines()[1:] == vision.splitlines()[1:]
+
+
+def test_errors_are_kept_as_json(shared_teacher, batches):
+    neurons = {name: getattr(taylor(shared_teacher, batches, 0), name).neurons for name in TOWERS}
+    errors = pruning_errors(shared_teacher, batches, neurons)
+    read = json.loads(json.dumps(errors_to_dict(errors)))
+    for tower in TOWERS:
+        for part in ("heads", "groups", "layers"):
+            expected = getattr(errors[tower], part)
+            torch.testing.assert_close(torch.tensor(read[tower][part]).double(), expected, atol=1e-7, rtol=0)

@@ -14,7 +14,7 @@ from clipmap_hf.mapping.towers import Tower
 from clipmap_hf.selection.criteria import taylor
 
 
-__all__ = ["PruningErrors", "mope", "pruning_errors"]
+__all__ = ["GROUPS", "PruningErrors", "mope", "neuron_groups", "pruning_errors"]
 
 Batch = Mapping[str, torch.Tensor]
 GROUPS = 8  # of the neurons of a layer, which are left out together
@@ -54,7 +54,7 @@ def mope(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Score
 
 
 def _scores(errors: PruningErrors, estimates: TowerScores) -> TowerScores:
-    of_group = errors.groups.gather(1, _groups(estimates.neurons, errors.groups.shape[1]))  # (layers, neurons)
+    of_group = errors.groups.gather(1, neuron_groups(estimates.neurons, errors.groups.shape[1]))  # (layers, neurons)
     return TowerScores(
         estimates.channels,
         errors.heads + _below_a_step(estimates.heads),
@@ -89,7 +89,7 @@ def pruning_errors(
     embeds = {name: tower.embeds(tower.streams, 0) for name, tower in towers.items()}
     whole, found = _recall(embeds), {}
     for name, tower in towers.items():
-        groups = _groups(neurons[name], GROUPS)
+        groups = neuron_groups(neurons[name], GROUPS)
         rows = [
             [whole - _recall({**embeds, name: without}) for without in tower.without_each(groups[index])]
             for index in range(len(groups))
@@ -141,7 +141,7 @@ def _recall(embeds: Mapping[str, torch.Tensor]) -> float:
     return sum(recalls.values()) / len(recalls)
 
 
-def _groups(importance: torch.Tensor, count: int) -> torch.Tensor:
+def neuron_groups(importance: torch.Tensor, count: int) -> torch.Tensor:
     """The group of each neuron, the most important in group 0, `(layers, neurons)`."""
     ranks = importance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return ranks * count // importance.shape[1]
