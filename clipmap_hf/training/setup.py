@@ -43,19 +43,21 @@ _PROVENANCE = {"transformers_version", "_name_or_path", "_commit_hash", "dtype",
 
 def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | None:
     """
-    The preset that the arguments name, with their sizes and options put over it; `None` if they say nothing.
+    The preset or the budget that the arguments name, with their sizes and options; `None` if they say nothing.
 
     Args:
         arguments: What was given.
         seed: Of random initializers.
 
     Raises:
-        ValueError: If the preset is unknown.
+        ValueError: If the preset is unknown, or the budget none.
     """
     given = {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
     if not given:
         return None
     preset = given.pop("student", None)
+    if isinstance(preset, dict):
+        preset, given["budget"] = None, preset
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"student={preset!r} is unknown; the presets are {sorted(PRESETS)}.")
     config = ClipMapConfig() if preset is None else PRESETS[preset]
