@@ -18,7 +18,7 @@ from clipmap_hf.budget import Budget
 from clipmap_hf.config import PRESETS, ClipMapConfig
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
-from clipmap_hf.distributed import join_processes
+from clipmap_hf.distributed import calibration_device
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER, write_student_folder
@@ -121,11 +121,10 @@ class ClipMapCompressor(nn.Module):
             calibration_data = load_pairs(calibration_data)
         if isinstance(calibration_data, (Dataset, IterableDataset)):
             calibration_data = CalibrationPairs(calibration_data, processor, calibration_pairs)
-        device = join_processes().device
-        device = "cpu" if device.type == "mps" else device  # which has no fp64
         choice = None
         if config.budget is not None:
-            kept = None if calibration_data is None else kept_energy(teacher.to(device), calibration_data)
+            pairs = calibration_data
+            kept = None if pairs is None else kept_energy(teacher.to(calibration_device()), pairs)
             choice = choose_shape(teacher.config, config, kept)
             config = choice.config
         compressor = cls(teacher.cpu(), config, processor, source, commit).eval()
@@ -135,7 +134,7 @@ class ClipMapCompressor(nn.Module):
             **dict.fromkeys(SELECTIONS, start_from_selection),
         }
         if config.initializer in starts:
-            starts[config.initializer](compressor.mapper, teacher.to(device), calibration_data)
+            starts[config.initializer](compressor.mapper, teacher.to(calibration_device()), calibration_data)
         return compressor
 
     @classmethod

@@ -128,8 +128,9 @@ class ClipMapConfig:
             raise TypeError(f"budget must be a Budget or its values by name, got {type(self.budget).__name__}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """All values as plain JSON types."""
-        return dataclasses.asdict(self)
+        """All values as plain JSON types; without the budget, if there is none."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "budget" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ClipMapConfig":

@@ -9,15 +9,16 @@ import torch
 from transformers import PretrainedConfig
 
 from clipmap_hf.config import ClipMapConfig, student_config
-from clipmap_hf.evaluation.cost import Cost, model_cost
+from clipmap_hf.evaluation.cost import model_cost, parameter_count
 
 
 __all__ = ["COUNTED", "Grid", "Shape", "Table", "TowerGrid", "counted_costs", "grid_of", "of_depths", "shaped"]
 
-COUNTED: Mapping[str, Callable[[Cost], int]] = {
-    "params": lambda cost: cost.parameters,
-    "macs": lambda cost: cost.macs,
-    "bytes": lambda cost: cost.bytes,
+# The measures of a budget that a config tells.
+COUNTED: Mapping[str, Callable[[PretrainedConfig], int]] = {
+    "params": parameter_count,
+    "macs": lambda config: model_cost(config).macs,
+    "bytes": lambda config: parameter_count(config) * torch.float32.itemsize,
 }
 
 
@@ -82,7 +83,7 @@ def counted_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, 
     """
 
     def cost(**sizes: int) -> int:
-        return COUNTED[measure](model_cost(student_config(teacher, shaped(config, smallest._replace(**sizes)))))
+        return COUNTED[measure](student_config(teacher, shaped(config, smallest._replace(**sizes))))
 
     smallest = Shape(grid["vision"].widths[0], 1, grid["text"].widths[0], 1)
     tables = {}
