@@ -63,9 +63,7 @@ def test_a_budget_without_sense_is_an_error_that_says_what_is_allowed(values, me
 
 
 def test_an_unknown_key_of_a_budget_is_an_error_that_lists_the_known():
-    with pytest.raises(
-        ValueError, match=r"Unknown keys \['parameters'\] for a budget; allowed are \['params', 'macs'"
-    ):
+    with pytest.raises(ValueError, match=r"Unknown keys \['parameters'\] for a budget; allowed are \['params'"):
         ClipMapConfig(budget={"parameters": "30M"})
 
 
@@ -82,7 +80,5 @@ def test_a_budget_of_another_type_is_an_error():
 
 
 def test_a_budget_alone_is_no_size(tiny_config):
-    with pytest.raises(
-        ValueError, match=r"within the budget params=30,000,000 are still to be chosen: .*choose_shape"
-    ):
+    with pytest.raises(ValueError, match=r"budget params=30,000,000 are still to be chosen: .*choose_shape"):
         student_config(tiny_config(), ClipMapConfig(budget={"params": "30M"}))
