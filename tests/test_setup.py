@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipmap_hf import PRESETS, ClipMapConfig, TowerConfig
+from clipmap_hf import PRESETS, Budget, ClipMapConfig, TowerConfig
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.training import setup
@@ -40,6 +40,12 @@ def test_how_a_calibrated_start_is_refitted_is_put_over_a_preset():
     config = map_config(StudentArguments(student="tiny", initializer="calibrated", refit=False, refit_steps=7))
     assert (config.initializer, config.refit, config.refit_steps) == ("calibrated", False, 7)
     assert map_config(StudentArguments(student="tiny", refit=True)) == PRESETS["tiny"]
+
+
+def test_a_budget_leaves_sizes_open_that_are_not_given():
+    arguments = StudentArguments(student={"params": "30M"}, text_num_hidden_layers=2, depth="spread")
+    expected = ClipMapConfig(text=TowerConfig(num_hidden_layers=2), budget=Budget(params="30M"), depth="spread")
+    assert map_config(arguments) == expected
 
 
 def test_sizes_alone_are_a_student_too():
