@@ -68,7 +68,8 @@ class Choice:
             ]
         )
         lines = [
-            f"Budget {self.budget}: {self.fitting:,} shapes fit that nothing can be added to. {self.rule.why}",
+            f"Budget {self.budget}: {self.fitting:,} shapes fit, and would not with a head or a layer more.",
+            self.rule.why,
             "",
             table,
         ]
