@@ -38,7 +38,7 @@ def main() -> None:
     config = map_config(student, run.seed)
     if config is None:
         raise ValueError("Say what to select: --student, or sizes such as --vision_hidden_size.")
-    config = choose_student(*teacher.teachers[0], config, None, run, data)
+    config = choose_student(*teacher.teachers[0], config, None, run, data)  # masks ask for no calibration pairs
     run_masking(
         [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers],
         config,

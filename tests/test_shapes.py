@@ -254,6 +254,9 @@ def test_what_the_chosen_shape_takes_is_measured_and_chosen_again_if_it_is_too_m
 
 
 def test_a_latency_that_is_too_long_to_the_end_is_said(teacher, stopwatch, monkeypatch):
+    monkeypatch.setattr(choice_module, "measured_latency", lambda *_: {"vision": 100.0, "text": 102.0})
+    found = choose_shape(teacher, ClipMapConfig(budget={"latency_ms": 200}))
+    assert str(found).endswith("Measured, the chosen shape takes 202.00 ms, more than the budget.")
     monkeypatch.setattr(choice_module, "measured_latency", lambda *_: {"vision": 500.0})
     with pytest.raises(ValueError, match="cannot be met"):  # scaled by what it measures, nothing fits
         choose_shape(teacher, ClipMapConfig(budget={"latency_ms": 60}))
