@@ -7,13 +7,14 @@ __version__ = "0.1.0.dev0"
 
 # Public names, imported on first use: a recipe's `--help` must not wait for torch.
 _PUBLIC = {
+    "Budget": "clipmap_hf.budget",
     "ClipMapCompressor": "clipmap_hf.compressor",
     "ClipMapConfig": "clipmap_hf.config",
     "PRESETS": "clipmap_hf.config",
     "TowerConfig": "clipmap_hf.config",
 }
 
-__all__ = ["PRESETS", "ClipMapCompressor", "ClipMapConfig", "TowerConfig"]
+__all__ = ["PRESETS", "Budget", "ClipMapCompressor", "ClipMapConfig", "TowerConfig"]
 
 
 def __getattr__(name: str):

@@ -11,7 +11,7 @@ from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.models import load_model
 from clipmap_hf.runs import run_distillation, run_mapping, run_masking
-from clipmap_hf.starts import start_compressor
+from clipmap_hf.starts import choose_student, start_compressor
 from clipmap_hf.teachers import Teacher
 from clipmap_hf.training.arguments import (
     CalibrationArguments,
@@ -138,6 +138,7 @@ def _selected(
             f"Masks select by themselves: with masking steps, leave out initializer={student.initializer!r} and the "
             "mapping's steps and epochs."
         )
+    student = choose_student(*source, student, None, run, data)  # masks ask for no calibration pairs
     (selected_from,) = _load([source], data)
     masked = _in_folder(run, "masked")
     run_masking(selected_from, _load(teachers, data), student, masking, masked, data, recipe=recipe)

@@ -14,10 +14,11 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import CLIPProcessor, PreTrainedModel
 
+from clipmap_hf.budget import Budget
 from clipmap_hf.config import PRESETS, ClipMapConfig
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
-from clipmap_hf.distributed import join_processes
+from clipmap_hf.distributed import calibration_device
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER, write_student_folder
@@ -28,6 +29,7 @@ from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.start import start_from_activations
 from clipmap_hf.models import load_model, load_processor
 from clipmap_hf.selection.start import start_from_selection
+from clipmap_hf.shapes import Choice, choose_shape, kept_energy
 
 
 __all__ = ["ClipMapCompressor"]
@@ -49,6 +51,9 @@ class ClipMapCompressor(nn.Module):
         processor: The teacher's tokenizer and image processor; the student uses the same.
         teacher_id: Hub id or folder of the teacher, to find it again.
         teacher_revision: Its commit on the Hub.
+
+    Attributes:
+        choice: Why the student has this shape, if it was chosen within a budget; prints as a table.
     """
 
     def __init__(
@@ -65,12 +70,13 @@ class ClipMapCompressor(nn.Module):
         self.processor = processor
         self.teacher_id = os.path.abspath(teacher_id) if os.path.isdir(teacher_id) else teacher_id
         self.teacher_revision = teacher_revision
+        self.choice: Choice | None = None
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | os.PathLike,
-        student: str | ClipMapConfig | None = None,
+        student: str | Budget | Mapping[str, Any] | ClipMapConfig | None = None,
         *,
         initializer: str | None = None,
         calibration_data: str | Dataset | IterableDataset | Iterable[Mapping[str, torch.Tensor]] | None = None,
@@ -86,7 +92,8 @@ class ClipMapCompressor(nn.Module):
 
         Args:
             source: Hub id or folder.
-            student: A key of `PRESETS`, or a `ClipMapConfig`.
+            student: A key of `PRESETS`; a `Budget` or its values by name, such as `{"params": "30M"}`, within which
+                `choose_shape` finds the best shape (`choice` then explains it); or a `ClipMapConfig`.
             initializer: How the operators start, if `student` does not say it: by default `calibrated` with
                 calibration data, `diagonal` without.
             calibration_data: What the initializers `calibrated` and `importance` start from: anything `load_pairs`
@@ -99,8 +106,8 @@ class ClipMapCompressor(nn.Module):
             kwargs: Passed to every download (`token`, `cache_dir`, `local_files_only`, …).
 
         Raises:
-            ValueError: If `student` is unknown, does not fit the teacher, or is missing where there is no map; if
-                calibration data is missing or not used; if weights do not fit their config.
+            ValueError: If `student` is unknown, does not fit the teacher, is a budget that no shape meets, or is
+                missing where there is no map; if calibration data is missing or not used; if weights do not fit.
             OSError: If a file is missing or the Hub cannot be reached.
         """
         source = os.fspath(source)
@@ -109,29 +116,26 @@ class ClipMapCompressor(nn.Module):
                 raise ValueError("A map that is gone on with has started already; leave initializer and data out.")
             return cls._continued(source, revision, dtype, backend, kwargs)
         config = _starting_config(student, initializer, calibration_data is not None)
-        compressor, teacher = cls._from_teacher(source, config, revision, dtype, backend, kwargs)
+        teacher, processor, commit = _load_teacher(source, revision, dtype, backend, kwargs)
+        if isinstance(calibration_data, str):
+            calibration_data = load_pairs(calibration_data)
+        if isinstance(calibration_data, (Dataset, IterableDataset)):
+            calibration_data = CalibrationPairs(calibration_data, processor, calibration_pairs)
+        choice = None
+        if config.budget is not None:
+            pairs = calibration_data
+            kept = None if pairs is None else kept_energy(teacher.to(calibration_device()), pairs)
+            choice = choose_shape(teacher.config, config, kept)
+            config = choice.config
+        compressor = cls(teacher.cpu(), config, processor, source, commit).eval()
+        compressor.choice = choice
         starts = {
             **dict.fromkeys(CALIBRATED_INITIALIZERS, start_from_activations),
             **dict.fromkeys(SELECTIONS, start_from_selection),
         }
         if config.initializer in starts:
-            if isinstance(calibration_data, str):
-                calibration_data = load_pairs(calibration_data)
-            if isinstance(calibration_data, (Dataset, IterableDataset)):
-                calibration_data = CalibrationPairs(calibration_data, compressor.processor, calibration_pairs)
-            device = join_processes().device
-            device = "cpu" if device.type == "mps" else device  # which has no fp64
-            starts[config.initializer](compressor.mapper, teacher.to(device), calibration_data)
+            starts[config.initializer](compressor.mapper, teacher.to(calibration_device()), calibration_data)
         return compressor
-
-    @classmethod
-    def _from_teacher(
-        cls, source, config, revision, dtype, backend, kwargs
-    ) -> tuple["ClipMapCompressor", PreTrainedModel]:
-        teacher = load_model(source, revision=revision, dtype=dtype, **kwargs)
-        processor = load_processor(source, revision=revision, backend=backend, **kwargs)
-        commit = getattr(teacher.config, "_commit_hash", None) or revision  # a branch may move, a commit does not
-        return cls(teacher, config, processor, source, commit).eval(), teacher
 
     @classmethod
     def _continued(cls, source, revision, dtype, backend, kwargs) -> "ClipMapCompressor":
@@ -144,14 +148,13 @@ class ClipMapCompressor(nn.Module):
         content = read_map_config(found)
         teacher_id = content["teacher"]
         try:
-            compressor, _ = cls._from_teacher(
-                teacher_id, content["map"], content["teacher_revision"], dtype, backend, kwargs
-            )
+            teacher, processor, commit = _load_teacher(teacher_id, content["teacher_revision"], dtype, backend, kwargs)
         except OSError as error:
             raise OSError(
                 f"The map in {source!r} was made from the teacher {teacher_id!r}, which cannot be loaded: {error} If "
                 f"it has moved, correct `teacher` in {found}."
             ) from error
+        compressor = cls(teacher, content["map"], processor, teacher_id, commit).eval()
         weights = map_file(source, MAP_WEIGHTS, revision, kwargs)
         if weights is None:
             raise OSError(f"{source!r} has {MAP_FOLDER}/{MAP_CONFIG} but no {MAP_FOLDER}/{MAP_WEIGHTS}.")
@@ -260,12 +263,29 @@ class ClipMapCompressor(nn.Module):
             )
 
 
-def _starting_config(student: str | ClipMapConfig, initializer: str | None, has_data: bool) -> ClipMapConfig:
+def _load_teacher(
+    source: str, revision: str | None, dtype: torch.dtype, backend: str, kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, CLIPProcessor, str | None]:
+    """The teacher, its processor, and its commit on the Hub."""
+    teacher = load_model(source, revision=revision, dtype=dtype, **kwargs)
+    processor = load_processor(source, revision=revision, backend=backend, **kwargs)
+    commit = getattr(teacher.config, "_commit_hash", None) or revision  # a branch may move, a commit does not
+    return teacher, processor, commit
+
+
+def _starting_config(
+    student: str | Budget | Mapping[str, Any] | ClipMapConfig, initializer: str | None, has_data: bool
+) -> ClipMapConfig:
     """The config of `student` with its initializer decided."""
     if isinstance(student, str) and student in PRESETS:
         student = PRESETS[student]
+    elif isinstance(student, (Budget, Mapping)):
+        student = ClipMapConfig(budget=student)
     if not isinstance(student, ClipMapConfig):
-        raise ValueError(f"student={student!r} is unknown; it must be one of {sorted(PRESETS)} or a ClipMapConfig.")
+        raise ValueError(
+            f"student={student!r} is unknown; it must be one of {sorted(PRESETS)}, a budget such as "
+            "{'params': '30M'}, or a ClipMapConfig."
+        )
     if None not in (initializer, student.initializer) and initializer != student.initializer:
         raise ValueError(f"initializer={initializer!r}, but the student's config says {student.initializer!r}.")
     chosen = initializer or student.initializer or ("calibrated" if has_data else "diagonal")

@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import PretrainedConfig
+
+from clipmap_hf.budget import Budget
 
 
 __all__ = ["PRESETS", "ClipMapConfig", "TowerConfig", "cut_towers", "student_config"]
@@ -81,6 +84,8 @@ class ClipMapConfig:
         text: Size of the text tower. A tower that is left as large as the teacher's is kept as it is, bit for bit.
         projection_dim: Width of the joint embedding; the teacher's by default, so that the student's embeddings
             live in the teacher's space.
+        budget: What the student may cost, a `Budget` or its values by name. Widths and depths that are not given are
+            then searched (`choose_shape`) instead of taken from the teacher.
         initializer: How the width operators start: a key of `INITIALIZERS` (`diagonal` is Eq. 9), of
             `CALIBRATED_INITIALIZERS`, or of `SELECTIONS`; those in `NEED_PAIRS` need calibration data. By default
             `calibrated` with such data, `diagonal` without.
@@ -100,6 +105,7 @@ class ClipMapConfig:
     vision: TowerConfig = field(default_factory=TowerConfig)
     text: TowerConfig = field(default_factory=TowerConfig)
     projection_dim: int | None = None
+    budget: Budget | Mapping[str, Any] | None = None
     initializer: str | None = None
     refit: bool = True
     refit_steps: int = 200
@@ -116,10 +122,15 @@ class ClipMapConfig:
         for name in ("vision", "text"):
             if not isinstance(getattr(self, name), TowerConfig):
                 raise TypeError(f"{name} must be a TowerConfig, got {type(getattr(self, name)).__name__}.")
+        if isinstance(self.budget, Mapping):
+            object.__setattr__(self, "budget", Budget.from_dict(self.budget))
+        if not isinstance(self.budget, Budget | None):
+            raise TypeError(f"budget must be a Budget or its values by name, got {type(self.budget).__name__}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """All values as plain JSON types."""
-        return dataclasses.asdict(self)
+        """All values as plain JSON types; without the budget, if there is none."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "budget" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ClipMapConfig":
@@ -169,8 +180,13 @@ def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> Pretrain
         config: The sizes.
 
     Raises:
-        ValueError: If the sizes do not fit the teacher.
+        ValueError: If the sizes do not fit the teacher, or are still to be searched.
     """
+    if config.budget is not None:
+        raise ValueError(
+            f"The sizes within the budget {config.budget} are still to be chosen: clipmap_hf.shapes.choose_shape does "
+            "it, and ClipMapCompressor.from_pretrained calls that."
+        )
     student = copy.deepcopy(teacher)
     projection_dim = teacher.projection_dim if config.projection_dim is None else config.projection_dim
     largest = teacher.projection_dim

@@ -14,6 +14,7 @@ from torch.autograd import Function
 __all__ = [
     "average_gradients",
     "broadcast",
+    "calibration_device",
     "gather",
     "join_processes",
     "process_count",
@@ -39,6 +40,12 @@ def join_processes() -> PartialState:
             "set ACCELERATE_USE_CPU=true."
         )
     return state
+
+
+def calibration_device() -> torch.device:
+    """Where this process sums up activations: its device, or the CPU if that has no fp64."""
+    device = join_processes().device
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def process_count() -> int:

@@ -2,22 +2,68 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from clipmap_hf.atomic import read_json, write_json
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
-from clipmap_hf.distributed import join_processes
+from clipmap_hf.distributed import calibration_device, join_processes
 from clipmap_hf.mapping.initializers import NEED_PAIRS
-from clipmap_hf.models import load_processor
+from clipmap_hf.models import load_config, load_model, load_processor
+from clipmap_hf.shapes import choose_shape, kept_energy
 from clipmap_hf.training.arguments import CalibrationArguments, DataArguments, RunArguments
 from clipmap_hf.training.setup import source_files
 
 
-__all__ = ["start_compressor"]
+__all__ = ["choose_student", "start_compressor"]
 
-_ORIGIN = "origin.json"
+_ORIGIN, _CHOICE = "origin.json", "choice.json"
+
+
+def choose_student(
+    teacher_id: str,
+    revision: str | None,
+    student: ClipMapConfig | None,
+    calibration: CalibrationArguments | None,
+    run: RunArguments,
+    data: DataArguments,
+) -> ClipMapConfig | None:
+    """
+    The student with the shape that is best within its budget, if it has one, and prints why (`choose_shape`).
+
+    The choice is kept in `choice.json` inside `run.output_dir`, and taken from there when the same command runs again:
+    a latency is never measured twice the same.
+
+    Args:
+        teacher_id: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        student: The size to make, and how its operators start.
+        calibration: The pairs to choose by, if the student starts from pairs; `None` to choose without.
+        run: Its seed draws them.
+        data: The training pairs, and how they are read.
+    """
+    if student is None or student.budget is None:
+        return student
+    state, path = join_processes(), Path(run.output_dir) / _CHOICE
+    by_pairs = calibration is not None and student.initializer in (None, *NEED_PAIRS)
+    origin = {"teacher": [teacher_id, revision], "student": student.to_dict()}
+    if by_pairs:
+        origin = _origin(teacher_id, revision, student, calibration, run, data)
+    found = read_json(path) if run.resume == "auto" and path.is_file() else {"origin": None}
+    if found["origin"] != origin:
+        kept = None
+        if by_pairs:
+            teacher = load_model(teacher_id, revision=revision).to(calibration_device())
+            kept = kept_energy(teacher, _calibration_pairs(teacher_id, revision, calibration, run, data))
+        choice = choose_shape(load_config(teacher_id, revision=revision), student, kept)
+        found = {"origin": origin, "student": choice.config.to_dict(), "explanation": str(choice)}
+        state.wait_for_everyone()  # none may look for what another writes
+        if state.is_main_process:
+            write_json(path, found)
+    state.print(found["explanation"])
+    return ClipMapConfig.from_dict(found["student"])
 
 
 def start_compressor(
@@ -37,22 +83,16 @@ def start_compressor(
     Args:
         teacher_id: Hub id or folder.
         revision: Branch, tag or commit on the Hub.
-        student: The size to make, and how its operators start.
+        student: The size to make, or what it may cost (`choose_student`), and how its operators start.
         calibration: The pairs to start from.
         run: Its seed draws them.
         data: The training pairs, and how they are read.
     """
+    student = choose_student(teacher_id, revision, student, calibration, run, data)
     if student is None or student.initializer not in (None, *NEED_PAIRS):
         return ClipMapCompressor.from_pretrained(teacher_id, student, revision=revision, backend=data.image_backend)
     state, folder = join_processes(), Path(run.output_dir) / "start"
-    origin = {
-        "teacher": [teacher_id, revision],
-        "student": student.to_dict(),
-        "calibration": dataclasses.asdict(calibration),
-        "data": source_files(_calibration_source(calibration, data))
-        | {"caption_column": data.caption_column, "streaming": data.streaming, "image_backend": data.image_backend},
-        "seed": run.seed,
-    }
+    origin = _origin(teacher_id, revision, student, calibration, run, data)
     if run.resume == "auto" and (folder / _ORIGIN).is_file() and read_json(folder / _ORIGIN) == origin:
         return ClipMapCompressor.from_pretrained(folder, backend=data.image_backend)
     batches = _calibration_pairs(teacher_id, revision, calibration, run, data)
@@ -65,6 +105,25 @@ def start_compressor(
         compressor.save_pretrained(folder)
         write_json(folder / _ORIGIN, origin)
     return compressor
+
+
+def _origin(
+    teacher_id: str,
+    revision: str | None,
+    student: ClipMapConfig,
+    calibration: CalibrationArguments,
+    run: RunArguments,
+    data: DataArguments,
+) -> dict[str, Any]:
+    """All that decides what is made from calibration pairs."""
+    return {
+        "teacher": [teacher_id, revision],
+        "student": student.to_dict(),
+        "calibration": dataclasses.asdict(calibration),
+        "data": source_files(_calibration_source(calibration, data))
+        | {"caption_column": data.caption_column, "streaming": data.streaming, "image_backend": data.image_backend},
+        "seed": run.seed,
+    }
 
 
 def _calibration_source(calibration: CalibrationArguments, data: DataArguments) -> DataArguments:

@@ -5,6 +5,9 @@ All of it: make a smaller CLIP of a teacher, map it if asked, distill it, evalua
         --image_column jpg --caption_column txt --eval_data test.parquet --output_dir small
     accelerate launch recipes/compress.py --config recipes/configs/small.yaml --train_data … --output_dir small
 
+Within a budget, `--student params=30M` (or macs=2G, bytes=100M, latency_ms=20 batch_size=8 device=cpu), the shape is
+searched, explained, and kept in `choice.json`.
+
 The student starts from the teacher's activations on `--calibration_pairs` of the training pairs, if `--initializer`
 does not say otherwise; that start, a student too, is kept in `start/` inside the output folder. It is mapped only if
 `--mapping_steps` or `--mapping_epochs` say so: in our trials that made such a start worse. The mapped student and its

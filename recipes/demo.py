@@ -56,13 +56,15 @@ def main() -> None:
 
     from clipmap_hf.demo.contest import Contest
     from clipmap_hf.demo.report import write_report
+    from clipmap_hf.starts import choose_student
     from clipmap_hf.teachers import Teacher
     from clipmap_hf.training.setup import map_config
 
     logging.disable_progress_bar()
     recipe = arguments_yaml(data, teacher_arguments, student, calibration, run, **stages)
     teacher = Teacher.load(teacher_arguments.teacher[0])
-    contest = Contest(teacher, map_config(student, run.seed), calibration, run, data, recipe)
+    student = choose_student(teacher.id, None, map_config(student, run.seed), calibration, run, data)
+    contest = Contest(teacher, student, calibration, run, data, recipe)
     print(write_report(Path(run.output_dir), contest.contestants(stages), data, teacher.processor))
 
 

@@ -52,6 +52,7 @@ STARTS = {
     "refitted": {"refit_steps": 0},
     "refitted in steps": {"refit_steps": 5},
     "importance": {"initializer": "importance"},
+    "within a budget": {"vision": TowerConfig(), "text": TowerConfig(), "budget": {"params": "100k"}, "refit": False},
     "the same pairs in steps": {"refit_steps": 20},
 }
 

@@ -22,6 +22,10 @@ RUNS = {
         "--rounds 1",
         [f"| {stage} | {pairs} |" for stage in ("contrastive", "mapping", "distillation") for pairs in (2, 4)],
     ),
+    "budget.py": (
+        "--budgets 500k --pairs 64",
+        [f"| 500k | {name} |" for name in ("keeps most", "nearest to the literature", "a quarter down", "half down")],
+    ),
     "data.py": ("--images 16 --rounds 1 --batch_size 8 --shuffle_buffer 8", ["| clipmap_hf |", "| webdataset |"]),
     "full_size.py": ("--batch_size 2 --steps 1", ["batch 2: step 1 ", "peak memory "]),
     "initializers.py": (

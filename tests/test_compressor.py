@@ -26,12 +26,13 @@ from transformers import (
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 import clipmap_hf.hub.map_folder
-from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
+from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.start import start_from_activations
+from clipmap_hf.shapes import choose_shape, kept_energy
 
 
 SMALL = ClipMapConfig(
@@ -130,6 +131,28 @@ def test_half_precision_is_for_loading_only(teacher_folder, tiny_batch):
 def test_an_unknown_preset_is_an_error_that_lists_the_presets(teacher_folder, student):
     with pytest.raises(ValueError, match=f"student='{student}' is unknown.*'base', 'small', 'tiny'"):
         ClipMapCompressor.from_pretrained(teacher_folder, student=student)
+
+
+@pytest.mark.parametrize(
+    "student",
+    [{"params": "100k"}, Budget(params="100k"), ClipMapConfig(budget={"params": "100k"})],
+    ids=["by name", "budget", "config"],
+)
+def test_a_budget_gives_the_shape_that_is_chosen_for_it(teacher_folder, shared_teacher, student, tmp_path):
+    compressor = ClipMapCompressor.from_pretrained(teacher_folder, student)
+    expected = choose_shape(shared_teacher.config, ClipMapConfig(budget={"params": "100k"}, initializer="diagonal"))
+    assert compressor.config == expected.config and str(compressor.choice) == str(expected)
+    assert compressor.cost()["student"].parameters == expected.candidates[0].cost <= 100_000
+    compressor.save_pretrained(tmp_path)
+    again = ClipMapCompressor.from_pretrained(tmp_path)
+    assert again.config == expected.config and again.choice is None
+
+
+def test_with_data_the_shape_is_the_one_that_keeps_most(teacher_folder, shared_teacher, batches):
+    config = ClipMapConfig(budget={"params": "100k"}, initializer="importance")
+    compressor = ClipMapCompressor.from_pretrained(teacher_folder, config, calibration_data=batches)
+    expected = choose_shape(shared_teacher.config, config, kept_energy(shared_teacher, batches))
+    assert compressor.config == expected.config and str(compressor.choice) == str(expected)
 
 
 def test_a_student_that_does_not_fit_is_an_error_that_says_what_would(teacher_folder):

@@ -103,7 +103,7 @@ def assert_same_weights(given: dict[str, torch.Tensor], expected: dict[str, torc
             assert (given[name] - weight).norm() <= tolerance * weight.norm(), name
 
 
-@pytest.mark.parametrize("name", ["mapped", "refitted", "importance"])
+@pytest.mark.parametrize("name", ["mapped", "refitted", "importance", "within a budget"])
 def test_two_processes_start_the_student_that_one_does(reports, name):
     one, two = (reports[count]["started"][name] for count in (1, 2))
     assert one["batches"] == [[11, 11, 1]] and two["batches"] == [[11, 1], [11]]

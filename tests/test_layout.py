@@ -13,12 +13,13 @@ REPOSITORY = ROOT.parent
 MODULES = sorted(ROOT.rglob("*.py"))
 # From left to right: a module imports from its own part and from those before it.
 ORDER = (
-    ("atomic", "comparison", "config", "distributed", "features", "models"),
+    ("atomic", "budget", "comparison", "config", "distributed", "features", "models"),
     ("losses",),
     ("families",),
     ("mapping",),
     ("data",),
     ("evaluation",),
+    ("shapes",),
     ("selection",),
     ("training",),
     ("ternary",),

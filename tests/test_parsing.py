@@ -245,3 +245,30 @@ def test_an_option_of_one_value_does_not_take_a_mapping(config):
 def test_a_section_that_is_no_mapping_is_an_error(config):
     with pytest.raises(ValueError, match="section 'mapping' must hold `key: value` lines, got 7"):
         parse_arguments(Simple, stages=STAGES, argv=config("name: x\nmapping: 7\n"))
+
+
+def student(argv: list[str]) -> str | dict | None:
+    return parse_arguments(StudentArguments, argv=argv)[0].student
+
+
+def test_a_student_is_a_name_or_values_by_name(config):
+    latency = {"latency_ms": "20", "batch_size": "8", "device": "cpu"}
+    assert student(["--student", "latency_ms=20", "batch_size=8", "device=cpu"]) == latency
+    assert student(config("student: {latency_ms: 20, batch_size: 8, device: cpu}\n")) == latency
+    assert student(config("student: {params: 30M}\n")) == {"params": "30M"}
+    assert student([*config("student: {params: 30M}\n"), "--student", "small"]) == "small"
+    assert student([*config("student: small\n"), "--student", "macs=2G"]) == {"macs": "2G"}
+    assert student([]) is None
+
+
+@pytest.mark.parametrize("words", [["small", "tiny"], ["small", "params=30M"]])
+def test_a_name_among_values_is_an_error(words):
+    with pytest.raises(ValueError, match=rf"student takes one name, or words like name=value, got \['{words[0]}'"):
+        student(["--student", *words])
+
+
+@pytest.mark.parametrize("given", ["small", {"params": "30M"}])
+def test_a_student_survives_saving_and_reading(tmp_path, given):
+    path = Path(tmp_path / "arguments.yaml")
+    path.write_text(arguments_yaml(StudentArguments(student=given)))
+    assert student(["--config", str(path)]) == given

@@ -11,13 +11,13 @@ import torch
 from conftest import randomize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig, compressor, runs, starts
+from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig, compressor, runs, starts
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.families import CLIP
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.runs import run_distillation, run_mapping
-from clipmap_hf.starts import start_compressor
+from clipmap_hf.starts import choose_student, start_compressor
 from clipmap_hf.teachers import Teacher, make_teacher_cache
 from clipmap_hf.training.arguments import (
     CalibrationArguments,
@@ -449,3 +449,42 @@ def test_other_calibration_data_is_another_start(start, pairs_parquet, tmp_path,
     no_calibration()
     with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
         start(STARTED, calibration=str(path))
+
+
+# The shape within a budget
+
+BUDGET = dataclasses.replace(STARTED, vision=TowerConfig(), text=TowerConfig(), budget=Budget(params="100k"))
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+    return lambda: monkeypatch.setattr(starts, "choose_shape", lambda *_: pytest.fail("it was searched"))
+
+
+@pytest.mark.parametrize("initializer", ["diagonal", "calibrated"])
+def test_a_shape_is_chosen_once_and_the_same_command_takes_it_up(start, tmp_path, no_search, capsys, initializer):
+    student = dataclasses.replace(BUDGET, initializer=initializer)
+    first, printed = start(student), capsys.readouterr().out
+    assert first.config.budget is None and first.cost()["student"].parameters <= 100_000
+    assert ("vision times text" if initializer == "calibrated" else "literature") in printed
+    no_search()
+    again = start(student)
+    assert again.config == first.config and capsys.readouterr().out == printed
+    assert torch.equal(weights(again), weights(first))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"resume": "never"}, {"pairs": 9}, {"student": dataclasses.replace(BUDGET, budget={"params": "99k"})}]
+)
+def test_another_command_searches_anew(start, no_search, changes):
+    start(BUDGET)
+    no_search()
+    with pytest.raises(pytest.fail.Exception, match="it was searched"):
+        start(**{"student": BUDGET} | changes)
+
+
+def test_without_calibration_a_shape_is_chosen_without_data(teacher_folder, data, tmp_path, capsys):
+    nowhere, run = dataclasses.replace(data, train_data="/no/such/pairs.parquet"), RunArguments(str(tmp_path))
+    chosen = choose_student(str(teacher_folder), None, BUDGET, None, run, nowhere)
+    assert chosen.budget is None and "literature" in capsys.readouterr().out
+    assert choose_student(str(teacher_folder), None, chosen, None, run, nowhere) is chosen

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipmap_hf import PRESETS, ClipMapConfig, TowerConfig
+from clipmap_hf import PRESETS, Budget, ClipMapConfig, TowerConfig
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.training import setup
@@ -43,6 +43,12 @@ def test_how_a_calibrated_start_is_refitted_is_put_over_a_preset():
     assert map_config(StudentArguments(student="tiny", refit=True)) == PRESETS["tiny"]
 
 
+def test_a_budget_leaves_sizes_open_that_are_not_given():
+    arguments = StudentArguments(student={"params": "30M"}, text_num_hidden_layers=2, depth="spread")
+    expected = ClipMapConfig(text=TowerConfig(num_hidden_layers=2), budget=Budget(params="30M"), depth="spread")
+    assert map_config(arguments) == expected
+
+
 def test_sizes_alone_are_a_student_too():
     config = map_config(StudentArguments(text_num_hidden_layers=2))
     assert config == ClipMapConfig(text=TowerConfig(num_hidden_layers=2))
@@ -63,6 +69,8 @@ def test_a_size_is_a_preset_or_options_over_what_all_have_in_common():
     given = sized(common, "vision_num_hidden_layers=2,text_hidden_size=64,depth=score,tie_ffn=true")
     changes = {"vision_num_hidden_layers": 2, "text_hidden_size": 64, "depth": "score", "tie_ffn": True}
     assert given == dataclasses.replace(common, **changes)
+    within = sized(common, "params=30M,text_num_hidden_layers=2")
+    assert within == dataclasses.replace(common, student={"params": "30M"}, text_num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("size", ["vision_width=2", "vision_hidden_size=", "text_hidden_size=64,tiny"])

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, CLIPConfig, PreTrainedModel
 
 
-__all__ = ["Cost", "CostReport", "cost_table", "model_cost"]
+__all__ = ["Cost", "CostReport", "cost_table", "markdown_table", "model_cost", "parameter_count", "scaled_column"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ def model_cost(config: CLIPConfig, dtype: torch.dtype = torch.float32) -> Cost:
     return Cost(parameters, token_embedding, vision_macs, text_macs, parameters * dtype.itemsize)
 
 
+def parameter_count(config: CLIPConfig) -> int:
+    """All parameters of the model that `config` describes: those of `model_cost`, in a tenth of its time."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModel.from_config(copy.deepcopy(config)).parameters())
+
+
 def cost_table(costs: Mapping[str, Cost]) -> str:
     """
     An aligned Markdown table of named costs; the last column compares parameters with the first entry.
@@ -73,16 +79,18 @@ def cost_table(costs: Mapping[str, Cost]) -> str:
         raise ValueError("costs is empty; give at least one `name: Cost`.")
     entries = list(costs.values())
     columns = [["model", *costs]]
-    sizes = _column([n for cost in entries for n in (cost.parameters, cost.parameters_without_token_embedding)], "MK")
+    sizes = scaled_column(
+        [n for cost in entries for n in (cost.parameters, cost.parameters_without_token_embedding)], "MK"
+    )
     columns.append([f"parameters ({sizes[0]})", *sizes[1::2]])
     columns.append([f"without token embedding ({sizes[0]})", *sizes[2::2]])
-    macs = _column([n for cost in entries for n in (cost.vision_macs, cost.text_macs)], "GMK")
+    macs = scaled_column([n for cost in entries for n in (cost.vision_macs, cost.text_macs)], "GMK")
     columns.append([f"vision MACs ({macs[0]})", *macs[1::2]])
     columns.append([f"text MACs ({macs[0]})", *macs[2::2]])
-    file = _column([cost.bytes for cost in entries], "MK")
+    file = scaled_column([cost.bytes for cost in entries], "MK")
     columns.append([f"weights ({file[0]}B)", *file[1:]])
     columns.append(["parameters kept", *(f"{cost.parameters / entries[0].parameters:.1%}" for cost in entries)])
-    return _markdown(columns)
+    return markdown_table(columns)
 
 
 def _vision_macs(model: PreTrainedModel) -> int:
@@ -100,14 +108,14 @@ def _text_macs(model: PreTrainedModel) -> int:
     return counter.get_total_flops() // 2
 
 
-def _column(values: Sequence[int], units: str) -> list[str]:
+def scaled_column(values: Sequence[int], units: str) -> list[str]:
     """The largest of the decimal `units` in which no value falls below 0.01, then the values in it."""
     scales = {"G": 1e9, "M": 1e6, "K": 1e3}
     unit = next((unit for unit in units if min(values) >= 0.01 * scales[unit]), units[-1])
     return [unit, *(f"{value / scales[unit]:.2f}" for value in values)]
 
 
-def _markdown(columns: Sequence[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[Sequence[str]]) -> str:
     """The table of `columns` (header first), names to the left and numbers to the right."""
     widths = [max(map(len, column)) for column in columns]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

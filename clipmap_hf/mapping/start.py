@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable, Mapping
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from clipmap_hf.distributed import broadcast
 from clipmap_hf.mapping.calibration import calibrate, calibration_batch
@@ -16,7 +16,7 @@ from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.refit import refit
 
 
-__all__ = ["start_from_activations"]
+__all__ = ["CalibrationBatches", "start_from_activations"]
 
 
 @torch.no_grad()
@@ -35,13 +35,11 @@ def start_from_activations(
         TypeError: If `batches` is an iterator.
         ValueError: If there are no pairs, or no images.
     """
-    if iter(batches) is batches:
-        raise TypeError("Calibration goes through its batches several times; give a list or a DataLoader.")
     config = mapper.config
     model = copy.deepcopy(teacher).float().eval()
     if mapper.folds:
         model.load_state_dict(fold(model.state_dict(), mapper.family))
-    pairs = _Pairs(batches, model)
+    pairs = CalibrationBatches(batches, model.config)
     statistics = calibrate(model, pairs, mapper.cut, neuron_covariance=mapper.folds and not config.refit)
     operators = CALIBRATED_INITIALIZERS[config.initializer](statistics, model, mapper.student_config)
     layers = {}
@@ -65,11 +63,22 @@ def start_from_activations(
     broadcast(mapper.state_dict().values(), model.device)  # machines of different kinds may not agree to the last bit
 
 
-class _Pairs:
-    """Batches as calibration reads them, from the start at every iteration."""
+class CalibrationBatches:
+    """
+    Batches as calibration reads them, from the start at every iteration.
 
-    def __init__(self, batches: Iterable[Mapping[str, torch.Tensor]], model: PreTrainedModel):
-        self.batches, self.config = batches, model.config
+    Args:
+        batches: Of `pixel_values` and, if there are captions, `input_ids`.
+        config: The teacher's.
+
+    Raises:
+        TypeError: If `batches` is an iterator.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, torch.Tensor]], config: PretrainedConfig):
+        if iter(batches) is batches:
+            raise TypeError("Calibration goes through its batches several times; give a list or a DataLoader.")
+        self.batches, self.config = batches, config
 
     def __iter__(self):
         return (calibration_batch(batch, self.config, index) for index, batch in enumerate(self.batches))

@@ -158,7 +158,9 @@ class TeacherCacheArguments:
 class StudentArguments:
     """The size of the student and how its operators start; the words of `ClipMapConfig`."""
 
-    student: str | None = field(default=None, metadata={"help": "A preset: base, small or tiny."})
+    student: str | dict[str, str] | None = field(
+        default=None, metadata={"help": "A preset: base, small or tiny; or a budget, such as params=30M or macs=2G."}
+    )
     vision_hidden_size: int | None = field(default=None, metadata={"help": "Width of the vision tower."})
     vision_intermediate_size: int | None = field(default=None, metadata={"help": "FFN width of the vision tower."})
     vision_num_hidden_layers: int | None = field(default=None, metadata={"help": "Depth of the vision tower."})

@@ -14,7 +14,8 @@ import yaml
 __all__ = ["arguments_yaml", "optional", "parse_arguments"]
 
 
-_NUMBERS = dict[str, float]  # on the command line: name=number name=number
+# Fields of these types are words on the command line: name=number …, and a name or name=value ….
+_NUMBERS, _NAME_OR_VALUES = dict[str, float], str | dict[str, str] | None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -49,26 +50,26 @@ def parse_arguments(
     from transformers import HfArgumentParser  # seconds to import on a cold disk, and only needed here
 
     stages = stages or {}
-    prefixed = [_with_prefix(name, stage) for name, stage in stages.items()]
+    asked = [*(("", one) for one in dataclass_types), *((f"{name}_", stage) for name, stage in stages.items())]
+    as_options = [_as_options(prefix, one) for prefix, one in asked]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path, help="YAML file with values for these options; the command line wins")
     config, argv = finder.parse_known_args(sys.argv[1:] if argv is None else argv)
     if config.config is not None:
-        known = {f.name for one in [*dataclass_types, *prefixed] for f in dataclasses.fields(one)}
-        ignored = {f.name for one in others for f in dataclasses.fields(one)} - known
+        known = {f"{prefix}{f.name}": f for prefix, one in asked for f in dataclasses.fields(one)}
+        ignored = {f.name for one in others for f in dataclasses.fields(one)} - known.keys()
         argv = _yaml_options(config.config, known, ignored, {**stages, **(other_stages or {})}, stages) + argv
     parser = HfArgumentParser(
-        [*dataclass_types, *prefixed],
+        as_options,
         description=description,
         parents=[finder],
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
     parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    plain, staged = parsed[: len(dataclass_types)], parsed[len(dataclass_types) :]
-    return *plain, *(
-        stage(**{f.name: _value(f, getattr(values, f"{name}_{f.name}")) for f in dataclasses.fields(stage)})
-        for (name, stage), values in zip(stages.items(), staged, strict=False)  # a namespace with `config` comes last
+    return tuple(
+        one(**{f.name: _value(f, getattr(values, f"{prefix}{f.name}")) for f in dataclasses.fields(one)})
+        for (prefix, one), values in zip(asked, parsed, strict=False)  # a namespace with `config` comes last
     )
 
 
@@ -87,7 +88,11 @@ def optional(stage: type) -> type:
 
 
 def _yaml_options(
-    path: Path, known: set[str], ignored: set[str], sections: dict[str, type], own: dict[str, type]
+    path: Path,
+    known: dict[str, dataclasses.Field],
+    ignored: set[str],
+    sections: dict[str, type],
+    own: dict[str, type],
 ) -> list[str]:
     """The file's values as command-line options, so that both are converted and checked by one parser."""
     content = yaml.safe_load(path.read_text()) or {}
@@ -101,13 +106,11 @@ def _yaml_options(
             allowed = {f.name for f in dataclasses.fields(sections[key])}
             _check_known(path, value or {}, allowed, f" in section {key!r}")
             if key in own:
-                numbers = {f.name for f in dataclasses.fields(own[key]) if f.type == _NUMBERS}
                 for name, inner in (value or {}).items():
-                    words = _as_words(inner) if name in numbers and isinstance(inner, dict) else inner
-                    options += _option(f"{key}_{name}", words)
+                    options += _option(known[f"{key}_{name}"], f"{key}_{name}", inner)
         elif key not in ignored:
-            _check_known(path, {key}, known | set(sections), "")
-            options += _option(key, value)
+            _check_known(path, {key}, known.keys() | set(sections), "")
+            options += _option(known[key], key, value)
     return options
 
 
@@ -117,9 +120,11 @@ def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
         raise ValueError(f"{path}: unknown keys {unknown}{where}; allowed are {sorted(allowed)}.")
 
 
-def _option(name: str, value: Any) -> list[str]:
+def _option(of: dataclasses.Field, name: str, value: Any) -> list[str]:
     if value is None or value == []:
         return []
+    if isinstance(value, dict) and of.type in (_NUMBERS, _NAME_OR_VALUES):
+        value = _as_words(value)
     if isinstance(value, dict):
         raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
     return [f"--{name}", *(_word(one) for one in (value if isinstance(value, list) else [value]))]
@@ -130,22 +135,18 @@ def _word(value: Any) -> str:
     return ",".join(_as_words(value)) if isinstance(value, dict) else str(value)
 
 
-def _with_prefix(name: str, stage: type) -> type:
-    """
-    A copy of the dataclass `stage` (whose fields are scalars, or numbers by name) with every field renamed
-    `{name}_{field}`, and numbers by name as words.
-    """
-    fields = [
-        (
-            f"{name}_{f.name}",
-            list[str],
-            field(default_factory=partial(_as_words, f.default_factory()), metadata=f.metadata),
-        )
-        if f.type == _NUMBERS
-        else (f"{name}_{f.name}", f.type, field(default=f.default, metadata=f.metadata))
-        for f in dataclasses.fields(stage)
-    ]
-    return dataclasses.make_dataclass(f"{name.title()}{stage.__name__}", fields, namespace={"__module__": __name__})
+def _as_options(prefix: str, cls: type) -> type:
+    """A copy of a dataclass, without its checks, with every field renamed `{prefix}{field}`, and mappings as words."""
+    fields = []
+    for f in dataclasses.fields(cls):
+        options = {"metadata": f.metadata, "default": f.default, "default_factory": f.default_factory}
+        if f.type == _NUMBERS:
+            options["default_factory"] = partial(_as_words, f.default_factory())
+        elif f.type == _NAME_OR_VALUES:
+            options |= {"default": dataclasses.MISSING, "default_factory": list}
+        words = f.type in (_NUMBERS, _NAME_OR_VALUES)
+        fields.append((f"{prefix}{f.name}", list[str] if words else f.type, field(**options)))
+    return dataclasses.make_dataclass(f"{cls.__name__}Options", fields, namespace={"__module__": __name__})
 
 
 def _as_words(values: dict[str, Any]) -> list[str]:
@@ -153,7 +154,9 @@ def _as_words(values: dict[str, Any]) -> list[str]:
 
 
 def _value(of: dataclasses.Field, parsed: Any) -> Any:
-    """What an option stands for; numbers by name came as words."""
+    """What an option stands for; mappings came as words."""
+    if of.type == _NAME_OR_VALUES:
+        return _name_or_values(of.name, parsed)
     if of.type != _NUMBERS:
         return parsed
     numbers = {}
@@ -164,3 +167,11 @@ def _value(of: dataclasses.Field, parsed: Any) -> Any:
         except ValueError:
             raise ValueError(f"{of.name} takes words like name=0.5, got {word!r}.") from None
     return numbers
+
+
+def _name_or_values(option: str, words: list[str]) -> str | dict[str, str] | None:
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    if not all("=" in word for word in words):
+        raise ValueError(f"{option} takes one name, or words like name=value, got {words}.")
+    return dict(word.split("=", 1) for word in words) or None

@@ -12,6 +12,7 @@ import yaml
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig
 
+from clipmap_hf.budget import Budget
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator
@@ -45,19 +46,21 @@ _PROVENANCE = {"transformers_version", "_name_or_path", "_commit_hash", "dtype",
 
 def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | None:
     """
-    The preset that the arguments name, with their sizes and options put over it; `None` if they say nothing.
+    The preset or the budget that the arguments name, with their sizes and options; `None` if they say nothing.
 
     Args:
         arguments: What was given.
         seed: Of random initializers.
 
     Raises:
-        ValueError: If the preset is unknown.
+        ValueError: If the preset is unknown, or the budget none.
     """
     given = {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
     if not given:
         return None
     preset = given.pop("student", None)
+    if isinstance(preset, dict):
+        preset, given["budget"] = None, preset
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"student={preset!r} is unknown; the presets are {sorted(PRESETS)}.")
     config = ClipMapConfig() if preset is None else PRESETS[preset]
@@ -74,20 +77,23 @@ def sized(arguments: StudentArguments, size: str) -> StudentArguments:
 
     Args:
         arguments: What all sizes have in common.
-        size: A preset, or `option=value,option=value` with the options of `StudentArguments`.
+        size: A preset, or `option=value,option=value` with the options of `StudentArguments` or the measures of a
+            `Budget`.
 
     Raises:
         ValueError: If there is no such option, or it has no value.
     """
     if "=" not in size:
         return dataclasses.replace(arguments, student=size)
-    allowed, values = [f.name for f in dataclasses.fields(arguments)], {}
+    options, measures = ([f.name for f in dataclasses.fields(one)] for one in (arguments, Budget))
+    values, budget = {}, {}
     for word in size.split(","):
         name, _, value = word.partition("=")
-        if name not in allowed or not value:
+        if name not in (*options, *measures) or not value:
+            allowed = [*options, *measures]
             raise ValueError(f"The size {size!r} has {word!r}; it takes option=value, with an option of {allowed}.")
-        values[name] = yaml.safe_load(value)
-    return dataclasses.replace(arguments, **values)
+        (values if name in options else budget)[name] = yaml.safe_load(value)
+    return dataclasses.replace(arguments, **values, **({"student": budget} if budget else {}))
 
 
 def training_pairs(data: DataArguments) -> PairDataset | PairStream:

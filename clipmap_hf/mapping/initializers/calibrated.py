@@ -11,7 +11,7 @@ from clipmap_hf.mapping.scores import head_channels, selection, strongest
 from clipmap_hf.mapping.towers import Tower
 
 
-__all__ = ["calibrated", "gains_and_shifts", "residual_axes", "set_pre_layrnorm"]
+__all__ = ["calibrated", "gains_and_shifts", "residual_axes", "set_pre_layrnorm", "stream_moment"]
 
 _FINAL_WEIGHT = 4.0  # of the final LayerNorm among all: what it loses, no later layer makes good
 _RIDGE = 1e-3
@@ -73,16 +73,31 @@ def residual_axes(read: torch.Tensor, size: int) -> torch.Tensor:
         size: Of the student.
     """
     width = read.shape[-1]
-    centering = torch.eye(width, dtype=read.dtype, device=read.device) - 1 / width
     if size == width:
-        return centering.float()
-    share = read / read.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
-    total = share[:-1].sum(dim=0) + _FINAL_WEIGHT * share[-1]
-    axes = torch.linalg.eigh(centering @ total @ centering).eigenvectors.flip(1)[:, : size - 1]
+        return _centering(read).float()
+    axes = torch.linalg.eigh(stream_moment(read)).eigenvectors.flip(1)[:, : size - 1]
     spanning = torch.eye(size, dtype=read.dtype, device=read.device).roll(1, dims=1)
     spanning[:, 0] = 1
     basis = torch.linalg.qr(spanning).Q[:, 1:]  # orthonormal, and orthogonal to the vector of ones
     return (basis @ axes.T).float()
+
+
+def stream_moment(read: torch.Tensor) -> torch.Tensor:
+    """
+    The second moment `(width, width)` of a tower's stream within the vectors of mean zero: the mean over its
+    LayerNorms, up to a factor, the final one weighing more.
+
+    Args:
+        read: As in `residual_axes`.
+    """
+    share = read / read.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
+    total = share[:-1].sum(dim=0) + _FINAL_WEIGHT * share[-1]
+    return _centering(read) @ total @ _centering(read)
+
+
+def _centering(read: torch.Tensor) -> torch.Tensor:
+    width = read.shape[-1]
+    return torch.eye(width, dtype=read.dtype, device=read.device) - 1 / width
 
 
 @torch.no_grad()

@@ -1,0 +1,7 @@
+"""Which shape a student should have within a budget."""
+
+from clipmap_hf.shapes.choice import Candidate, Choice, choose_shape
+from clipmap_hf.shapes.energy import kept_energy
+
+
+__all__ = ["Candidate", "Choice", "choose_shape", "kept_energy"]

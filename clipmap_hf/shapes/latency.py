@@ -1,0 +1,74 @@
+"""What each tower costs in time: measured on random models of one and two layers at every width."""
+
+import copy
+
+import torch
+from torch.utils.benchmark import Timer
+from transformers import AutoModel, PretrainedConfig
+
+from clipmap_hf.budget import Budget
+from clipmap_hf.config import ClipMapConfig, student_config
+from clipmap_hf.distributed import broadcast, join_processes, process_index
+from clipmap_hf.shapes.grid import Grid, Shape, Table, of_depths, shaped
+
+
+__all__ = ["latency_costs", "measured_latency"]
+
+_SECONDS = 0.3  # at least, that a tower is measured for
+
+
+def latency_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, budget: Budget) -> Table:
+    """
+    Milliseconds of each tower's shapes, for one batch of it: linear in depth, and no less for what is larger.
+
+    Args:
+        teacher: The teacher's config.
+        config: All but the widths and depths.
+        grid: The shapes.
+        budget: Of a latency, whose batch size and device are those of the measurement.
+    """
+    measured = {(name, layers): [] for name in grid for layers in (1, 2)}
+    widths = {name: tower.widths for name, tower in grid.items()}
+    for index in range(max(map(len, widths.values()))):
+        vision, text = (widths[name][min(index, len(widths[name]) - 1)] for name in ("vision", "text"))
+        for layers in (1, 2):
+            depths = [min(layers, getattr(teacher, f"{name}_config").num_hidden_layers) for name in widths]
+            small = student_config(teacher, shaped(config, Shape(vision, depths[0], text, depths[1])))
+            names = [name for name in widths if index < len(widths[name])]
+            for name, milliseconds in measured_latency(small, budget, names).items():
+                measured[name, layers].append(milliseconds)
+    tables = {
+        name: of_depths(measured[name, 1], measured[name, 2], tower.depths).clamp(min=0)
+        for name, tower in grid.items()
+    }
+    return {name: table.cummax(dim=0).values.cummax(dim=1).values for name, table in tables.items()}
+
+
+@torch.no_grad()
+def measured_latency(
+    config: PretrainedConfig, budget: Budget, towers: tuple[str, ...] | list[str] = ("vision", "text")
+) -> dict[str, float]:
+    """
+    Median milliseconds in which one batch goes through each tower of a random model of this size, texts at full
+    length. Of several processes, the first measures.
+
+    Args:
+        config: The model's.
+        budget: Of a latency: batch size and device.
+        towers: `vision`, `text` or both.
+    """
+    times = torch.zeros(len(towers), dtype=torch.float64)
+    if process_index() == 0:
+        model = AutoModel.from_config(copy.deepcopy(config)).eval().to(budget.device)
+        image, texts = config.vision_config, config.text_config
+        size = (budget.batch_size, image.num_channels, image.image_size, image.image_size)
+        ids = torch.zeros(budget.batch_size, texts.max_position_embeddings, dtype=torch.long, device=budget.device)
+        passes = {
+            "vision": ("model.get_image_features(pixel_values=batch)", torch.randn(size, device=budget.device)),
+            "text": ("model.get_text_features(input_ids=batch)", ids),
+        }
+        for index, (statement, batch) in enumerate(passes[name] for name in towers):
+            timer = Timer(statement, globals={"model": model, "batch": batch}, num_threads=torch.get_num_threads())
+            times[index] = timer.blocked_autorange(min_run_time=_SECONDS).median * 1000
+    broadcast([times], join_processes().device)
+    return dict(zip(towers, times.tolist(), strict=True))
