@@ -17,7 +17,7 @@ from clipmap_hf.training.arguments import CalibrationArguments, DataArguments, R
 from clipmap_hf.training.setup import source_files
 
 
-__all__ = ["choose_student", "start_compressor"]
+__all__ = ["calibration_pairs", "choose_student", "start_compressor"]
 
 _ORIGIN, _CHOICE = "origin.json", "choice.json"
 
@@ -56,7 +56,7 @@ def choose_student(
         kept = None
         if by_pairs:
             teacher = load_model(teacher_id, revision=revision).to(calibration_device())
-            kept = kept_energy(teacher, _calibration_pairs(teacher_id, revision, calibration, run, data))
+            kept = kept_energy(teacher, calibration_pairs(teacher_id, revision, calibration, run, data))
         choice = choose_shape(load_config(teacher_id, revision=revision), student, kept)
         found = {"origin": origin, "student": choice.config.to_dict(), "explanation": str(choice)}
         state.wait_for_everyone()  # none may look for what another writes
@@ -95,7 +95,7 @@ def start_compressor(
     origin = _origin(teacher_id, revision, student, calibration, run, data)
     if run.resume == "auto" and (folder / _ORIGIN).is_file() and read_json(folder / _ORIGIN) == origin:
         return ClipMapCompressor.from_pretrained(folder, backend=data.image_backend)
-    batches = _calibration_pairs(teacher_id, revision, calibration, run, data)
+    batches = calibration_pairs(teacher_id, revision, calibration, run, data)
     compressor = ClipMapCompressor.from_pretrained(
         teacher_id, student, calibration_data=batches, revision=revision, backend=data.image_backend
     )
@@ -130,9 +130,19 @@ def _calibration_source(calibration: CalibrationArguments, data: DataArguments) 
     return dataclasses.replace(data, train_data=calibration.calibration_data or data.train_data)
 
 
-def _calibration_pairs(
+def calibration_pairs(
     teacher_id: str, revision: str | None, calibration: CalibrationArguments, run: RunArguments, data: DataArguments
 ) -> CalibrationPairs:
+    """
+    The pairs that a run calibrates on, or scores by: some of `calibration_data`, or else of the training pairs.
+
+    Args:
+        teacher_id: Hub id or folder of the model that reads them.
+        revision: Branch, tag or commit on the Hub.
+        calibration: How many, and where they come from.
+        run: Its seed draws them.
+        data: The training pairs, and how they are read.
+    """
     caption = data.caption_column[0]
     rows = load_pairs(
         _calibration_source(calibration, data).train_data,

@@ -272,6 +272,18 @@ def test_mask_learns_masks_and_writes_what_they_select(finish, steps, teacher_fo
 
 
 @pytest.mark.recipes
+def test_mope_writes_a_table_and_prints_a_heat_map(finish, teacher_folder, pairs_parquet, tmp_path):
+    pairs = ("--train_data", pairs_parquet, "--calibration_pairs", 16)
+    printed = finish("mope.py", "--teacher", teacher_folder, *pairs, "--output_dir", tmp_path)
+    errors = json.loads((tmp_path / "pruning_errors.json").read_text())
+    assert {tower: [len(part) for part in one.values()] for tower, one in errors.items()} == {
+        "vision": [4, 4, 4],
+        "text": [3, 3, 3],
+    }
+    assert printed.splitlines()[0] == "vision" and printed.splitlines()[2].split()[0] == "0"
+
+
+@pytest.mark.recipes
 def test_compress_distills_what_masks_select(finish, steps, teacher_folder, pairs_parquet, tmp_path):
     argv = ("--teacher", teacher_folder, *SMALL, "--train_data", pairs_parquet, "--output_dir", tmp_path)
     finish("compress.py", *argv, *steps("masking", "distillation"))
