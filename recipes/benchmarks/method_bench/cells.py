@@ -131,8 +131,7 @@ def _compressed(folder: Path, cell: dict, run: RunArguments, data: DataArguments
 
 def _started(folder: Path, cell: dict, run: RunArguments, data: DataArguments) -> float:
     """Puts a start where the run takes it up, and returns the seconds that it took when it was made."""
-    mode, size = "validation" if cell["validation"] else "test", cell["size"].split()[0]
-    kept = folder / "starts" / f"{size}-{cell['method']['initializer']}-{mode}-seed{cell['seed']}"
+    kept = _shared(folder / "starts" / cell["method"]["initializer"], cell)
     began = time.perf_counter()
     start_compressor(*SOURCE, configs(cell)[0], CalibrationArguments(), replace(run, output_dir=str(kept)), data)
     if not (kept / "seconds.json").exists():
@@ -162,12 +161,16 @@ def _distillation(cell: dict, steps: int) -> DistillationArguments:
 
 
 def _cache(folder: Path, cell: dict, data: DataArguments) -> TeacherCacheArguments:
-    """Where the teacher's embeddings are kept for all cells of a seed; nowhere if few are used, or not enough."""
+    """Where the teacher's embeddings are kept for the cells of a size and seed; nowhere if few are used, or not enough."""
     views = math.ceil(cell["steps"] / (_pairs(data.train_data) // cell["batch_size"]))
     if views == 1 or "hidden" in cell["method"]["losses"]:
         return TeacherCacheArguments()
-    name = f"{'validation' if cell['validation'] else 'test'}-seed{cell['seed']}-views{views}"
-    return TeacherCacheArguments(str(folder / "caches" / name), views)
+    return TeacherCacheArguments(str(_shared(folder / "caches", cell)), views)
+
+
+def _shared(folder: Path, cell: dict) -> Path:
+    """Where cells of other methods and rates look too, but no process that works on another size."""
+    return folder / f"{cell['size'].split()[0]}-{'validation' if cell['validation'] else 'test'}-seed{cell['seed']}"
 
 
 @cache
