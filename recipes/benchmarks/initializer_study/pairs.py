@@ -1,5 +1,6 @@
 """The embedded pairs that studies train and evaluate on, and those that they choose learning rates by."""
 
+import os
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -32,5 +33,7 @@ def _held_out(folder: Path) -> tuple[Path, Path]:
     paths = folder / "train.parquet", folder / "test.parquet"
     folder.mkdir(parents=True, exist_ok=True)
     for path, indices in zip(paths, (rest, sorted(Random(0).sample(held, HELD_OUT_PAIRS))), strict=True):
-        rows.select(indices).to_parquet(path)
+        own = path.with_suffix(f".{os.getpid()}")  # another process may do the same, or read already
+        rows.select(indices).to_parquet(own)
+        own.replace(path)
     return paths
