@@ -4,6 +4,7 @@ What test_distributed.py asserts, computed by one process or, under torchrun, by
 The folder is the one that test_distributed.py calls a workshop; the report is written by `torch.save`.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -29,6 +30,7 @@ from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.models import load_model, load_processor
 from clipmap_hf.teachers import Teacher, make_teacher_cache
 from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments, TeacherCacheArguments
+from clipmap_hf.training.masking import MaskingStage
 from clipmap_hf.training.setup import evaluation_function, stage_seed, training_collator
 from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage
 from clipmap_hf.training.trainer import Trainer
@@ -37,7 +39,7 @@ from clipmap_hf.training.trainer import Trainer
 SMALL = ClipMapConfig(
     vision=TowerConfig(hidden_size=32, num_hidden_layers=2), text=TowerConfig(hidden_size=16, num_hidden_layers=1)
 )
-STAGES = ("contrastive", "mapping", "distillation", "cached")
+STAGES = ("contrastive", "mapping", "distillation", "cached", "projected", "masking")
 # name -> micro_batch_size, learn_logit_scale, data
 CASES = {
     "plain": (None, False, "pairs"),
@@ -146,6 +148,10 @@ class Workshop:
             stage = MappingStage(mapper, 20.0, learned)
         elif stage_name == "contrastive":
             stage = ContrastiveStage(mapper.export(), 20.0, learned)
+        elif stage_name == "projected":  # streams of another width than the student's
+            stage = DistillationStage(mapper.export(), [teacher], 20.0, learned, {"affinity": 1.0, "hidden": 0.1})
+        elif stage_name == "masking":
+            stage = MaskingStage(copy.deepcopy(teacher), [teacher], 20.0, learned, SMALL, ramp_steps=3)
         else:
             cached = stage_name == "cached"
             stage = DistillationStage(
