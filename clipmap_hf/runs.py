@@ -109,8 +109,8 @@ def run_distillation(
         ValueError: If a teacher preprocesses images or texts in another way than the student.
     """
     check_same_preprocessing(processor, teachers)
+    cached = _is_cached(cache, arguments)
     pairs = training_pairs(data) if pairs is None else pairs
-    cached = cache is not None and cache.teacher_cache is not None
     numbers = {"seed": run.seed, "num_workers": run.num_workers}
     teacher_cache = make_teacher_cache(teachers, processor, data, cache, pairs=pairs, **numbers) if cached else None
     evaluate = evaluation_function(data, processor, run)
@@ -158,6 +158,13 @@ def run_distillation(
         teacher_cache=teacher_cache,
         recipe=recipe,
     )
+
+
+def _is_cached(cache: TeacherCacheArguments | None, arguments: DistillationArguments) -> bool:
+    cached = cache is not None and cache.teacher_cache is not None
+    if cached and "hidden" in arguments.losses:
+        raise ValueError("The hidden loss asks the teacher itself; leave out teacher_cache, or the loss.")
+    return cached
 
 
 def _frozen(student: PreTrainedModel, tower: str | None) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """What the recipes begin with: a compressor, started from data where its config says so, and kept for another run."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,22 @@ def _origin(
     """All that decides what is made from calibration pairs."""
     return {
         "teacher": [teacher_id, revision],
+        "weights": _digests(Path(teacher_id)),
         "student": student.to_dict(),
         "calibration": dataclasses.asdict(calibration),
         "data": source_files(_calibration_source(calibration, data))
         | {"caption_column": data.caption_column, "streaming": data.streaming, "image_backend": data.image_backend},
         "seed": run.seed,
     }
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What tells the weights in a local folder from others; those on the Hub have a revision."""
+    digests = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _calibration_source(calibration: CalibrationArguments, data: DataArguments) -> DataArguments:

@@ -14,6 +14,7 @@ from clipmap_hf.training.arguments import (
     DataArguments,
     DistillationArguments,
     MappingArguments,
+    MaskingArguments,
     RunArguments,
     StudentArguments,
     TeacherArguments,
@@ -35,7 +36,7 @@ def main() -> None:
         TeacherCacheArguments,
         CacheRunArguments,
         others=(StudentArguments, CalibrationArguments, RunArguments),
-        other_stages={"mapping": MappingArguments, "distillation": DistillationArguments},
+        other_stages={"mapping": MappingArguments, "distillation": DistillationArguments, "masking": MaskingArguments},
         description=__doc__,
     )
     if cache.teacher_cache is None:

@@ -14,6 +14,7 @@ from clipmap_hf.training.arguments import (
     DataArguments,
     DistillationArguments,
     MappingArguments,
+    MaskingArguments,
     RunArguments,
     StudentArguments,
     TeacherArguments,
@@ -40,7 +41,7 @@ def main() -> None:
             StudentArguments,
             CalibrationArguments,
         ),
-        other_stages={"mapping": MappingArguments},
+        other_stages={"mapping": MappingArguments, "masking": MaskingArguments},
         description=__doc__,
     )
     from clipmap_hf.distributed import join_processes

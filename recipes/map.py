@@ -13,6 +13,7 @@ from clipmap_hf.training.arguments import (
     DataArguments,
     DistillationArguments,
     MappingArguments,
+    MaskingArguments,
     RunArguments,
     StudentArguments,
     TeacherArguments,
@@ -30,7 +31,7 @@ def main() -> None:
         RunArguments,
         stages={"mapping": MappingArguments},
         others=(TeacherCacheArguments,),
-        other_stages={"distillation": DistillationArguments},
+        other_stages={"distillation": DistillationArguments, "masking": MaskingArguments},
         description=__doc__,
     )
     from clipmap_hf.distributed import join_processes

@@ -10,11 +10,15 @@ What needs no training is an initializer of recipes/compress.py: magnitude, tayl
 """
 
 from clipmap_hf.training.arguments import (
+    CalibrationArguments,
     DataArguments,
+    DistillationArguments,
+    MappingArguments,
     MaskingArguments,
     RunArguments,
     StudentArguments,
     TeacherArguments,
+    TeacherCacheArguments,
 )
 from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
 
@@ -26,6 +30,8 @@ def main() -> None:
         StudentArguments,
         RunArguments,
         stages={"masking": MaskingArguments},
+        others=(TeacherCacheArguments, CalibrationArguments),
+        other_stages={"mapping": MappingArguments, "distillation": DistillationArguments},
         description=__doc__,
     )
     from clipmap_hf.distributed import join_processes

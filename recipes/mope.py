@@ -10,13 +10,33 @@ such errors, `--initializer mope` of recipes/compress.py measures them itself.
 
 from pathlib import Path
 
-from clipmap_hf.training.arguments import CalibrationArguments, DataArguments, RunArguments, TeacherArguments
+from clipmap_hf.training.arguments import (
+    CalibrationArguments,
+    DataArguments,
+    DistillationArguments,
+    MappingArguments,
+    MaskingArguments,
+    RunArguments,
+    StudentArguments,
+    TeacherArguments,
+    TeacherCacheArguments,
+)
 from clipmap_hf.training.parsing import parse_arguments
 
 
 def main() -> None:
     data, teacher, calibration, run = parse_arguments(
-        DataArguments, TeacherArguments, CalibrationArguments, RunArguments, description=__doc__
+        DataArguments,
+        TeacherArguments,
+        CalibrationArguments,
+        RunArguments,
+        others=(TeacherCacheArguments, StudentArguments),
+        other_stages={
+            "masking": MaskingArguments,
+            "mapping": MappingArguments,
+            "distillation": DistillationArguments,
+        },
+        description=__doc__,
     )
     from clipmap_hf.atomic import write_json
     from clipmap_hf.distributed import calibration_device, join_processes

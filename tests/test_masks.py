@@ -128,6 +128,11 @@ def test_a_tower_that_is_not_cut_has_no_masks(shared_teacher, tiny_batch):
         assert torch.equal(student[name], teacher[name]), name
 
 
+def test_masks_refuse_a_student_as_large_as_its_source(shared_teacher):
+    with pytest.raises(ValueError, match="as large as its source"):
+        masking(shared_teacher, 40, ClipMapConfig())
+
+
 def test_masks_reach_their_budget_and_the_student_its_shape(shared_teacher, tiny_batch):
     stage = masking(shared_teacher, 40).train()
     optimizer = torch.optim.AdamW(parameter_groups(stage, 0.2), lr=1e-4)

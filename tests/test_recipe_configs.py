@@ -13,6 +13,7 @@ import clipmap_hf
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_config
 from clipmap_hf.models import load_config
 from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, StageArguments, StudentArguments
+from clipmap_hf.training.parsing import arguments_yaml
 from clipmap_hf.training.setup import map_config
 
 
@@ -102,6 +103,18 @@ def test_a_config_is_read_by_its_recipe(read, file, recipe):
             assert_section(arguments[cls.__name__], content[section])
             checked += 1
     assert checked
+
+
+@pytest.mark.parametrize("recipe", ["compress", "map", "distill", "cache", "mask", "mope"])
+def test_what_compress_wrote_is_read_by_the_other_recipes(read, recipe, tmp_path):
+    own = read("compress", "--teacher", "t", "--student", "tiny", "--train_data", "pairs", "--output_dir", "out")
+    stages = {"masking": own["OptionalMaskingArguments"], "mapping": own["MappingArguments"]}
+    stages["distillation"] = own["DistillationArguments"]
+    plain = [one for one in own.values() if one not in stages.values()]
+    (tmp_path / "arguments.yaml").write_text(arguments_yaml(*plain, **stages))
+    more = {"distill": ["--student_model", "mapped"], "cache": ["--teacher_cache", "cache"]}
+    given = read(recipe, "--config", str(tmp_path / "arguments.yaml"), *more.get(recipe, []))
+    assert given["DataArguments"].train_data == "pairs"
 
 
 def assert_section(stage: StageArguments, content: dict) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -93,6 +94,14 @@ def distill(teacher, tiny_processor, data, tmp_path):
 
 def losses(log: list[dict]) -> list[float]:
     return [line["loss"] for line in log if "loss" in line]
+
+
+def test_a_cache_cannot_be_asked_for_streams(teacher, teachers, tiny_processor, data, tmp_path):
+    numbers = DistillationArguments(steps=1, batch_size=8, losses={"affinity": 1.0, "hidden": 1.0})
+    cache, run = TeacherCacheArguments(str(tmp_path / "cache")), RunArguments(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="leave out teacher_cache, or the loss"):
+        run_distillation(teacher.model, teachers, tiny_processor, numbers, run, data, cache=cache)
+    assert not (tmp_path / "cache").exists()
 
 
 # Teachers that fit
@@ -449,6 +458,17 @@ def test_other_calibration_data_is_another_start(start, pairs_parquet, tmp_path,
     no_calibration()
     with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
         start(STARTED, calibration=str(path))
+
+
+def test_other_weights_of_a_teacher_are_another_start(start, teacher_folder, tmp_path, no_calibration):
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    start(STARTED, source=folder)
+    model = CLIPModel.from_pretrained(folder)
+    model.visual_projection.weight.data += 1
+    model.save_pretrained(folder)
+    no_calibration()
+    with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
+        start(STARTED, source=folder)
 
 
 # The shape within a budget

@@ -73,6 +73,11 @@ def test_a_size_is_a_preset_or_options_over_what_all_have_in_common():
     assert within == dataclasses.replace(common, student={"params": "30M"}, text_num_hidden_layers=2)
 
 
+def test_a_size_has_a_preset_or_a_budget():
+    with pytest.raises(ValueError, match="a preset and a budget; give one"):
+        sized(StudentArguments(), "student=small,params=30M")
+
+
 @pytest.mark.parametrize("size", ["vision_width=2", "vision_hidden_size=", "text_hidden_size=64,tiny"])
 def test_a_size_that_says_nothing_known_is_an_error(size):
     with pytest.raises(ValueError, match="it takes option=value, with an option of .'student', 'vision_hidden_size'"):

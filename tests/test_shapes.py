@@ -132,10 +132,11 @@ def test_sizes_and_options_that_are_given_stay(teacher):
     assert chosen.config.text == given.text and chosen.config.vision.intermediate_size == 64
 
 
-def test_a_budget_that_the_teacher_meets_leaves_it_as_it_is(teacher):
+def test_a_budget_that_the_teacher_meets_leaves_nothing_to_compress(teacher):
+    own = cost_of(teacher, ClipMapConfig(), "params")
     for kept in (None, {"vision": torch.ones(4, 4), "text": torch.ones(3, 3)}):
-        chosen = choose_shape(teacher, ClipMapConfig(budget={"params": "1G"}), kept)
-        assert shape_of(chosen.config) == Shape(64, 4, 48, 3) and chosen.fitting == 1
+        with pytest.raises(ValueError, match=rf"nothing to compress: the teacher has params={own:,}\. Allow less"):
+            choose_shape(teacher, ClipMapConfig(budget={"params": "1G"}), kept)
 
 
 def test_a_budget_that_cannot_be_met_says_what_the_smallest_shape_costs(teacher):

@@ -29,6 +29,7 @@ SMALL = ClipMapConfig(
 )
 DROPOUT = {"attention_dropout": 0.5}
 MIXED = {"affinity": 0.6, "contrastive": 0.4}
+HIDDEN = {"hidden": 1.0, "affinity": 1.0}
 STAGES = ("contrastive", "mapping", "distillation")
 
 
@@ -190,8 +191,9 @@ def test_embeddings_from_a_cache_are_compared_like_their_teachers(student, tiny_
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"contrastive"}))
 def test_a_loss_that_no_teacher_is_there_for_is_an_error(student, tiny_batch, name):
+    losses = {"contrastive": 1.0, name: 1.0}
     with pytest.raises(ValueError, match="needs the (features of at least one teacher|teacher itself)"):
-        DistillationStage(student, [], 50.0, False, {name: 1.0})([tiny_batch])
+        DistillationStage(student, [], 50.0, False, losses)([tiny_batch])
 
 
 # The hidden loss
@@ -210,7 +212,7 @@ def streams(model: CLIPModel, batch) -> dict[str, torch.Tensor]:
 def test_the_hidden_loss_compares_what_layers_leave(student, tiny_teacher, batch):
     one_layer = ClipMapConfig(TowerConfig(num_hidden_layers=1), TowerConfig(num_hidden_layers=1))
     student = WeightMapper(tiny_teacher, one_layer).export()
-    output = DistillationStage(student, [tiny_teacher], 50.0, False, {"hidden": 1.0}).eval()([batch])
+    output = DistillationStage(student, [tiny_teacher], 50.0, False, HIDDEN).eval()([batch])
     own, theirs = (streams(model, batch) for model in (student, tiny_teacher))
     counts = batch["attention_mask"]
     text = ((own["text"] - theirs["text"]).square().mean(dim=-1) * counts).sum(dim=1) / counts.sum(dim=1)
@@ -220,13 +222,13 @@ def test_the_hidden_loss_compares_what_layers_leave(student, tiny_teacher, batch
 
 
 def test_a_copy_of_the_teacher_has_no_hidden_errors(tiny_teacher, batch):
-    stage = DistillationStage(copy.deepcopy(tiny_teacher), [tiny_teacher], 50.0, False, {"hidden": 1.0}).eval()
+    stage = DistillationStage(copy.deepcopy(tiny_teacher), [tiny_teacher], 50.0, False, HIDDEN).eval()
     assert not list(stage.stream_projectors.parameters())
-    assert stage([batch])["loss"] < 1e-10
+    assert stage([batch])["hidden"] < 1e-10
 
 
 def test_streams_of_other_widths_are_compared_through_a_trained_map(student, tiny_teacher, batch):
-    stage = DistillationStage(student, [tiny_teacher], 50.0, False, {"hidden": 1.0}).train()
+    stage = DistillationStage(student, [tiny_teacher], 50.0, False, HIDDEN).train()
     maps = {name: tuple(one.shape) for name, one in stage.stream_projectors.named_parameters()}
     assert maps == {"vision.weight": (64, 32), "text.weight": (48, 16)}
     _, gradients = step(stage, [batch])
@@ -235,7 +237,14 @@ def test_streams_of_other_widths_are_compared_through_a_trained_map(student, tin
 
 def test_a_mapping_has_no_hidden_loss(build):
     with pytest.raises(ValueError, match="knows no hidden loss"):
-        build("mapping", losses={"hidden": 1.0})
+        build("mapping", losses=HIDDEN)
+
+
+def test_the_hidden_loss_needs_teachers_of_the_same_patches(student, tiny_config):
+    other = CLIPModel(tiny_config(vision={"patch_size": 16}))
+    DistillationStage(student, [other], 50.0, False)
+    with pytest.raises(ValueError, match="vision_config.patch_size is 8 in the student and 16 in the teacher"):
+        DistillationStage(student, [other], 50.0, False, HIDDEN)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +255,7 @@ def test_a_mapping_has_no_hidden_loss(build):
         ({"affinity": math.nan}, "weights of at least 0"),
         ({"affinity": math.inf}, "weights of at least 0"),
         ({"affinity": 0.0}, "and one above it"),
+        ({"affinity": 0.0, "hidden": 1.0}, "would not train the projections"),
         ({}, "and one above it"),
     ],
 )

@@ -44,3 +44,5 @@ def check_losses(weights: Mapping[str, float]) -> None:
         raise ValueError(f"losses={dict(weights)} has unknown names {unknown}; allowed are {sorted(LOSSES)}.")
     if not any(weights.values()) or not all(0 <= weight < float("inf") for weight in weights.values()):
         raise ValueError(f"losses={dict(weights)} must have weights of at least 0, and one above it.")
+    if {name for name, weight in weights.items() if weight} == {"hidden"}:
+        raise ValueError("The hidden loss alone would not train the projections; add one that reads embeddings.")

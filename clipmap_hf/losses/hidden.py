@@ -1,5 +1,6 @@
 """The hidden loss: the streams behind the student's layers lie where the teacher's do (MoPE-CLIP's L_hidn)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +42,7 @@ def hidden_errors(
     Returns:
         The errors `(items,)`, fp32.
     """
-    layers = [round((index + 1) * len(teacher) / len(student)) - 1 for index in range(len(student))]
+    layers = [math.ceil((index + 1) * len(teacher) / len(student)) - 1 for index in range(len(student))]
     errors = sum(
         (own.float() - teacher[layer].detach().float()).square().mean(dim=-1)
         for own, layer in zip(student, layers, strict=True)

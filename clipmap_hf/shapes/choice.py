@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from clipmap_hf.budget import Budget
-from clipmap_hf.config import ClipMapConfig, student_config
+from clipmap_hf.config import ClipMapConfig, cut_towers, student_config
 from clipmap_hf.evaluation.cost import markdown_table, scaled_column
 from clipmap_hf.shapes.grid import Grid, Shape, Table, counted_costs, grid_of, shaped
 from clipmap_hf.shapes.latency import latency_costs, measured_latency
@@ -103,8 +103,8 @@ def choose_shape(
         shown: How many candidates to keep for the table.
 
     Raises:
-        ValueError: If there is no budget, no shape is small enough (the message says what the smallest costs), or a
-            size does not fit the teacher.
+        ValueError: If there is no budget, no shape is small enough (the message says what the smallest costs), the
+            teacher itself is, or a size does not fit the teacher.
     """
     if (budget := config.budget) is None:
         raise ValueError("The config has no budget to choose a shape for; give one, such as budget={'params': '30M'}.")
@@ -145,6 +145,11 @@ def _choice(
         shape = Shape(*(values[index] for values, index in zip(sizes, place, strict=True)))
         found.append(Candidate(shape, float(total[place]), float(score[place])))
     found.sort(key=lambda one: (-round(one.score, 9), -one.cost))
+    if not cut_towers(teacher, student_config(teacher, shaped(config, found[0].shape))):
+        raise ValueError(
+            f"The budget {config.budget} leaves nothing to compress: the teacher has {config.budget.measure}="
+            f"{found[0].cost:,.10g}. Allow less."
+        )
     return Choice(shaped(config, found[0].shape), config.budget, found[:shown], len(found), rule)
 
 

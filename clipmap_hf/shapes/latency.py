@@ -59,7 +59,7 @@ def measured_latency(
     """
     times = torch.zeros(len(towers), dtype=torch.float64)
     if process_index() == 0:
-        model = AutoModel.from_config(copy.deepcopy(config)).eval().to(budget.device)
+        model = AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32).eval().to(budget.device)
         image, texts = config.vision_config, config.text_config
         size = (budget.batch_size, image.num_channels, image.image_size, image.image_size)
         ids = torch.zeros(budget.batch_size, texts.max_position_embeddings, dtype=torch.long, device=budget.device)

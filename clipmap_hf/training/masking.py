@@ -57,6 +57,8 @@ class MaskingStage(DistillationStage):
         super().__init__(trained, teachers, logit_scale, learn_logit_scale, losses, teacher_dims)
         self.config, self.ramp_steps = dataclasses.replace(student, initializer="manual"), ramp_steps
         shape = student_config(trained.config, self.config)
+        if not cut_towers(trained.config, shape):
+            raise ValueError("The student is as large as its source; masks need a smaller one to select.")
         self.masks = Masks(trained.config, family_for(trained.config), cut_towers(trained.config, shape))
         self.multipliers = nn.Parameter(torch.full((2,), _MULTIPLIER))
         self.register_buffer("step", torch.zeros((), dtype=torch.long))

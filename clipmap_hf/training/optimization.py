@@ -78,6 +78,8 @@ def step_count(arguments: StageArguments, pairs: PairDataset | PairStream) -> in
         ValueError: If the pairs do not fill a batch, or have no length to count epochs of.
     """
     if isinstance(pairs, PairStream):
+        if arguments.steps is None and not arguments.epochs:
+            return 0
         if arguments.steps is None:
             raise ValueError("A stream has no length, so epochs cannot be counted; set steps.")
         return arguments.steps

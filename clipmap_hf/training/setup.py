@@ -93,6 +93,8 @@ def sized(arguments: StudentArguments, size: str) -> StudentArguments:
             allowed = [*options, *measures]
             raise ValueError(f"The size {size!r} has {word!r}; it takes option=value, with an option of {allowed}.")
         (values if name in options else budget)[name] = yaml.safe_load(value)
+    if budget and "student" in values:
+        raise ValueError(f"The size {size!r} has a preset and a budget; give one of them.")
     return dataclasses.replace(arguments, **values, **({"student": budget} if budget else {}))
 
 

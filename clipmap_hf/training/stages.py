@@ -140,6 +140,7 @@ class DistillationStage(Stage):
         if "hidden" in losses:
             if not teachers:
                 raise ValueError("The hidden loss needs the teacher itself, of whose streams a cache has none.")
+            _check_same_inputs(config, teachers[0].config, ("image_size", "patch_size"))  # token by token
             self.stream_projectors = stream_projectors(config, teachers[0].config)
 
     def _apply(self, fn, *args, **kwargs):
@@ -273,9 +274,11 @@ def _features(chunks: Sequence[tuple[torch.Tensor, ...]], logit_scale: torch.Ten
     return ClipFeatures(images, texts, logit_scale.float().exp(), *errors)
 
 
-def _check_same_inputs(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+def _check_same_inputs(
+    student: PretrainedConfig, teacher: PretrainedConfig, vision: Sequence[str] = ("image_size",)
+) -> None:
     for tower, names in (
-        ("vision", ("image_size",)),
+        ("vision", vision),
         ("text", ("vocab_size", "eos_token_id", "max_position_embeddings")),
     ):
         for name in names:
