@@ -57,7 +57,8 @@ METHODS = {
     PAPER: {"initializer": "diagonal", "losses": AFFINITY, "stages": {"mapping": 0.32}},
     "calibrated": {"initializer": "calibrated", "losses": FEATURE},
 }
-TRIALS = (5e-4, 1e-3, 2e-3, 4e-3)
+# The best rate is larger where the loss is that of embeddings themselves.
+TRIALS, FEATURE_TRIALS = (5e-4, 1e-3, 2e-3, 4e-3), (1e-3, 2e-3, 4e-3, 8e-3)
 # A mapping's own rate, as a share of that of distillation: what most of its trials ended with in initializers.py.
 MAPPING_SHARE = 0.25
 SLOW = ("MoPE", "MoPE-CLIP")  # a minute for the start alone
@@ -118,7 +119,8 @@ def best_rate(arguments: argparse.Namespace, size: str, name: str) -> float:
     path = arguments.output_dir / "tuned.json"
     tuned = json.loads(path.read_text()) if path.exists() else {}
     if name not in tuned.get(size, {}):
-        trials = {rate: make_cell(arguments, size, name, rate, seed=0, validation=True) for rate in TRIALS}
+        rates = FEATURE_TRIALS if "feature" in METHODS[name]["losses"] else TRIALS
+        trials = {rate: make_cell(arguments, size, name, rate, seed=0, validation=True) for rate in rates}
         recalls = {
             rate: finished(arguments.output_dir, cell)["recall"]["mean_recall"] for rate, cell in trials.items()
         }
