@@ -12,7 +12,7 @@ from clipmap_hf.distributed import join_processes
 from clipmap_hf.models import load_model
 from clipmap_hf.runs import run_distillation, run_mapping, run_masking
 from clipmap_hf.starts import choose_student, start_compressor
-from clipmap_hf.teachers import Teacher
+from clipmap_hf.teachers import load_teachers
 from clipmap_hf.training.arguments import (
     CalibrationArguments,
     DataArguments,
@@ -75,7 +75,14 @@ def compress(
             teachers = [(compressor.teacher_id, compressor.teacher_revision), *teachers[1:]]
         del compressor  # the operators are on disk, and larger than both models
     return run_distillation(
-        model, _load(teachers, data), processor, distillation, run, data, cache=cache, recipe=recipe
+        model,
+        load_teachers(teachers, data.image_backend),
+        processor,
+        distillation,
+        run,
+        data,
+        cache=cache,
+        recipe=recipe,
     )
 
 
@@ -139,9 +146,11 @@ def _selected(
             "mapping's steps and epochs."
         )
     student = choose_student(*source, student, None, run, data)  # masks ask for no calibration pairs
-    (selected_from,) = _load([source], data)
+    (selected_from,) = load_teachers([source], data.image_backend)
     masked = _in_folder(run, "masked")
-    run_masking(selected_from, _load(teachers, data), student, masking, masked, data, recipe=recipe)
+    run_masking(
+        selected_from, load_teachers(teachers, data.image_backend), student, masking, masked, data, recipe=recipe
+    )
     join_processes().wait_for_everyone()  # until the folder is written
     return load_model(masked.output_dir), selected_from.processor
 
@@ -152,7 +161,3 @@ def _is_asked_for(stage: MaskingArguments | MappingArguments) -> bool:
 
 def _in_folder(run: RunArguments, name: str) -> RunArguments:
     return dataclasses.replace(run, output_dir=str(Path(run.output_dir) / name))
-
-
-def _load(models: Sequence[ModelId], data: DataArguments) -> list[Teacher]:
-    return [Teacher.load(*one, backend=data.image_backend) for one in models]

@@ -123,8 +123,8 @@ class ClipMapCompressor(nn.Module):
             calibration_data = CalibrationPairs(calibration_data, processor, calibration_pairs)
         choice = None
         if config.budget is not None:
-            pairs = calibration_data
-            kept = None if pairs is None else kept_energy(teacher.to(calibration_device()), pairs)
+            has_data = calibration_data is not None
+            kept = kept_energy(teacher.to(calibration_device()), calibration_data) if has_data else None
             choice = choose_shape(teacher.config, config, kept)
             config = choice.config
         compressor = cls(teacher.cpu(), config, processor, source, commit).eval()

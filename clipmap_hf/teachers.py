@@ -18,7 +18,7 @@ from clipmap_hf.training.arguments import DataArguments, TeacherCacheArguments
 from clipmap_hf.training.setup import source_files, stage_seed, training_collator, training_pairs
 
 
-__all__ = ["Teacher", "check_same_preprocessing", "make_teacher_cache"]
+__all__ = ["Teacher", "check_same_preprocessing", "load_teachers", "make_teacher_cache"]
 
 
 @dataclass
@@ -43,6 +43,11 @@ class Teacher:
         """Loads model and processor; `backend` is the image processor's."""
         processor = load_processor(teacher_id, revision=revision, backend=backend)
         return cls(load_model(teacher_id, revision=revision), processor, teacher_id, revision)
+
+
+def load_teachers(ids: Sequence[tuple[str, str | None]], backend: str = "pil") -> list[Teacher]:
+    """The teachers of these ids and revisions; `backend` is that of their image processors."""
+    return [Teacher.load(*one, backend=backend) for one in ids]
 
 
 def make_teacher_cache(

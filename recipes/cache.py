@@ -42,10 +42,10 @@ def main() -> None:
     if cache.teacher_cache is None:
         raise ValueError("Say where the embeddings shall lie: --teacher_cache FOLDER.")
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.teachers import Teacher, make_teacher_cache
+    from clipmap_hf.teachers import load_teachers, make_teacher_cache
 
     processes = join_processes()
-    teachers = [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers]
+    teachers = load_teachers(teacher.teachers, data.image_backend)
     made = make_teacher_cache(teachers, teachers[0].processor, data, cache, seed=run.seed, num_workers=run.num_workers)
     processes.print(f"{cache.teacher_cache}: {made.views} views of each image")
 

@@ -47,12 +47,12 @@ def main() -> None:
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.models import load_model, load_processor
     from clipmap_hf.runs import run_distillation
-    from clipmap_hf.teachers import Teacher
+    from clipmap_hf.teachers import load_teachers
 
     join_processes()
     run_distillation(
         load_model(student.student_model, revision=student.student_revision),
-        [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers],
+        load_teachers(teacher.teachers, data.image_backend),
         load_processor(student.student_model, revision=student.student_revision, backend=data.image_backend),
         distillation,
         run,

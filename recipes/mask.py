@@ -37,7 +37,7 @@ def main() -> None:
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.runs import run_masking
     from clipmap_hf.starts import choose_student
-    from clipmap_hf.teachers import Teacher
+    from clipmap_hf.teachers import load_teachers
     from clipmap_hf.training.setup import map_config
 
     join_processes()
@@ -45,7 +45,7 @@ def main() -> None:
     if config is None:
         raise ValueError("Say what to select: --student, or sizes such as --vision_hidden_size.")
     config = choose_student(*teacher.teachers[0], config, None, run, data)  # masks ask for no calibration pairs
-    teachers = [Teacher.load(*one, backend=data.image_backend) for one in teacher.teachers]
+    teachers = load_teachers(teacher.teachers, data.image_backend)
     run_masking(
         teachers[0],
         teachers,

@@ -41,16 +41,14 @@ def main() -> None:
     from clipmap_hf.atomic import write_json
     from clipmap_hf.distributed import calibration_device, join_processes
     from clipmap_hf.models import load_model
-    from clipmap_hf.selection.criteria import taylor
     from clipmap_hf.selection.heat_map import errors_to_dict, heat_map
-    from clipmap_hf.selection.mope import pruning_errors
+    from clipmap_hf.selection.mope import mope_errors
     from clipmap_hf.starts import calibration_pairs
 
     processes, (source, revision) = join_processes(), teacher.teachers[0]
     model = load_model(source, revision=revision).to(calibration_device())
     batches = list(calibration_pairs(source, revision, calibration, run, data))
-    estimates = taylor(model, batches, run.seed)
-    errors = pruning_errors(model, batches, {name: getattr(estimates, name).neurons for name in ("vision", "text")})
+    errors, _ = mope_errors(model, batches)
     if processes.is_main_process:
         folder = Path(run.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Module-wise pruning error (MoPE-CLIP): how much worse retrieval is without a head, some neurons, or a layer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from clipmap_hf.mapping.towers import Tower
 from clipmap_hf.selection.criteria import taylor
 
 
-__all__ = ["GROUPS", "PruningErrors", "mope", "neuron_groups", "pruning_errors"]
+__all__ = ["GROUPS", "PruningErrors", "mope", "mope_errors", "neuron_groups", "pruning_errors"]
 
 Batch = Mapping[str, torch.Tensor]
 GROUPS = 8  # of the neurons of a layer, which are left out together
@@ -47,10 +47,21 @@ def mope(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Score
         batches: As for `taylor`, gone through several times.
         seed: Not used.
     """
-    batches = list(batches)
-    estimates = taylor(teacher, batches, seed)
-    errors = pruning_errors(teacher, batches, {name: getattr(estimates, name).neurons for name in ("vision", "text")})
+    errors, estimates = mope_errors(teacher, list(batches))
     return Scores(*(_scores(errors[name], getattr(estimates, name)) for name in errors), embed=estimates.embed)
+
+
+def mope_errors(teacher: PreTrainedModel, batches: Sequence[Batch]) -> tuple[dict[str, PruningErrors], Scores]:
+    """
+    The errors of `vision` and of `text`, their neurons grouped by `taylor`; and what that estimates.
+
+    Args:
+        teacher: The model, on the device to compute on.
+        batches: As for `taylor`.
+    """
+    estimates = taylor(teacher, batches, seed=0)
+    neurons = {name: getattr(estimates, name).neurons for name in ("vision", "text")}
+    return pruning_errors(teacher, batches, neurons), estimates
 
 
 def _scores(errors: PruningErrors, estimates: TowerScores) -> TowerScores:

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -132,12 +132,17 @@ def draw(path: Path, size: str, curves: Mapping[str, Runs]) -> None:
     for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
         for name, runs in curves.items():
             pairs = [point["pairs"] for point in runs[0]["curve"]]
-            recall = 100 * np.array([[point[metric] for point in one["curve"]] for one in runs])  # (seeds, points)
-            mean, deviation = recall.mean(axis=0), recall.std(axis=0, ddof=min(1, len(runs) - 1))
-            (line,) = axes.plot(pairs, mean, marker=".", label=name)
-            axes.fill_between(pairs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, lw=0)
+            recall = 100 * np.array([[point[metric] for point in one["curve"]] for one in runs]).T  # (points, seeds)
+            draw_band(axes, name, pairs, recall)
         axes.set(title=f"{size}: {metric}", xlabel="training pairs seen", ylabel="percent, mean of both directions")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def draw_band(axes, name: str, places: Sequence[float], values: Iterable[Sequence[float]], **options) -> None:
+    """The mean over seeds at each place as a line, in a band of one standard deviation."""
+    mean, deviation = np.array([(np.mean(seeds), np.std(seeds, ddof=min(1, len(seeds) - 1))) for seeds in values]).T
+    (line,) = axes.plot(places, mean, marker=".", label=name, **options)
+    axes.fill_between(places, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, lw=0)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from initializer_study.report import markdown, pairs_to_reach, spread
+from initializer_study.report import draw_band, markdown, pairs_to_reach, spread
 
 from clipmap_hf.atomic import write_atomically
 
@@ -126,10 +126,8 @@ def draw(path: Path, title: str, label: str, lines: Mapping[str, Sequence[tuple]
     axes, colors = figure.subplots(), colormaps["tab20"].colors
     for color, (name, points) in zip(colors, lines.items(), strict=False):
         ordered = sorted(points)
-        places = [place for place, _ in ordered]
-        mean, deviation = (100 * np.array([one(seeds) for _, seeds in ordered]) for one in (np.mean, np.std))
-        axes.plot(places, mean, marker=".", label=name, color=color)
-        axes.fill_between(places, mean - deviation, mean + deviation, color=color, alpha=0.2, lw=0)
+        recalls = [100 * np.array(seeds) for _, seeds in ordered]
+        draw_band(axes, name, [place for place, _ in ordered], recalls, color=color)
     axes.set(title=title, xlabel=label, ylabel="recall@5 in percent, mean of both directions")
     axes.set_xscale("log" if log else "linear")
     axes.set_ylim(bottom=0)
