@@ -2,7 +2,7 @@
 Compares CLIP models, folders or Hub ids: retrieval, parameters, MACs, weight files, times of both towers and memory.
 
     python recipes/compare.py teacher student me/other --eval_data test.parquet --output_dir comparison
-    python recipes/compare.py student --runtimes transformers onnx onnx_int8 --eval_data test.parquet
+    python recipes/compare.py student --runtimes transformers onnx onnx_quantized --eval_data test.parquet
 
 Writes the tables (`results.md`, `results.json`), quality against cost (`quality.png`) and both as `index.html`.
 Times are taken by turns, so that their ratios hold on a busy machine; the first model's are the reference.
@@ -23,7 +23,7 @@ class CompareArguments:
     models: list[str] = field(metadata={"help": "Folders or Hub ids of CLIP models; `--models` may be left out."})
     runtimes: list[str] = field(
         default_factory=lambda: ["transformers"],
-        metadata={"help": "What to run them by: transformers, onnx, onnx_int8 (exports in the folder's `onnx/`)."},
+        metadata={"help": "What runs them: transformers, or exports in `onnx/`: onnx, onnx_int8, onnx_quantized."},
     )
     eval_split: str = field(
         default="train", metadata={"help": "Split of `eval_data` (plain files have only `train`)."}

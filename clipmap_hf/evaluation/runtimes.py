@@ -66,7 +66,7 @@ def _embeds(session, output: str, **inputs: torch.Tensor) -> torch.Tensor:
     return F.normalize(torch.from_numpy(embeds), dim=-1)
 
 
-def _exports(suffix: str = "") -> Runtime:
+def _exports(suffix: str) -> Runtime:
     """Both towers under the names that Transformers.js looks for; large weights lie in files beside the graph."""
     patterns = tuple(f"onnx/{tower}_model{suffix}.onnx*" for tower in ("vision", "text"))
     return Runtime(partial(_onnx, suffix=suffix), patterns)
@@ -74,6 +74,7 @@ def _exports(suffix: str = "") -> Runtime:
 
 RUNTIMES = {
     "transformers": Runtime(_transformers, ("model*.safetensors",)),
-    "onnx": _exports(),
+    "onnx": _exports(""),
     "onnx_int8": _exports("_int8"),
+    "onnx_quantized": _exports("_quantized"),
 }
