@@ -43,28 +43,20 @@ def main() -> None:
     (arguments,) = parse_arguments(CompareArguments, description=__doc__, argv=argv)
     import matplotlib  # noqa: F401 - a missing one is to be said before anything is measured
 
+    from clipmap_hf.data.evaluation_pairs import evaluation_pairs
     from clipmap_hf.evaluation.compare import contenders, measure
     from clipmap_hf.evaluation.compare_report import write_comparison
+    from clipmap_hf.models import load_processor
 
     rows = contenders(arguments.models, arguments.runtimes)
-    measured = measure(rows, lambda folder: pairs(arguments, folder), arguments.rounds, arguments.device)
+    columns = {name: getattr(arguments, name) for name in ("image_column", "caption_column")}
+
+    def pairs(folder: Path):
+        processor = load_processor(str(folder), backend=arguments.image_backend)
+        return evaluation_pairs(arguments.eval_data, processor, split=arguments.eval_split, **columns)
+
+    measured = measure(rows, pairs, arguments.rounds, arguments.device)
     print(write_comparison(Path(arguments.output_dir), measured, arguments.eval_data, arguments.device))
-
-
-def pairs(arguments: CompareArguments, folder: Path):
-    """The evaluation pairs as a model's processor prepares them."""
-    from clipmap_hf.models import load_processor
-    from clipmap_hf.training.arguments import DataArguments
-    from clipmap_hf.training.setup import evaluation_batches
-
-    data = DataArguments(
-        train_data=arguments.eval_data,
-        eval_data=arguments.eval_data,
-        eval_split=arguments.eval_split,
-        image_column=arguments.image_column,
-        caption_column=[arguments.caption_column],
-    )
-    return evaluation_batches(data, load_processor(str(folder), backend=arguments.image_backend))
 
 
 if __name__ == "__main__":
