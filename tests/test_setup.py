@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clipmap_hf import PRESETS, Budget, ClipMapConfig, TowerConfig
+from clipmap_hf.data import evaluation_pairs
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.training import setup
@@ -105,16 +106,16 @@ def test_without_evaluation_data_there_is_no_evaluation(data, tiny_processor):
 
 
 def test_fewer_evaluation_pairs_than_processes_is_an_error(data, tiny_processor, monkeypatch):
-    monkeypatch.setattr(setup, "process_count", lambda: 25)
+    monkeypatch.setattr(evaluation_pairs, "process_count", lambda: 25)
     with pytest.raises(ValueError, match=r"has 24 pairs, fewer than the 25 processes"):
         evaluation_batches(data, tiny_processor)
 
 
 def test_processes_share_the_evaluation_pairs(data, tiny_processor, monkeypatch):
-    monkeypatch.setattr(setup, "process_count", lambda: 5)
+    monkeypatch.setattr(evaluation_pairs, "process_count", lambda: 5)
     shares = []
     for index in range(5):
-        monkeypatch.setattr(setup, "process_index", lambda index=index: index)
+        monkeypatch.setattr(evaluation_pairs, "process_index", lambda index=index: index)
         (batch,) = evaluation_batches(data, tiny_processor)
         shares.append(batch["input_ids"][:, 1].tolist())
     monkeypatch.undo()
