@@ -40,9 +40,7 @@ class EvaluateArguments:
     batch_size: int = field(default=256, metadata={"help": "Images at a time."})
     image_backend: Literal["pil", "torchvision"] = field(default="pil", metadata={"help": "Of the image processor."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode the images of sets."})
-    output: str | None = field(
-        default=None, metadata={"help": "JSON file for the results; of sets, a folder, where finished ones stay."}
-    )
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results; of sets, a folder."})
 
     def __post_init__(self):
         by_sets = bool(self.sets or self.suite)
@@ -65,7 +63,7 @@ def main() -> None:
     model = load_model(arguments.model, revision=arguments.model_revision).to(processes.device)
     processor = load_processor(arguments.model, revision=arguments.model_revision, backend=arguments.image_backend)
     if sets is not None:
-        processes.print(suite(arguments, model, processor, sets))
+        processes.print(on_sets(arguments, model, processor, sets))
         return
     metrics = (retrieval if arguments.label_column is None else classification)(arguments, model, processor)
     processes.print("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
@@ -74,21 +72,12 @@ def main() -> None:
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def suite(arguments: EvaluateArguments, model, processor, sets) -> str:
+def on_sets(arguments: EvaluateArguments, model, processor, sets) -> str:
     from clipmap_hf.evaluation.suite import evaluate_sets, summary_table
 
-    results = evaluate_sets(
-        model,
-        processor,
-        sets,
-        arguments.output,
-        model_id=arguments.model,
-        revision=arguments.model_revision,
-        sets_dir=arguments.sets_dir,
-        batch_size=arguments.batch_size,
-        num_workers=arguments.num_workers,
-    )
-    return summary_table(results)
+    named = {"model_id": arguments.model, "revision": arguments.model_revision}
+    reading = {name: getattr(arguments, name) for name in ("sets_dir", "batch_size", "num_workers")}
+    return summary_table(evaluate_sets(model, processor, sets, arguments.output, **named, **reading))
 
 
 def retrieval(arguments: EvaluateArguments, model, processor) -> dict[str, float]:

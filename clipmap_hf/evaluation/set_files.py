@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -114,26 +114,41 @@ class SetRows(torch.utils.data.Dataset):
 
     def __init__(self, eval_set: EvalSet, files: SetFiles):
         self.eval_set = eval_set
-        if files.shards[0].suffix == ".tar":
-            self._members = [row for path in files.shards for row in _tar_index(path, eval_set)]
-            self._table = None
-        else:
-            self._members, self._table = None, _parquet_table(files.shards, eval_set)
+        table = _TarTable if files.shards[0].suffix == ".tar" else _parquet_table
+        self._table = table(files.shards, eval_set)
 
     def __len__(self) -> int:
-        return len(self._members if self._table is None else self._table)
+        return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if self._table is None:
-            row = _read(*self._members[index], self.eval_set.label_column)
-        else:
-            row = self._table[index]
+        row = self._table[index]
         image = next((row[one] for one in self.eval_set.image_columns if row.get(one) is not None), None)
         try:
             label = _LABELS[self.eval_set.task](row[self.eval_set.label_column])
         except (ValueError, TypeError, EOFError) as error:
             raise BadRowError("no label", f"row {index}: {error}") from error
         return {"image": image, "label": label, "error": None}
+
+
+class _TarTable:
+    """Rows of tars, read where an index says that they lie."""
+
+    def __init__(self, shards: Sequence[Path], eval_set: EvalSet):
+        self.label_column = eval_set.label_column
+        self._index = [row for path in shards for row in _tar_index(path, eval_set)]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, places = self._index[index]
+        row = {}
+        with path.open("rb") as file:
+            for column, (offset, size) in places.items():
+                file.seek(offset)
+                content = file.read(size)
+                row[column] = content if column == self.label_column else {"bytes": content, "path": None}
+        return row
 
 
 def _tar_index(path: Path, eval_set: EvalSet) -> list[tuple[Path, dict[str, tuple[int, int]]]]:
@@ -158,17 +173,7 @@ def _tar_index(path: Path, eval_set: EvalSet) -> list[tuple[Path, dict[str, tupl
     return rows
 
 
-def _read(path: Path, places: Mapping[str, tuple[int, int]], label_column: str) -> dict[str, Any]:
-    row = {}
-    with path.open("rb") as file:
-        for column, (offset, size) in places.items():
-            file.seek(offset)
-            content = file.read(size)
-            row[column] = content if column == label_column else {"bytes": content, "path": None}
-    return row
-
-
-def _parquet_table(shards: tuple[Path, ...], eval_set: EvalSet) -> datasets.Dataset:
+def _parquet_table(shards: Sequence[Path], eval_set: EvalSet) -> datasets.Dataset:
     table = datasets.load_dataset("parquet", data_files=list(map(str, shards)), split="train")
     images = [one for one in eval_set.image_columns if one in table.column_names]
     if not images or eval_set.label_column not in table.column_names:

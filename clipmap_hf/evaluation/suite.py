@@ -119,8 +119,8 @@ def summary_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _model_settings(model: PreTrainedModel, processor: CLIPProcessor) -> dict[str, Any]:
-    """All of a model and its preprocessing that decides a result."""
-    return {
+    """All of a model and its preprocessing that decides a result, as JSON gives it back."""
+    settings = {
         "weights": model_fingerprint(model),
         "config": config_values(model.config),
         "tokenizer": tokenizer_fingerprint(processor.tokenizer),
@@ -128,6 +128,7 @@ def _model_settings(model: PreTrainedModel, processor: CLIPProcessor) -> dict[st
         "image_backend": processor.image_processor.backend,
         "image_processor": processor.image_processor.to_dict(),
     }
+    return json.loads(json.dumps(settings))
 
 
 def _set_settings(eval_set: EvalSet, files: SetFiles) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _set_settings(eval_set: EvalSet, files: SetFiles) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _found(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
