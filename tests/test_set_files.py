@@ -1,7 +1,6 @@
 """Sets as they lie on disk: what is read of them, and what is refused."""
 
 import io
-import shutil
 
 import datasets
 import huggingface_hub.constants
@@ -11,7 +10,7 @@ from set_folders import COLORS, npy, picture, rows_for, write_parquet_set, write
 
 from clipmap_hf.data.collate import decoded
 from clipmap_hf.data.images import BadRowError
-from clipmap_hf.evaluation.set_files import SetFiles, SetRows, find_set
+from clipmap_hf.evaluation.set_files import SetRows, find_set
 from clipmap_hf.evaluation.sets import EvalSet
 
 
@@ -179,11 +178,3 @@ def test_nothing_is_unpickled(tmp_path):
     write_set(tmp_path / "one", [{"webp": picture([0]), "npy": file.getvalue()}], "multilabel", shards=1)
     with pytest.raises(BadRowError, match="allow_pickle=False"):
         rows_of(eval_set, tmp_path)
-
-
-def test_files_found_once_are_read_later_or_not_at_all(folder, tmp_path):
-    rows = SetRows(ONE, find_set(ONE, tmp_path))
-    assert isinstance(find_set(ONE, tmp_path), SetFiles)
-    shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError):
-        rows[0]

@@ -1,6 +1,7 @@
 """The table of evaluation sets, and every one of them in small."""
 
 import re
+from pathlib import Path
 
 import pytest
 from set_folders import ColorModel, rows_for, write_set
@@ -24,6 +25,15 @@ def test_metrics_are_those_of_the_literature():
 def test_sets_lie_in_repositories_of_their_own_at_a_branch_or_a_whole_commit():
     assert len({one.hub_id for one in EVAL_SETS.values()}) == len(EVAL_SETS)
     assert all(re.fullmatch(r"main|[0-9a-f]{40}", one.revision) for one in EVAL_SETS.values())
+
+
+def test_the_documentation_lists_every_set_in_order():
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [
+        f"| `{name}` | `{one.folder}` | {', '.join(f'`{metric}`' for metric in one.metrics)} | {one.license} |"
+        for name, one in EVAL_SETS.items()
+    ]
+    assert "\n".join(rows) in text
 
 
 @pytest.mark.parametrize("name", EVAL_SETS)
