@@ -39,7 +39,8 @@ EXTRAS = {
     "quality": ["ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
     "plots": ["matplotlib>=3.10"],
     "onnx": ["onnxruntime>=1.24"],
-    "benchmarks": ["webdataset>=1.0"],  # what recipes/benchmarks/data.py compares with
+    # What recipes/benchmarks/data.py compares with, and packaged_sets.py finds images in.
+    "benchmarks": ["webdataset>=1.0", "QtAwesome>=1.4", "scikit-learn>=1.6"],
 }
 EXTRAS["dev"] = sorted(requirement for extra in EXTRAS.values() for requirement in extra)
 

@@ -1,6 +1,7 @@
 """Loading CLIP models, configs and processors, strictly: what is missing or does not fit is an error, never random."""
 
 import os
+from typing import Any
 
 import torch
 from transformers import (
@@ -14,7 +15,9 @@ from transformers import (
 )
 
 
-__all__ = ["load_config", "load_model", "load_processor"]
+__all__ = ["config_values", "load_config", "load_model", "load_processor"]
+
+_PROVENANCE = {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "architectures"}
 
 
 def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig:
@@ -102,6 +105,14 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
             "install torchvision, or choose backend='pil'."
         )
     return processor
+
+
+def config_values(config: PretrainedConfig) -> dict[str, Any]:
+    """What of a model's config decides what is trained: not where it was loaded from, nor by which version."""
+    values = config.to_dict()
+    towers = {name: values.pop(name) for name in ("vision_config", "text_config")}
+    nested = {f"{tower}.{name}": value for tower, inner in towers.items() for name, value in inner.items()}
+    return {name: value for name, value in {**values, **nested}.items() if name.split(".")[-1] not in _PROVENANCE}
 
 
 def _check_folder(source: str) -> None:

@@ -14,6 +14,7 @@ from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import write_student_folder
+from clipmap_hf.models import config_values
 from clipmap_hf.teachers import Teacher, check_same_preprocessing, make_teacher_cache
 from clipmap_hf.training.arguments import (
     DataArguments,
@@ -26,7 +27,6 @@ from clipmap_hf.training.arguments import (
 from clipmap_hf.training.masking import MaskingStage
 from clipmap_hf.training.optimization import step_count
 from clipmap_hf.training.setup import (
-    config_values,
     evaluation_function,
     run_stage,
     training_pairs,

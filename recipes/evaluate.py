@@ -1,6 +1,9 @@
 """
-Evaluates any CLIP model folder or Hub id: retrieval on image–text pairs, zero-shot classification on labeled images.
+Evaluates any CLIP model folder or Hub id: retrieval on image–text pairs, zero-shot classification on labeled images,
+or both on the sets of the literature.
 
+    python recipes/evaluate.py --model student --sets imagenet1k cifar10 mscoco --output results
+    python recipes/evaluate.py --model student --suite paper --output results
     python recipes/evaluate.py --model student --eval_data test.parquet --output results.json
     python recipes/evaluate.py --model student --eval_data test.parquet --label_column group --templates 'a {}'
 """
@@ -16,7 +19,14 @@ from clipmap_hf.training.parsing import parse_arguments
 @dataclass
 class EvaluateArguments:
     model: str = field(metadata={"help": "Hub id or folder of a CLIPModel."})
-    eval_data: str = field(metadata={"help": "Hub id, image folder, or glob of parquet files or webdataset tars."})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Hub id, image folder, or glob of parquet files or webdataset tars."}
+    )
+    sets: list[str] = field(default_factory=list, metadata={"help": "Instead: names of `EVAL_SETS`."})
+    suite: str | None = field(default=None, metadata={"help": "Instead: all sets of a paper; `paper` is CLIP-Map's."})
+    sets_dir: str | None = field(
+        default=None, metadata={"help": "Folder of local sets; by default, those on the Hub."}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     eval_split: str = field(
         default="train", metadata={"help": "Split of `eval_data` (plain files have only `train`)."}
@@ -29,7 +39,15 @@ class EvaluateArguments:
     )
     batch_size: int = field(default=256, metadata={"help": "Images at a time."})
     image_backend: Literal["pil", "torchvision"] = field(default="pil", metadata={"help": "Of the image processor."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode the images of sets."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results; of sets, a folder."})
+
+    def __post_init__(self):
+        by_sets = bool(self.sets or self.suite)
+        if by_sets == (self.eval_data is not None):
+            raise ValueError("Give either eval_data, or sets or a suite.")
+        if by_sets and (self.output is None or self.label_column is not None or self.templates):
+            raise ValueError("Sets need an output folder, and have labels and templates of their own.")
 
 
 def main() -> None:
@@ -37,16 +55,29 @@ def main() -> None:
     import transformers
 
     from clipmap_hf.distributed import join_processes
+    from clipmap_hf.evaluation.sets import chosen_sets
     from clipmap_hf.models import load_model, load_processor
 
+    sets = None if arguments.eval_data is not None else chosen_sets(arguments.sets, arguments.suite)
     processes = join_processes()
     model = load_model(arguments.model, revision=arguments.model_revision).to(processes.device)
     processor = load_processor(arguments.model, revision=arguments.model_revision, backend=arguments.image_backend)
+    if sets is not None:
+        processes.print(on_sets(arguments, model, processor, sets))
+        return
     metrics = (retrieval if arguments.label_column is None else classification)(arguments, model, processor)
     processes.print("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
     if arguments.output is not None and processes.is_main_process:
         result = {"metrics": metrics, "arguments": asdict(arguments), "transformers": transformers.__version__}
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def on_sets(arguments: EvaluateArguments, model, processor, sets) -> str:
+    from clipmap_hf.evaluation.suite import evaluate_sets, summary_table
+
+    named = {"model_id": arguments.model, "revision": arguments.model_revision}
+    reading = {name: getattr(arguments, name) for name in ("sets_dir", "batch_size", "num_workers")}
+    return summary_table(evaluate_sets(model, processor, sets, arguments.output, **named, **reading))
 
 
 def retrieval(arguments: EvaluateArguments, model, processor) -> dict[str, float]:
@@ -66,6 +97,7 @@ def retrieval(arguments: EvaluateArguments, model, processor) -> dict[str, float
 
 def classification(arguments: EvaluateArguments, model, processor) -> dict[str, float]:
     from clipmap_hf.data.pairs import load_pairs
+    from clipmap_hf.distributed import process_count, process_index
     from clipmap_hf.evaluation.labeled import class_names, labeled_batches
     from clipmap_hf.evaluation.zero_shot import DEFAULT_TEMPLATES, evaluate_zero_shot, zero_shot_classifier
 
@@ -77,6 +109,7 @@ def classification(arguments: EvaluateArguments, model, processor) -> dict[str, 
     )
     names = class_names(images, arguments.label_column)
     classifier = zero_shot_classifier(model, processor.tokenizer, names, arguments.templates or DEFAULT_TEMPLATES)
+    images = images.shard(process_count(), process_index(), contiguous=True)
     batches = labeled_batches(images, processor.image_processor, arguments.label_column, names, arguments.batch_size)
     return evaluate_zero_shot(model, batches, classifier)
 

@@ -42,8 +42,8 @@ def main() -> None:
     from clipmap_hf.atomic import atomic_files
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.families import family_for
-    from clipmap_hf.models import load_config, load_processor
-    from clipmap_hf.training.setup import config_values, evaluation_function, run_stage, training_pairs
+    from clipmap_hf.models import config_values, load_config, load_processor
+    from clipmap_hf.training.setup import evaluation_function, run_stage, training_pairs
     from clipmap_hf.training.stages import ContrastiveStage
 
     join_processes()

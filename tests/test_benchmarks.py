@@ -41,12 +41,15 @@ RUNS = {
         ["| TinyCLIP, manual |", "| CLIP-Map |", "| 1 % | "],
     ),
     "mope.py": ("--pairs 8 --rounds 1", ["| with reuse |", "| the whole model |", "whole / reuse: median "]),
+    "packaged_sets.py": ("--output_dir {folder}", ["| digits | teacher |", "| icons  | teacher |"]),
     "teacher_cache.py": (
         "--student tiny --batch_size 2 --rounds 1",
         ["| cached teacher |", "| live teacher |", "| no teacher |", "live / cached: median ", "by multiply-adds, "],
     ),
     "throughput.py": ("--batch_size 1 --rounds 1", ["| ViT-B/16 |", "| base     |", "| small    |", "| tiny     |"]),
 }
+# Packages that a benchmark needs beside ours, all in the extra `benchmarks`.
+NEEDS = {"data.py": ("webdataset",), "packaged_sets.py": ("qtawesome", "sklearn")}
 
 
 def test_every_benchmark_is_run():
@@ -56,8 +59,9 @@ def test_every_benchmark_is_run():
 @pytest.mark.recipes
 @pytest.mark.parametrize("benchmark", sorted(RUNS))
 def test_benchmark_prints_its_table(benchmark, tmp_path):
-    if benchmark == "data.py" and find_spec("webdataset") is None:
-        pytest.skip("compares with the `webdataset` package, which is not installed")
+    missing = [name for name in NEEDS.get(benchmark, ()) if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs the packages {missing}, which are not installed")
     options, beginnings = RUNS[benchmark]
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),

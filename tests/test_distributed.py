@@ -16,8 +16,10 @@ from distributed_checks import BATCH, CASES, STAGES, STARTS, STEPS
 from distributed_processes import RECIPES, command, environment, finish
 from filelock import FileLock
 from safetensors.torch import load_file
+from set_folders import rows_for, write_set
 
 from clipmap_hf.data.teacher_cache import TeacherCache
+from clipmap_hf.evaluation.sets import EVAL_SETS
 
 
 pytestmark = pytest.mark.distributed
@@ -214,6 +216,41 @@ def test_two_processes_evaluate_as_one_does(reports, name):
 def test_fewer_evaluation_pairs_than_processes_are_refused(reports):
     assert reports[1]["evaluated"]["one"] is None
     assert "has 1 pairs, fewer than the 2 processes" in reports[2]["evaluated"]["one"]
+
+
+@pytest.fixture(scope="module")
+def results_of_sets(workshop, tmp_path_factory) -> dict[int, dict]:
+    """What evaluate.py finds on three sets, in one process and in two; of 23 images, they have 11 and 12."""
+    folder, found = tmp_path_factory.mktemp("sets"), {}
+    for name in ("cifar10", "voc2007", "flickr30k"):
+        eval_set = EVAL_SETS[name]
+        write_set(folder / eval_set.folder, rows_for(eval_set.task, 23), eval_set.task, shards=3)
+    for processes in (1, 2):
+        output = folder / f"results-{processes}"
+        argv = ("--model", workshop / "teacher", "--sets", "cifar10", "voc2007,flickr30k", "--batch_size", 8)
+        finish(RECIPES / "evaluate.py", *argv, "--sets_dir", folder, "--output", output, processes=processes)
+        found[processes] = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
+    return found
+
+
+@pytest.mark.parametrize("name", ["cifar10", "voc2007", "flickr30k"])
+def test_two_processes_score_a_set_as_one_does(results_of_sets, name):
+    one, two = (results_of_sets[count][name] for count in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["images"] == two["images"] == (6 if name == "flickr30k" else 23)
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
+    assert two["settings"] == one["settings"]
+    assert results_of_sets[2]["summary"][name] == two["metrics"]
+
+
+def test_two_processes_classify_labeled_images_as_one_does(workshop, tmp_path):
+    metrics = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.json"
+        argv = ("--model", workshop / "teacher", "--eval_data", workshop / "odd.parquet", "--label_column", "caption")
+        finish(RECIPES / "evaluate.py", *argv, "--output", output, processes=processes)
+        metrics.append(json.loads(output.read_text())["metrics"])
+    assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
 
 
 def test_a_cache_of_two_processes_answers_as_that_of_one(reports, workshop):

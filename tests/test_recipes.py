@@ -14,12 +14,14 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from set_folders import rows_for, write_set
 from transformers import CLIPModel, CLIPProcessor
 
 import clipmap_hf
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.evaluation.sets import EVAL_SETS
 from clipmap_hf.models import load_processor
 
 
@@ -483,6 +485,49 @@ def test_compare_measures_models_side_by_side(finish, teacher_folder, pairs_parq
     assert results["other"]["mean_recall"] == results[teacher_folder.name]["mean_recall"]
     assert {one["batch_size"] for one in results["other"]["milliseconds"]} == {1, 8, 32}
     assert 0 < results["other"]["libraries_memory_bytes"] < results["other"]["peak_memory_bytes"]
+
+
+@pytest.mark.recipes
+def test_evaluate_goes_through_sets_and_goes_on_where_it_stopped(finish, start, teacher_folder, tmp_path):
+    for name in ("cifar10", "voc2007", "flickr30k"):
+        eval_set = EVAL_SETS[name]
+        write_set(tmp_path / "sets" / eval_set.folder, rows_for(eval_set.task), eval_set.task)
+    argv = (
+        "evaluate.py",
+        "--model",
+        teacher_folder,
+        "--sets_dir",
+        tmp_path / "sets",
+        "--output",
+        tmp_path / "results",
+    )
+    finish(*argv, "--sets", "cifar10")
+    written = (tmp_path / "results" / "cifar10.json").stat().st_mtime_ns
+    printed = finish(*argv, "--sets", "cifar10,voc2007", "flickr30k", "--num_workers", 1)
+    assert (tmp_path / "results" / "cifar10.json").stat().st_mtime_ns == written
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:]
+    assert rows == ["cifar10", "voc2007", "flickr30k"]
+    result = json.loads((tmp_path / "results" / "voc2007.json").read_text())
+    assert result["metrics"].keys() == {"map_11_point"} and result["model"]["id"] == str(teacher_folder)
+    mismatch = start(*argv, "--suite", "paper")  # begins with a set that is not there
+    assert mismatch.returncode != 0 and "wds_food101/test' must hold nshards.txt" in mismatch.stderr
+
+
+@pytest.mark.recipes
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "Give either eval_data, or sets or a suite"),
+        (("--eval_data", "pairs.parquet", "--sets", "mnist"), "Give either eval_data, or sets or a suite"),
+        (("--sets", "mnist"), "Sets need an output folder"),
+        (("--sets", "mnist", "--output", "out", "--templates", "a {}"), "have labels and templates of their own"),
+        (("--sets", "emnist", "--output", "out"), "['emnist'] are unknown; choose of ['caltech101', "),
+    ],
+    ids=str,
+)
+def test_evaluate_refuses_what_does_not_go_together(start, teacher_folder, argv, message):
+    result = start("evaluate.py", "--model", teacher_folder, *argv)
+    assert result.returncode != 0 and message in result.stderr
 
 
 @pytest.mark.recipes

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
 
-__all__ = ["member_key", "shard_rows", "tar_pairs"]
+__all__ = ["StrictHeader", "member_key", "shard_rows", "tar_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,14 +128,14 @@ def _groups(path: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]
 
 def _members(path: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Name and reader of every file of a tar that has a key and a column."""
-    with tarfile.open(path, "r|*", tarinfo=_Header, bufsize=_BLOCK) as tar:
+    with tarfile.open(path, "r|*", tarinfo=StrictHeader, bufsize=_BLOCK) as tar:
         for member in iter(tar.next, None):
             tar.members.clear()  # or all headers would stay in memory
             if member.isreg() and all(member_key(member.name)):
                 yield member.name, tar.extractfile(member).read
 
 
-class _Header(tarfile.TarInfo):
+class StrictHeader(tarfile.TarInfo):
     """Raises where `tarfile` would take a cut or overwritten header for the end of the tar."""
 
     @classmethod

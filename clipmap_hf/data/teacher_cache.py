@@ -24,7 +24,7 @@ from clipmap_hf.data.cache_files import (
 from clipmap_hf.data.collate import PairCollator
 
 
-__all__ = ["TeacherCache", "cache_manifest", "model_fingerprint"]
+__all__ = ["TeacherCache", "cache_manifest", "model_fingerprint", "tokenizer_fingerprint"]
 
 _FORMAT = 1
 
@@ -64,7 +64,7 @@ def cache_manifest(
             "std": collator.image_processor.image_std,
         },
         "tokenizer": {
-            "hash": _tokenizer_fingerprint(collator.tokenizer),
+            "hash": tokenizer_fingerprint(collator.tokenizer),
             "model_max_length": collator.tokenizer.model_max_length,
         },
         "augmentation": dataclasses.asdict(collator.augmentation),
@@ -189,7 +189,8 @@ class TeacherCache:
         return self._mapped[name]
 
 
-def _tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer: its vocabulary and rules, and its special tokens."""
     # Every call writes its padding and truncation into the backend, which says nothing about the vocabulary.
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     content = json.dumps([state, tokenizer.special_tokens_map], sort_keys=True, default=str)

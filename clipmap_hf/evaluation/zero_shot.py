@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from clipmap_hf.distributed import gather
 from clipmap_hf.features import encode_images, encode_texts, evaluating
 
 
-__all__ = ["DEFAULT_TEMPLATES", "evaluate_zero_shot", "zero_shot_classifier", "zero_shot_metrics"]
+__all__ = ["DEFAULT_TEMPLATES", "evaluate_zero_shot", "zero_shot_classifier", "zero_shot_logits", "zero_shot_metrics"]
 
 # Prompts of OpenAI's notebook "Prompt_Engineering_for_ImageNet": the plain one and its seven best.
 DEFAULT_TEMPLATES = (
@@ -104,22 +105,34 @@ def zero_shot_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, f
 
 
 @torch.no_grad()
-def evaluate_zero_shot(model: nn.Module, batches: Iterable[Mapping], classifier: torch.Tensor) -> dict[str, float]:
+def zero_shot_logits(
+    model: nn.Module, batches: Iterable[Mapping], classifier: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `zero_shot_metrics` of a `CLIPModel` on labeled images.
+    Cosine similarities `(images, classes)` of images and classes, and the images' labels, both on the CPU. Of several
+    processes, each brings its own batches, and has the similarities of all in the end.
 
     Args:
         model: A `CLIPModel`; runs in eval mode on its own device.
-        batches: Yield `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)`.
+        batches: Yield `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)` or `(batch, classes)`.
         classifier: Class embeddings `(classes, projection_dim)` of `zero_shot_classifier`.
+    """
+    device = next(model.parameters()).device
+    classes = classifier.to(device).T
+    logits, labels = [torch.empty(0, len(classifier), device=device)], []
+    with evaluating(model):
+        for batch in batches:
+            logits.append(encode_images(model, batch["pixel_values"].to(device)) @ classes)
+            labels.append(torch.as_tensor(batch["labels"]).to(device))
+    labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.long, device=device)
+    return gather(torch.cat(logits)).cpu(), gather(labels).cpu()
+
+
+def evaluate_zero_shot(model: nn.Module, batches: Iterable[Mapping], classifier: torch.Tensor) -> dict[str, float]:
+    """
+    `zero_shot_metrics` of a `CLIPModel` on labeled images, one class each; arguments as in `zero_shot_logits`.
 
     Raises:
         ValueError: If there are no batches, or a label is not a class of `classifier`.
     """
-    device = next(model.parameters()).device
-    logits, labels = [torch.empty(0, len(classifier))], [torch.empty(0, dtype=torch.long)]
-    with evaluating(model):
-        for batch in batches:
-            logits.append(encode_images(model, batch["pixel_values"].to(device)).cpu() @ classifier.cpu().T)
-            labels.append(torch.as_tensor(batch["labels"]).cpu())
-    return zero_shot_metrics(torch.cat(logits), torch.cat(labels))
+    return zero_shot_metrics(*zero_shot_logits(model, batches, classifier))

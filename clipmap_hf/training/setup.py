@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig
 
 from clipmap_hf.budget import Budget
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig
@@ -27,7 +26,6 @@ from clipmap_hf.training.trainer import Trainer, TrainResult
 
 
 __all__ = [
-    "config_values",
     "evaluation_batches",
     "evaluation_function",
     "map_config",
@@ -41,7 +39,6 @@ __all__ = [
 
 # What may change between a run and its resumption.
 _INDIFFERENT = {"eval_data", "eval_split", "image_backend", "max_bad_fraction"}
-_PROVENANCE = {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "architectures"}
 
 
 def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | None:
@@ -170,14 +167,6 @@ def source_files(data: DataArguments) -> dict[str, Any]:
         "split": data.train_split,
         "image_column": data.image_column,
     }
-
-
-def config_values(config: PretrainedConfig) -> dict[str, Any]:
-    """What of a model's config decides what is trained: not where it was loaded from, nor by which version."""
-    values = config.to_dict()
-    towers = {name: values.pop(name) for name in ("vision_config", "text_config")}
-    nested = {f"{tower}.{name}": value for tower, inner in towers.items() for name, value in inner.items()}
-    return {name: value for name, value in {**values, **nested}.items() if name.split(".")[-1] not in _PROVENANCE}
 
 
 def stage_seed(name: str, seed: int) -> int:
