@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -135,7 +135,11 @@ def _weight_files(source: str, revision: str | None, options: dict[str, Any]) ->
     """The model's safetensors files; those on the Hub are downloaded."""
 
     def file(name: str) -> Path | None:
-        found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False, **options)
+        lenient = {"_raise_exceptions_for_missing_entries": False}
+        try:
+            found = cached_file(source, name, revision=revision, **lenient, **options)
+        except HTTPError as error:
+            raise OSError(f"{name} of {source!r} could not be downloaded: {error} Try again.") from error
         return None if found is None else Path(found)
 
     if (whole := file(SAFE_WEIGHTS_NAME)) is not None:
@@ -170,7 +174,8 @@ def _check_size(source: str, config: PretrainedConfig, files: list[Path]) -> Non
         elements += sum(map(prod, shapes))
     for name in ("vision_config", "text_config"):
         tower = getattr(config, name, None)
-        layers, least = getattr(tower, "num_hidden_layers", 0), _least_parameters(tower)
+        layers = getattr(tower, "num_hidden_layers", 0)
+        least = _least_parameters(tower, getattr(config, "projection_dim", 0))
         if layers > tensors or least > 2 * elements:
             raise ValueError(
                 f"The config.json in {source!r} and its weights do not belong together: {name} describes {layers:,} "
@@ -179,13 +184,13 @@ def _check_size(source: str, config: PretrainedConfig, files: list[Path]) -> Non
             )
 
 
-def _least_parameters(tower: PretrainedConfig | None) -> int:
+def _least_parameters(tower: PretrainedConfig | None, projection_dim: int) -> int:
     """The matrices that a tower of these sizes cannot be without."""
 
     def size(name: str) -> int:
         return getattr(tower, name, 0) or 0
 
     width, patch = size("hidden_size"), size("patch_size")
-    rows = sum(map(size, ("vocab_size", "max_position_embeddings", "projection_dim")))
+    rows = size("vocab_size") + size("max_position_embeddings") + max(projection_dim, size("projection_dim"))
     rows += size("num_channels") * patch**2 + (size("image_size") // patch) ** 2 if patch else 0
     return size("num_hidden_layers") * (4 * width**2 + 2 * width * size("intermediate_size")) + rows * width

@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(self.fault.kind, {"error": "asked for by a test"})
         for pattern, methods, answer in ROUTES:
             if self.command in methods and (match := re.fullmatch(pattern, self.path)):
-                return answer(self, body, *map(unquote, match.groups()))
+                return answer(self, body, *(unquote(group or "") for group in match.groups()))
         return self.reply(404, {"error": f"no such endpoint: {self.command} {self.path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = do_request
@@ -128,12 +128,14 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in repo.commits[commit]]
         return self.reply(200, {"id": repo_id, "sha": commit, "siblings": siblings, "private": repo.private})
 
-    def tree(self, body: bytes, repo_id: str, revision: str) -> None:
+    def tree(self, body: bytes, repo_id: str, revision: str, folder: str) -> None:
         if (found := self.readable(repo_id, revision)) is None:
             return None
         repo, commit = found
-        files = repo.commits[commit].items()
-        entries = [{"type": "file", "path": n, "size": len(c), "oid": git_oid(n, c)} for n, c in files]
+        files = {n: c for n, c in repo.commits[commit].items() if f"/{n}".startswith(folder)}
+        if not files:
+            return self.missing("Entry")
+        entries = [{"type": "file", "path": n, "size": len(c), "oid": git_oid(n, c)} for n, c in files.items()]
         return self.reply(200, entries)
 
     def validate(self, body: bytes) -> None:
@@ -243,7 +245,7 @@ ROUTES = (
     (f"/api/models/{_ID}/branch/(.+)", ("POST",), Handler.branch),
     (f"/api/models/{_ID}/preupload/(.+)", ("POST",), Handler.preupload),
     (f"/api/models/{_ID}/commit/(.+)", ("POST",), Handler.commit),
-    (f"/api/models/{_ID}/tree/(.+)", ("GET",), Handler.tree),
+    (f"/api/models/{_ID}/tree/([^/]+)(/.+)?", ("GET",), Handler.tree),
     (f"/api/models/{_ID}", ("GET",), Handler.info),
     (f"/api/models/{_ID}/revision/(.+)", ("GET",), Handler.info),
     (f"/{_ID}.git/info/lfs/objects/batch", ("POST",), Handler.batch),
