@@ -14,8 +14,9 @@ from clipmap_hf.hub.license import teacher_license
 from clipmap_hf.hub.results import SetResults, model_index, results_table
 
 
-__all__ = ["config_yaml", "hub_dataset", "render_card"]
+__all__ = ["add_to_card", "config_yaml", "hub_dataset", "render_card"]
 
+_BEGIN, _END = "<!-- results on sets -->", "<!-- end of results on sets -->"  # stand in the template
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
@@ -76,6 +77,29 @@ def render_card(
         status=status,
         figures=figures,
     )
+
+
+def add_to_card(card: ModelCard, results: Sequence[SetResults]) -> None:
+    """
+    Puts what a student reached on sets into a card that `render_card` made, in place of what stands there of sets.
+
+    Args:
+        card: Changed in place.
+        results: What was measured.
+
+    Raises:
+        ValueError: If the card has no place for them.
+    """
+    before, begin, rest = card.text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not end:
+        raise ValueError(f"The card has no place for results: the lines {_BEGIN!r} and {_END!r} are not there.")
+    card.text = f"{before}{begin}\n## Zero-shot evaluation\n\nIn percent:\n\n{results_table(results)}\n\n{end}{after}"
+    new = model_index(results)
+    measured = {(one.dataset_type, one.metric_type) for one in new}
+    old = [one for one in card.data.eval_results or () if (one.dataset_type, one.metric_type) not in measured]
+    card.data.eval_results = [*old, *new]
+    card.data.model_name = card.data.model_name or "compressed CLIP"
 
 
 def config_yaml(teacher: str, config: ClipMapConfig) -> str:

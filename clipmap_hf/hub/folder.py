@@ -7,11 +7,12 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import CLIPProcessor, PreTrainedModel
 
-from clipmap_hf.atomic import atomic_files
+from clipmap_hf.atomic import atomic_files, write_atomically
+from clipmap_hf.hub.card import add_to_card
 from clipmap_hf.hub.results import EVAL_RESULTS_FOLDER, SetResults, benchmark_files
 
 
-__all__ = ["MAP_CONFIG", "MAP_FOLDER", "write_student_folder"]
+__all__ = ["MAP_CONFIG", "MAP_FOLDER", "add_results", "write_student_folder"]
 
 MAP_FOLDER, MAP_CONFIG = "map", "clipmap_config.json"
 
@@ -49,3 +50,20 @@ def write_student_folder(
             path.unlink()
     if not keep_map and (folder / MAP_FOLDER / MAP_CONFIG).exists():
         shutil.rmtree(folder / MAP_FOLDER)
+
+
+def add_results(folder: str | Path, results: Sequence[SetResults]) -> None:
+    """
+    Puts what a student reached on sets, after it was made, into its folder: into the card and, of benchmarks on the
+    Hub, into `.eval_results/`.
+
+    Args:
+        folder: A student's.
+        results: What was measured, such as `read_results` gives.
+    """
+    folder = Path(folder)
+    card = ModelCard.load(folder / "README.md")
+    add_to_card(card, results)
+    for name, content in benchmark_files(results).items():
+        write_atomically(folder / EVAL_RESULTS_FOLDER / name, content.encode())
+    write_atomically(folder / "README.md", str(card).encode())

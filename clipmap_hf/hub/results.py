@@ -3,14 +3,17 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
+from clipmap_hf.atomic import read_json
 from clipmap_hf.evaluation.cost import markdown_table
 
 
-__all__ = ["EVAL_RESULTS_FOLDER", "SetResults", "benchmark_files", "model_index", "results_table"]
+__all__ = ["EVAL_RESULTS_FOLDER", "SetResults", "benchmark_files", "model_index", "read_results", "results_table"]
 
 EVAL_RESULTS_FOLDER = ".eval_results"
 
@@ -98,3 +101,47 @@ def benchmark_files(results: Sequence[SetResults]) -> dict[str, str]:
         name = re.sub(r"[^\w.-]+", "_", f"{one.dataset_id}-{one.benchmark_task}")
         files[f"{name}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
+
+
+def read_results(folder: str | Path, teacher: str | Path | None = None) -> list[SetResults]:
+    """
+    What `recipes/evaluate.py --sets` wrote about a student.
+
+    Args:
+        folder: Holds a JSON file for each set.
+        teacher: The same of the teacher; sets that it lacks are shown without.
+
+    Raises:
+        ValueError: If there is no result, or the teacher's is of other images or prompts.
+    """
+    students = _by_set(Path(folder))
+    teachers = {} if teacher is None else _by_set(Path(teacher))
+    results = []
+    for name, one in students.items():
+        other, of_set = teachers.get(name), one["settings"]["set"]
+        if other is not None and any(one["settings"][key] != other["settings"][key] for key in _OF_SET):
+            raise ValueError(f"{name!r} was measured on other images or prompts in {folder} than in {teacher}.")
+        results.append(
+            SetResults(
+                name,
+                {metric: one["metrics"][metric] for metric in one["reported"]},
+                None if other is None else {metric: other["metrics"][metric] for metric in one["reported"]},
+                of_set["hub_id"],
+                one["commit"],
+                of_set["split"],
+                "image-text-retrieval" if of_set["task"] == "retrieval" else "zero-shot-image-classification",
+            )
+        )
+    return results
+
+
+_OF_SET = ("set", "files", "names", "templates")
+
+
+def _by_set(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json")) if path.stem != "summary"}
+    if not found:
+        raise ValueError(
+            f"{folder} holds no results of sets; name what `recipes/evaluate.py --sets … --output` wrote."
+        )
+    return found
