@@ -47,8 +47,8 @@ def load_config(source: str, *, revision: str | None = None, **kwargs) -> Pretra
         raise ValueError(f"The config.json in {source!r} is not valid. {error}") from error
     if getattr(config, "auto_map", None):
         raise ValueError(
-            f"The config.json in {source!r} names code of its own (auto_map: {sorted(config.auto_map)}), which is "
-            "never run. If transformers has the model, a copy without `auto_map` can be loaded."
+            f"The config.json in {source!r} names code of its own (auto_map: {config.auto_map}), which is never "
+            "run. If transformers has the model, a copy without `auto_map` can be loaded."
         )
     return config
 

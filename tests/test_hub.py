@@ -20,6 +20,8 @@ from hub_endpoints import OTHER_TOKEN, TOKEN
 from hub_server import Fault, HubServer, running_hub
 from huggingface_hub import ModelCard, constants, file_download
 from huggingface_hub.utils import _http
+from test_card import write_results
+from test_recipe_configs import load_recipe
 from transformers import CLIPModel
 
 import clipmap_hf
@@ -186,6 +188,24 @@ def test_a_private_student_is_for_its_owner(hub, folder, cache):
     with pytest.raises(OSError, match="me/clip"):
         load_model("me/clip", cache_dir=cache)
     assert_same(load_model("me/clip", cache_dir=cache, token=TOKEN), CLIPModel.from_pretrained(folder))
+
+
+def test_the_recipe_puts_scores_on_sets_into_the_card_and_pushes(hub, folder, tmp_path, monkeypatch, capsys):
+    student, teacher = (write_results(tmp_path / name, cars=score) for name, score in (("s", 0.25), ("t", 0.5)))
+    options = ["--folder", folder, "--repo_id", "me/clip", "--results", student, "--teacher_results", teacher]
+    monkeypatch.setattr(sys, "argv", ["push.py", *map(str, options)])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    load_recipe("push").main()
+    repo = hub.repos["me/clip"]
+    assert repo.branches["main"] in capsys.readouterr().out
+    card = ModelCard(repo.commits[repo.branches["main"]]["README.md"].decode())
+    assert re.search(r"\| cars: accuracy@1 +\| +50\.0 \| +25\.0 \|", card.text)
+    assert [one.dataset_type for one in card.data.eval_results] == ["pairs", "me/wds_cars"]
+
+
+def test_the_recipe_shows_no_teacher_without_student():
+    with pytest.raises(ValueError, match="give both"):
+        load_recipe("push").PushArguments("student", "me/clip", teacher_results="t")
 
 
 # What goes wrong in a push

@@ -90,6 +90,6 @@ def _way_on(repo_id: str, error: Exception) -> str:
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return f"Log in (`hf auth login`), or give a token that may write to {repo_id!r}, and push again."
     return (
-        "Nothing has changed here. Push again with the same arguments: files that have arrived are not sent twice, "
-        "nor is a commit made twice."
+        "Nothing has changed here. Push again with the same arguments; large files that have arrived are not sent "
+        "twice."
     )

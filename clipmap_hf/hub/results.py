@@ -16,6 +16,7 @@ from clipmap_hf.evaluation.cost import markdown_table
 __all__ = ["EVAL_RESULTS_FOLDER", "SetResults", "benchmark_files", "model_index", "read_results", "results_table"]
 
 EVAL_RESULTS_FOLDER = ".eval_results"
+_OF_SET = ("set", "files", "names", "templates")  # the settings that teacher and student must share
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,6 @@ def read_results(folder: str | Path, teacher: str | Path | None = None) -> list[
             )
         )
     return results
-
-
-_OF_SET = ("set", "files", "names", "templates")
 
 
 def _by_set(folder: Path) -> dict[str, dict[str, Any]]:
