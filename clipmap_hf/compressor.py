@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.distributed import calibration_device
 from clipmap_hf.evaluation.cost import CostReport, model_cost
-from clipmap_hf.hub.card import render_card
+from clipmap_hf.hub.card import config_yaml, render_card
 from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER, write_student_folder
 from clipmap_hf.hub.map_folder import MAP_WEIGHTS, load_map_weights, map_file, read_map_config, write_map
 from clipmap_hf.hub.push import push_folder
+from clipmap_hf.hub.results import SetResults
 from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, NEED_PAIRS, SELECTIONS
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.start import start_from_activations
@@ -189,7 +190,7 @@ class ClipMapCompressor(nn.Module):
         folder: str | os.PathLike,
         *,
         include_map: bool = True,
-        results: Mapping[str, Mapping[str, float]] | None = None,
+        results: Sequence[SetResults] = (),
         recipe: str | None = None,
     ) -> None:
         """
@@ -198,8 +199,8 @@ class ClipMapCompressor(nn.Module):
         Args:
             folder: Made if needed.
             include_map: Whether to write `map/`, which is several times the student's size.
-            results: `{model: {metric: value}}` for the card.
-            recipe: The resolved arguments as YAML, for the card.
+            results: What was measured, for the card.
+            recipe: The resolved arguments as YAML, for the card; by default those of the mapping alone.
 
         Raises:
             ValueError: If `folder` is the teacher's.
@@ -214,11 +215,13 @@ class ClipMapCompressor(nn.Module):
             self.teacher_id,
             str(self.cost()),
             model_class=type(student).__name__,
-            method="Its weights are mapped from the teacher's by learned operators (CLIP-Map), without distillation.",
+            method="Its weights are mapped from the teacher's by operators, one per axis (CLIP-Map, started as "
+            f"`{self.config.initializer}`), without distillation.",
+            revision=self.teacher_revision,
             results=results,
-            recipe=recipe,
+            recipe=recipe or config_yaml(self.teacher_id, self.config),
         )
-        write_student_folder(folder, student, self.processor, card, keep_map=include_map)  # to be replaced
+        write_student_folder(folder, student, self.processor, card, results, keep_map=include_map)
         if include_map:
             content = {
                 "teacher": self.teacher_id,
@@ -243,23 +246,19 @@ class ClipMapCompressor(nn.Module):
 
         Raises:
             ValueError: If the map is to be pushed but its teacher is a local folder, which nobody else could find.
+            OSError: If the Hub refuses or the connection is lost; the message says how to go on.
         """
-        if include_map and os.path.isdir(self.teacher_id):
-            raise ValueError(
-                f"include_map=True, but the map's teacher is the local folder {self.teacher_id!r}; push the teacher "
-                "and start from its id, or leave the map out."
-            )
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, include_map=include_map)
             return push_folder(
                 folder,
                 repo_id,
+                include_map=include_map,
                 private=private,
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message,
                 token=token,
-                delete_patterns=None if include_map else [f"{MAP_FOLDER}/*"],  # it belongs to other weights
             )
 
 

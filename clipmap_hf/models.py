@@ -1,9 +1,14 @@
 """Loading CLIP models, configs and processors, strictly: what is missing or does not fit is an error, never random."""
 
+import json
 import os
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -13,22 +18,39 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
 __all__ = ["config_values", "load_config", "load_model", "load_processor"]
 
 _PROVENANCE = {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "architectures"}
+_FILE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 
 
-def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig:
+def load_config(source: str, *, revision: str | None = None, **kwargs) -> PretrainedConfig:
     """
     The config of a CLIP model folder or Hub id.
 
+    Args:
+        source: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        kwargs: Passed to `from_pretrained`.
+
     Raises:
         OSError: If it is missing or the Hub cannot be reached.
+        ValueError: If its values are of the wrong kind, or it names code of its own, which is never run.
     """
     _check_folder(source)
-    return AutoConfig.from_pretrained(source, revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **kwargs)
+    except StrictDataclassError as error:
+        raise ValueError(f"The config.json in {source!r} is not valid. {error}") from error
+    if getattr(config, "auto_map", None):
+        raise ValueError(
+            f"The config.json in {source!r} names code of its own (auto_map: {config.auto_map}), which is never "
+            "run. If transformers has the model, a copy without `auto_map` can be loaded."
+        )
+    return config
 
 
 def load_model(
@@ -45,27 +67,22 @@ def load_model(
 
     Raises:
         OSError: If a file is missing, there are only pickled weights, or the Hub cannot be reached.
-        ValueError: If the checkpoint lacks a tensor, holds one too many, or one of another shape.
+        ValueError: If the checkpoint lacks a tensor, holds one too many, or one of another shape; if the config
+            describes a far larger model, or names code of its own.
     """
-    _check_folder(source)
-    try:
-        model, info = AutoModel.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below with the rest instead of as a traceback
-            **kwargs,
-        )
-    except OSError as error:
-        if "safetensors" not in str(error):
-            raise
-        raise OSError(
-            f"{source!r} has no safetensors weights, and pickled ones are never loaded. Hub repositories often have "
-            "a conversion as a pull request (revision='refs/pr/N'); or convert the weights once. "
-            f"transformers said: {error}"
-        ) from error
+    options = {name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs}
+    config = load_config(source, revision=revision, **options)
+    _check_size(source, config, _weight_files(source, revision, options))
+    model, info = AutoModel.from_pretrained(
+        source,
+        revision=revision,
+        trust_remote_code=False,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below with the rest instead of as a traceback
+        **kwargs,
+    )
     problems = {
         "missing": sorted(info["missing_keys"]),
         "not part of the model": sorted(info["unexpected_keys"]),
@@ -93,9 +110,10 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
         ValueError: If `backend` cannot be had.
     """
     _check_folder(source)
+    options = {"revision": revision, "trust_remote_code": False, **kwargs}
     processor = CLIPProcessor(  # one by one: the tokenizer has a `backend` of its own, and would take this one for it
-        image_processor=AutoImageProcessor.from_pretrained(source, revision=revision, backend=backend, **kwargs),
-        tokenizer=AutoTokenizer.from_pretrained(source, revision=revision, **kwargs),
+        image_processor=AutoImageProcessor.from_pretrained(source, backend=backend, **options),
+        tokenizer=AutoTokenizer.from_pretrained(source, **options),
     )
     if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):  # made up without files
         raise OSError(f"{source!r} holds no tokenizer; add its `tokenizer.json`, or `vocab.json` and `merges.txt`.")
@@ -119,3 +137,68 @@ def _check_folder(source: str) -> None:
     """A path that is no folder would otherwise be taken for a Hub id."""
     if (os.path.isabs(source) or source.startswith((".", "~"))) and not os.path.isdir(source):
         raise OSError(f"There is no folder {source!r}.")
+
+
+def _weight_files(source: str, revision: str | None, options: dict[str, Any]) -> list[Path]:
+    """The model's safetensors files; those on the Hub are downloaded."""
+
+    def file(name: str) -> Path | None:
+        lenient = {"_raise_exceptions_for_missing_entries": False}
+        try:
+            found = cached_file(source, name, revision=revision, **lenient, **options)
+        except HTTPError as error:
+            raise OSError(f"{name} of {source!r} could not be downloaded: {error} Try again.") from error
+        return None if found is None else Path(found)
+
+    if (whole := file(SAFE_WEIGHTS_NAME)) is not None:
+        return [whole]
+    if (index := file(SAFE_WEIGHTS_INDEX_NAME)) is None:
+        raise OSError(
+            f"{source!r} has no file named {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}, and pickled weights are "
+            "never loaded. Hub repositories often have a conversion as a pull request (revision='refs/pr/N'); or "
+            "convert the weights once."
+        )
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"The weights in {source!r} are said to lie outside of it, in {outside}; none is read.")
+    files = {name: file(name) for name in names}
+    missing = [name for name, path in files.items() if path is None]
+    if missing:
+        raise OSError(f"{source!r} lacks {missing}, which its {SAFE_WEIGHTS_INDEX_NAME} names.")
+    return list(files.values())
+
+
+def _check_size(source: str, config: PretrainedConfig, files: list[Path]) -> None:
+    """
+    Checks that the config describes nothing much larger than the weights: it is built before they are read, and what
+    they lack would be made up in memory. Smaller differences are found, and named, after loading.
+    """
+    tensors = elements = 0
+    for path in files:
+        with safe_open(path, "pt") as opened:
+            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118, no mapping
+        tensors += len(shapes)
+        elements += sum(map(prod, shapes))
+    for name in ("vision_config", "text_config"):
+        tower = getattr(config, name, None)
+        layers = getattr(tower, "num_hidden_layers", 0)
+        least = _least_parameters(tower, getattr(config, "projection_dim", 0))
+        if layers > tensors or least > 2 * elements:
+            raise ValueError(
+                f"The config.json in {source!r} and its weights do not belong together: {name} describes {layers:,} "
+                f"layers and at least {least:,} parameters, the weights hold {tensors:,} tensors of {elements:,} "
+                "values in all."
+            )
+
+
+def _least_parameters(tower: PretrainedConfig | None, projection_dim: int) -> int:
+    """The matrices that a tower of these sizes cannot be without."""
+
+    def size(name: str) -> int:
+        return getattr(tower, name, 0) or 0
+
+    width, patch = size("hidden_size"), size("patch_size")
+    rows = size("vocab_size") + size("max_position_embeddings") + max(projection_dim, size("projection_dim"))
+    rows += size("num_channels") * patch**2 + (size("image_size") // patch) ** 2 if patch else 0
+    return size("num_hidden_layers") * (4 * width**2 + 2 * width * size("intermediate_size")) + rows * width

@@ -12,8 +12,9 @@ from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.families import family_for
-from clipmap_hf.hub.card import render_card
+from clipmap_hf.hub.card import hub_dataset, render_card
 from clipmap_hf.hub.folder import write_student_folder
+from clipmap_hf.hub.results import SetResults
 from clipmap_hf.models import config_values
 from clipmap_hf.teachers import Teacher, check_same_preprocessing, make_teacher_cache
 from clipmap_hf.training.arguments import (
@@ -65,7 +66,7 @@ def run_mapping(
     stage = MappingStage(compressor.mapper, *numbers, teachers, arguments.losses)
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
-        compressor.save_pretrained(folder, results={"student": metrics} if metrics else None, recipe=recipe)
+        compressor.save_pretrained(folder, results=_results(data, metrics), recipe=recipe)
 
     processor = compressor.processor
     callbacks = {"evaluate": evaluation_function(data, processor, run), "save": save}
@@ -127,19 +128,19 @@ def run_distillation(
         teacher_cache.summary["dims"] if teacher_cache else (),
     )
     costs = CostReport(teacher=model_cost(teachers[0].model.config), student=model_cost(student.config))
-    others = "".join(f", with {Path(one.id).name if Path(one.id).is_dir() else one.id}" for one in teachers[1:])
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
+        results = _results(data, metrics, teacher_metrics)
         card = render_card(
             teachers[0].id,
             str(costs),
             model_class=type(student).__name__,
-            method="Its weights were distilled from the teacher's similarities (CLIP-Map's retraining stage)"
-            f"{others}.",
-            results={"teacher": teacher_metrics, "student": metrics} if metrics else None,
+            method=f"Its weights were distilled from {_names(teachers)} (losses: {', '.join(arguments.losses)}).",
+            revision=teachers[0].revision,
+            results=results,
             recipe=recipe,
         )
-        write_student_folder(folder, student, processor, card)
+        write_student_folder(folder, student, processor, card, results)
 
     return run_stage(
         stage,
@@ -158,6 +159,23 @@ def run_distillation(
         teacher_cache=teacher_cache,
         recipe=recipe,
     )
+
+
+def _names(teachers: Sequence[Teacher]) -> str:
+    """What a card calls them; the first has been named."""
+    names = [Path(one.id).name if Path(one.id).is_dir() else one.id for one in teachers[1:]]
+    return " and ".join(["the teacher", *(f"`{name}`" for name in names)])
+
+
+def _results(
+    data: DataArguments, student: dict[str, float], teacher: dict[str, float] | None = None
+) -> list[SetResults]:
+    """What an evaluation on `data.eval_data` gave, if there was one."""
+    if not student:
+        return []
+    dataset_id = hub_dataset(data.eval_data)
+    name = dataset_id or Path(data.eval_data).name
+    return [SetResults(name, student, teacher, dataset_id, split=data.eval_split)]
 
 
 def _is_cached(cache: TeacherCacheArguments | None, arguments: DistillationArguments) -> bool:
@@ -212,17 +230,18 @@ def run_masking(
     )
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
-        model = stage.student()
+        model, results = stage.student(), _results(data, metrics)
         costs = CostReport(teacher=model_cost(source.model.config), student=model_cost(model.config))
         card = render_card(
             source.id,
             str(costs),
             model_class=type(model).__name__,
             method="Its weights were selected from the teacher's by learned masks (TinyCLIP), and trained with them.",
-            results={"student": metrics} if metrics else None,
+            revision=source.revision,
+            results=results,
             recipe=recipe,
         )
-        write_student_folder(folder, model, source.processor, card)
+        write_student_folder(folder, model, source.processor, card, results)
 
     return run_stage(
         stage,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile_repos import HOSTILE
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
 from transformers.utils import is_torchvision_available
@@ -150,3 +151,23 @@ def test_a_missing_image_processor_is_an_error(folder):
     (folder / "processor_config.json").unlink()
     with pytest.raises(OSError, match="image processor"):
         load_processor(str(folder))
+
+
+# Folders that nobody should load
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_folder_is_refused(folder, name):
+    spoil, says = HOSTILE[name]
+    spoil(folder)
+    with pytest.raises(Exception, match=f"(?s){says}") as caught:
+        load_model(str(folder))
+    assert isinstance(caught.value, (OSError, ValueError)) or "SafetensorError" in type(caught.value).__name__
+
+
+def test_code_beside_a_tokenizer_is_not_run(folder, tiny_tokenizer):
+    path = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "New", "auto_map": {"AutoTokenizer": ["tokenizing.New", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (folder / "tokenizing.py").write_text("raise SystemExit('this code must not run')\n")
+    assert load_processor(str(folder)).tokenizer.get_vocab() == tiny_tokenizer.get_vocab()

@@ -38,6 +38,7 @@ READERS = {
         "progressive": ["--teacher", "tuned", "--train_data", "pairs.parquet", "--output_dir", "out"]
     },
     "demo.yaml": {"demo": []},
+    "emoji_student.yaml": {"compress": ["--output_dir", "out"]},
     "emoji_teacher.yaml": {"pretrain": ["--train_data", "pairs.parquet", "--output_dir", "out"]},
 }
 READINGS = [(file, recipe) for file, recipes in READERS.items() for recipe in recipes]
@@ -235,3 +236,12 @@ def test_no_options_make_no_config(read):
 def test_an_unknown_preset_is_an_error_that_lists_the_presets():
     with pytest.raises(ValueError, match=r"student='medium' is unknown; the presets are \['base', 'small', 'tiny'\]"):
         map_config(StudentArguments(student="medium"))
+
+
+def test_the_embedded_student_is_the_demo_s():
+    student, demo = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("emoji_student.yaml", "demo.yaml"))
+    for key in demo.keys() - {"output_dir", "mapping", "distillation", "calibrated", "manual", "scratch"}:
+        assert student[key] == demo[key], key
+    batch, stages = demo["distillation"]["batch_size"], (demo["mapping"], demo["distillation"])
+    pairs = sum(stage["steps"] * stage["batch_size"] for stage in stages) - student["calibration_pairs"]
+    assert student["distillation"] == {**demo["calibrated"], "steps": pairs // batch}

@@ -160,7 +160,9 @@ def test_a_distilled_student_is_written_with_its_card_and_results(distill, teach
     for name, tensor in student.state_dict().items():
         assert torch.equal(written[name], tensor), name
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "me/teacher" in card and ", with me/second" in card and "steps: 6" in card
+    assert (
+        "me/teacher" in card and "from the teacher and `me/second` (losses: affinity)" in card and "steps: 6" in card
+    )
     assert f"{100 * result.metrics['image_to_text_recall@5']:.1f}" in card
     assert [line["step"] for line in log if "eval_mean_recall" in line] == [4, 6]
     assert (tmp_path / "out" / "best" / "model.safetensors").exists()

@@ -1,16 +1,22 @@
 """The model card of a student, rendered from the template beside it."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.hub.license import teacher_license
+from clipmap_hf.hub.results import SetResults, model_index, results_table
 
-__all__ = ["render_card"]
 
+__all__ = ["add_to_card", "config_yaml", "hub_dataset", "render_card"]
+
+_BEGIN, _END = "<!-- results on sets -->", "<!-- end of results on sets -->"  # stand in the template
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
@@ -20,8 +26,12 @@ def render_card(
     *,
     model_class: str,
     method: str,
-    results: Mapping[str, Mapping[str, float]] | None = None,
+    revision: str | None = None,
+    results: Sequence[SetResults] = (),
     recipe: str | None = None,
+    license: Mapping[str, str] | None = None,
+    status: str | None = None,
+    figures: str | None = None,
 ) -> ModelCard:
     """
     Renders the card; nothing of it is looked up on the Hub.
@@ -31,29 +41,90 @@ def render_card(
         cost_table: Sizes of teacher and student as a Markdown table.
         model_class: The student's class in transformers.
         method: One sentence on how the weights came to be.
-        results: `{model: {metric: value between 0 and 1}}`, measured by this run.
+        revision: The teacher's branch, tag or commit on the Hub.
+        results: What was measured.
         recipe: The resolved arguments as YAML; of absolute paths, which mean nothing elsewhere, only the last part is
-            shown.
+            shown. The sets on the Hub that it names become `datasets`.
+        license: The teacher's, as metadata; by default what `teacher_license` finds.
+        status: What a reader must know before anything else.
+        figures: Figures that others published, as Markdown with their source.
     """
     is_local = os.path.isdir(teacher)
+    license = teacher_license(teacher, revision) if license is None else license
+    shown_teacher = os.path.basename(os.path.normpath(teacher)) if is_local else teacher
+    arguments = yaml.safe_load(recipe) if recipe else {}
+    index = {"model_name": f"compressed {shown_teacher}", "eval_results": model_index(results)} if results else {}
     data = ModelCardData(
         base_model=None if is_local else teacher,
         base_model_relation=None if is_local else "finetune",
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=["clip", "clipmap_hf", "model-compression"],
+        datasets=_training_sets(arguments) or None,
+        **license,
+        **index,
     )
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
-        teacher=os.path.basename(os.path.normpath(teacher)) if is_local else teacher,
+        teacher=shown_teacher,
         model_class=model_class,
         method=method,
         cost_table=cost_table,
-        results=results or {},
-        recipe=recipe
-        and yaml.safe_dump(_without_folders(yaml.safe_load(recipe)), sort_keys=False, allow_unicode=True),
+        results=results_table(results) if results else None,
+        recipe=recipe and yaml.safe_dump(_without_folders(arguments), sort_keys=False, allow_unicode=True),
+        license=license,
+        status=status,
+        figures=figures,
     )
+
+
+def add_to_card(card: ModelCard, results: Sequence[SetResults]) -> None:
+    """
+    Puts what a student reached on sets into a card that `render_card` made, in place of what stands there of sets.
+
+    Args:
+        card: Changed in place.
+        results: What was measured.
+
+    Raises:
+        ValueError: If the card has no place for them.
+    """
+    before, begin, rest = card.text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not end:
+        raise ValueError(f"The card has no place for results: the lines {_BEGIN!r} and {_END!r} are not there.")
+    card.text = f"{before}{begin}\n## Zero-shot evaluation\n\nIn percent:\n\n{results_table(results)}\n\n{end}{after}"
+    new = model_index(results)
+    measured = {(one.dataset_type, one.metric_type) for one in new}
+    old = [one for one in card.data.eval_results or () if (one.dataset_type, one.metric_type) not in measured]
+    card.data.eval_results = [*old, *new]
+    card.data.model_name = card.data.model_name or "compressed CLIP"
+
+
+def config_yaml(teacher: str, config: ClipMapConfig) -> str:
+    """
+    A student's config as the recipes read it.
+
+    Args:
+        teacher: Hub id or folder.
+        config: The student's size and how its operators start.
+    """
+    values = config.to_dict()
+    towers = {tower: values.pop(tower) for tower in ("vision", "text")}
+    sizes = {f"{tower}_{name}": size for tower, inner in towers.items() for name, size in inner.items()}
+    return yaml.safe_dump({"teacher": teacher, **sizes, **values}, sort_keys=False)
+
+
+def hub_dataset(source: str) -> str | None:
+    """The Hub id that a source of pairs is, `None` for files and folders."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not source.endswith((".parquet", ".tar", "gz"))
+    return source if is_id and not os.path.exists(source) else None
+
+
+def _training_sets(arguments: Mapping[str, Any]) -> list[str]:
+    sources = [arguments.get("train_data"), arguments.get("calibration_data")]
+    return list(dict.fromkeys(one for one in sources if one is not None and hub_dataset(one)))
 
 
 def _without_folders(value: Any) -> Any:
