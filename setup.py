@@ -35,12 +35,14 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    "test": ["pytest>=9.0", "pytest-xdist>=3.8"],
+    "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"],
+    "sentence-transformers": ["sentence-transformers>=6.2"],
     "quality": ["ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
     "plots": ["matplotlib>=3.10"],
     "benchmarks": ["webdataset>=1.0"],  # what recipes/benchmarks/data.py compares with
 }
-EXTRAS["dev"] = sorted(requirement for extra in EXTRAS.values() for requirement in extra)
+EXTRAS["test"] = ["pytest>=9.0", "pytest-xdist>=3.8", *EXTRAS["onnx"], *EXTRAS["sentence-transformers"]]
+EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 
 setup(
