@@ -41,11 +41,18 @@ RUNS = {
         ["| TinyCLIP, manual |", "| CLIP-Map |", "| 1 % | "],
     ),
     "mope.py": ("--pairs 8 --rounds 1", ["| with reuse |", "| the whole model |", "whole / reuse: median "]),
+    "runtimes.py": (
+        "--pairs 2",
+        [f"| {name} " for name in ("transformers, towers", "sentence-transformers", "ONNX Runtime, q8")],
+    ),
     "teacher_cache.py": (
         "--student tiny --batch_size 2 --rounds 1",
         ["| cached teacher |", "| live teacher |", "| no teacher |", "live / cached: median ", "by multiply-adds, "],
     ),
 }
+
+# Packages that they compare with.
+NEEDED = {"data.py": ["webdataset"], "runtimes.py": ["onnxruntime", "onnxscript", "sentence_transformers"]}
 
 
 def test_every_benchmark_is_run():
@@ -55,8 +62,9 @@ def test_every_benchmark_is_run():
 @pytest.mark.recipes
 @pytest.mark.parametrize("benchmark", sorted(RUNS))
 def test_benchmark_prints_its_table(benchmark, tmp_path):
-    if benchmark == "data.py" and find_spec("webdataset") is None:
-        pytest.skip("compares with the `webdataset` package, which is not installed")
+    missing = [name for name in NEEDED.get(benchmark, ()) if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"compares with packages that are not installed: {missing}")
     options, beginnings = RUNS[benchmark]
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
