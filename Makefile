@@ -20,6 +20,8 @@ else
 TORCH ?= torch
 endif
 
+NODE_MODULES := tests/transformers_js/node_modules
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all style quality clean
 .NOTPARALLEL: # two pips in one environment get in each other's way
@@ -27,7 +29,7 @@ endif
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-install: $(VENV)/.installed-dev ## Make .venv with the package, editable, and the tools for tests, style and plots
+install: $(VENV)/.installed-dev $(NODE_MODULES) ## Make .venv with the package, editable, and the tools for tests, style and plots
 
 demo: $(VENV)/.installed-base ## Compress the embedded teacher and print the comparison (about 5 minutes on 2 cores)
 	$(BIN)/python recipes/demo.py --config recipes/configs/demo.yaml
@@ -35,7 +37,7 @@ demo: $(VENV)/.installed-base ## Compress the embedded teacher and print the com
 test: $(VENV)/.installed-test ## Run the fast tests; more for pytest in PYTEST_ARGS="-k retrieval"
 	$(PYTEST)
 
-test-all: $(VENV)/.installed-test ## Run every test, with those marked slow, distributed and recipes
+test-all: $(VENV)/.installed-test $(NODE_MODULES) ## Run every test, with those marked slow, distributed and recipes
 	$(PYTEST) -m ""
 
 style: $(VENV)/.installed-quality ## Format, and fix what ruff can fix
@@ -67,3 +69,7 @@ $(VENV)/.installed-base: setup.py pyproject.toml | $(VENV)/.installed-torch
 $(VENV)/.installed-%: setup.py pyproject.toml | $(VENV)/.installed-torch
 	$(BIN)/python -m pip install -e ".[$*]"
 	touch $@
+
+# For the test in Node.js, which says why it is skipped where npm is not installed or finds no packages.
+$(NODE_MODULES): tests/transformers_js/package.json
+	-npm install --prefix $(@D) --ignore-scripts --no-package-lock --no-audit --no-fund && touch $@

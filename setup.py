@@ -35,14 +35,21 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    "test": ["matplotlib>=3.10", "onnx>=1.20", "onnxruntime>=1.24", "pytest>=9.0", "pytest-xdist>=3.8"],
+    "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"],
+    "sentence-transformers": ["sentence-transformers>=6.2"],
     "quality": ["ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
     "plots": ["matplotlib>=3.10"],
-    "onnx": ["onnxruntime>=1.24"],
     # What recipes/benchmarks/data.py compares with, and packaged_sets.py finds images in.
     "benchmarks": ["webdataset>=1.0", "QtAwesome>=1.4", "scikit-learn>=1.6"],
 }
-EXTRAS["dev"] = sorted(requirement for extra in EXTRAS.values() for requirement in extra)
+EXTRAS["test"] = [
+    "pytest>=9.0",
+    "pytest-xdist>=3.8",
+    *EXTRAS["onnx"],
+    *EXTRAS["plots"],
+    *EXTRAS["sentence-transformers"],
+]
+EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 
 setup(

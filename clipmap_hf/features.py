@@ -10,7 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 
-__all__ = ["ClipFeatures", "Towers", "encode_images", "encode_texts", "evaluating"]
+__all__ = [
+    "ClipFeatures",
+    "Towers",
+    "encode_images",
+    "encode_texts",
+    "evaluating",
+    "project_images",
+    "project_texts",
+]
 
 
 @dataclass(frozen=True)
@@ -47,15 +55,24 @@ class ClipFeatures:
             return self.logit_scale * self.image_embeds @ self.text_embeds.T
 
 
+def project_images(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Embeddings `(batch, projection_dim)` of `pixel_values` `(batch, 3, height, width)`, as projected."""
+    return model.get_image_features(pixel_values=pixel_values).pooler_output
+
+
+def project_texts(model: nn.Module, **tokens: torch.Tensor) -> torch.Tensor:
+    """Embeddings `(batch, projection_dim)` of `input_ids` and `attention_mask` `(batch, length)`, as projected."""
+    return model.get_text_features(**tokens).pooler_output
+
+
 def encode_images(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Normalized fp32 embeddings `(batch, projection_dim)` of `pixel_values` `(batch, 3, height, width)`."""
-    return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output.float(), dim=-1)
+    return F.normalize(project_images(model, pixel_values).float(), dim=-1)
 
 
 def encode_texts(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Normalized fp32 embeddings `(batch, projection_dim)` of token ids and mask `(batch, length)`."""
-    features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
-    return F.normalize(features.pooler_output.float(), dim=-1)
+    return F.normalize(project_texts(model, input_ids=input_ids, attention_mask=attention_mask).float(), dim=-1)
 
 
 @dataclass(frozen=True)

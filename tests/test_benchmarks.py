@@ -42,14 +42,22 @@ RUNS = {
     ),
     "mope.py": ("--pairs 8 --rounds 1", ["| with reuse |", "| the whole model |", "whole / reuse: median "]),
     "packaged_sets.py": ("--output_dir {folder}", ["| digits | teacher |", "| icons  | teacher |"]),
+    "runtimes.py": (
+        "--pairs 2",
+        [f"| {name} " for name in ("transformers, towers", "sentence-transformers", "ONNX Runtime, q8")],
+    ),
     "teacher_cache.py": (
         "--student tiny --batch_size 2 --rounds 1",
         ["| cached teacher |", "| live teacher |", "| no teacher |", "live / cached: median ", "by multiply-adds, "],
     ),
     "throughput.py": ("--batch_size 1 --rounds 1", ["| ViT-B/16 |", "| base     |", "| small    |", "| tiny     |"]),
 }
-# Packages that a benchmark needs beside ours, all in the extra `benchmarks`.
-NEEDS = {"data.py": ("webdataset",), "packaged_sets.py": ("qtawesome", "sklearn")}
+# Packages that a benchmark needs beside ours, all in extras.
+NEEDS = {
+    "data.py": ("webdataset",),
+    "packaged_sets.py": ("qtawesome", "sklearn"),
+    "runtimes.py": ("onnxruntime", "onnxscript", "sentence_transformers"),
+}
 
 
 def test_every_benchmark_is_run():

@@ -12,9 +12,10 @@ from clipmap_hf.hub.card import add_to_card
 from clipmap_hf.hub.results import EVAL_RESULTS_FOLDER, SetResults, benchmark_files
 
 
-__all__ = ["MAP_CONFIG", "MAP_FOLDER", "add_results", "write_student_folder"]
+__all__ = ["MAP_CONFIG", "MAP_FOLDER", "ONNX_FOLDER", "add_results", "write_student_folder"]
 
 MAP_FOLDER, MAP_CONFIG = "map", "clipmap_config.json"
+ONNX_FOLDER = "onnx"
 
 
 def write_student_folder(
@@ -27,7 +28,7 @@ def write_student_folder(
 ) -> None:
     """
     Writes all files of a student into `folder`, which is made if needed. What lies there of other weights, benchmark
-    results and, unless `keep_map`, the map, is removed.
+    results, ONNX files and, unless `keep_map`, the map, is removed.
 
     Args:
         folder: Where to.
@@ -50,6 +51,8 @@ def write_student_folder(
             path.unlink()
     if not keep_map and (folder / MAP_FOLDER / MAP_CONFIG).exists():
         shutil.rmtree(folder / MAP_FOLDER)
+    if (folder / ONNX_FOLDER / "model.onnx").exists():
+        shutil.rmtree(folder / ONNX_FOLDER)
 
 
 def add_results(folder: str | Path, results: Sequence[SetResults]) -> None:
