@@ -35,8 +35,9 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    "test": ["pytest>=9.0", "pytest-xdist>=3.8"],
+    "test": ["pytest>=9.0", "pytest-xdist>=3.8", "protobuf>=5.0", "sentencepiece>=0.2"],  # the last two: see siglip
     "quality": ["ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
+    "siglip": ["protobuf>=5.0", "sentencepiece>=0.2"],  # what SiglipTokenizer reads its vocabulary with
     "plots": ["matplotlib>=3.10"],
     "benchmarks": ["webdataset>=1.0"],  # what recipes/benchmarks/data.py compares with
 }

@@ -11,21 +11,23 @@ from transformers import (
     CLIPProcessor,
     PretrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
+    SiglipProcessor,
 )
 
 
 __all__ = ["load_config", "load_model", "load_processor"]
 
 
-def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig:
+def load_config(source: str, *, revision: str | None = None, **kwargs) -> PretrainedConfig:
     """
-    The config of a CLIP model folder or Hub id.
+    The config of a CLIP model folder or Hub id; `kwargs` are passed to `from_pretrained`.
 
     Raises:
         OSError: If it is missing or the Hub cannot be reached.
     """
     _check_folder(source)
-    return AutoConfig.from_pretrained(source, revision=revision)
+    return AutoConfig.from_pretrained(source, revision=revision, **kwargs)
 
 
 def load_model(
@@ -75,9 +77,9 @@ def load_model(
     return model.eval()
 
 
-def load_processor(source: str, *, revision: str | None = None, backend: str = "pil", **kwargs) -> CLIPProcessor:
+def load_processor(source: str, *, revision: str | None = None, backend: str = "pil", **kwargs) -> ProcessorMixin:
     """
-    Tokenizer and image processor of a CLIP model.
+    Tokenizer and image processor of a CLIP model: a `CLIPProcessor`, or SigLIP's.
 
     Args:
         source: Folder or Hub id.
@@ -90,10 +92,16 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
         ValueError: If `backend` cannot be had.
     """
     _check_folder(source)
-    processor = CLIPProcessor(  # one by one: the tokenizer has a `backend` of its own, and would take this one for it
+    config = load_config(source, revision=revision, **kwargs)
+    is_siglip = config.model_type == "siglip"
+    # One by one: the tokenizer has a `backend` of its own, and would take this one for it.
+    processor = (SiglipProcessor if is_siglip else CLIPProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(source, revision=revision, backend=backend, **kwargs),
         tokenizer=AutoTokenizer.from_pretrained(source, revision=revision, **kwargs),
     )
+    if is_siglip:  # it was trained on texts padded to the full length, which its tokenizers do not always know
+        processor.tokenizer.model_input_names = ["input_ids"]
+        processor.tokenizer.model_max_length = config.text_config.max_position_embeddings
     if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):  # made up without files
         raise OSError(f"{source!r} holds no tokenizer; add its `tokenizer.json`, or `vocab.json` and `merges.txt`.")
     if processor.image_processor.backend != backend:  # transformers falls back with a warning

@@ -48,6 +48,7 @@ def render_card(
         template_path=str(_TEMPLATE),
         teacher=os.path.basename(os.path.normpath(teacher)) if is_local else teacher,
         model_class=model_class,
+        projection="" if model_class == "SiglipModel" else "WithProjection",  # of the single towers' classes
         method=method,
         cost_table=cost_table,
         results=results or {},

@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from clipmap_hf.families import family_for
+
 
 __all__ = ["Tower", "pooled"]
 
@@ -18,9 +20,14 @@ class Tower:
     Args:
         model: A `CLIPModel`.
         name: `vision` or `text`.
+
+    Raises:
+        ValueError: If the model's family is none that this goes through.
     """
 
     def __init__(self, model: PreTrainedModel, name: str):
+        if not family_for(model.config).layerwise:
+            raise ValueError(f"Models of type {model.config.model_type!r} cannot be gone through layer by layer.")
         self.config = getattr(model.config, f"{name}_config")
         self.model, self.name = getattr(model, f"{name}_model"), name
         self.layers: nn.ModuleList = self.model.encoder.layers
