@@ -99,9 +99,10 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
         image_processor=AutoImageProcessor.from_pretrained(source, revision=revision, backend=backend, **kwargs),
         tokenizer=AutoTokenizer.from_pretrained(source, revision=revision, **kwargs),
     )
-    if is_siglip:  # it was trained on texts padded to the full length, which its tokenizers do not always know
+    if is_siglip:  # trained on texts that are padded to the full length, without a mask
         processor.tokenizer.model_input_names = ["input_ids"]
-        processor.tokenizer.model_max_length = config.text_config.max_position_embeddings
+    positions = config.text_config.max_position_embeddings  # XLM-R's tokenizer, which MetaCLIP 2 has, knows others
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)
     if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):  # made up without files
         raise OSError(f"{source!r} holds no tokenizer; add its `tokenizer.json`, or `vocab.json` and `merges.txt`.")
     if processor.image_processor.backend != backend:  # transformers falls back with a warning

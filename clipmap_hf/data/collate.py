@@ -52,12 +52,15 @@ def caption_text(caption: str | list[str] | None, rng: random.Random | None = No
 
 def tokenized(tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
     """
-    `input_ids` and `attention_mask`, `(texts, length)`, truncated to `model_max_length`. A tokenizer that gives no mask
-    is of a model that reads its padding (SigLIP): every text has the full length, and nothing is masked.
+    `input_ids` and `attention_mask`, `(texts, length)`, truncated to `model_max_length`. A tokenizer that gives no
+    mask is that of a model that reads its padding (SigLIP): each text has the full length, and nothing is masked.
     """
     padding = True if "attention_mask" in tokenizer.model_input_names else "max_length"
     ids = tokenizer(list(texts), padding=padding, truncation=True, return_tensors="pt")
-    return {"input_ids": ids["input_ids"], "attention_mask": ids.get("attention_mask", torch.ones_like(ids["input_ids"]))}
+    return {
+        "input_ids": ids["input_ids"],
+        "attention_mask": ids.get("attention_mask", torch.ones_like(ids["input_ids"])),
+    }
 
 
 def normalized_pixels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

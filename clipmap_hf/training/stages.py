@@ -85,10 +85,7 @@ class Stage(nn.Module):
 
 
 class ContrastiveStage(Stage):
-    """
-    Trains all weights of a `CLIPModel` on the contrastive loss, or of a model with a logit bias on the sigmoid loss:
-    pretraining, and the from-scratch baseline. Arguments as in `Stage`.
-    """
+    """Trains all weights on the contrastive loss, or if there is a logit bias on the sigmoid loss: from scratch."""
 
     def __init__(self, trained: nn.Module, logit_scale: float, learn_logit_scale: bool):
         super().__init__(trained, logit_scale, learn_logit_scale)
