@@ -16,6 +16,7 @@ from transformers import (
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig, TowerConfig, embedding_width, student_config
 from clipmap_hf.data.collate import PairCollator, tokenized
+from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.evaluation.cost import model_cost
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.evaluation.zero_shot import evaluate_zero_shot, zero_shot_classifier
@@ -68,20 +69,10 @@ def folder(siglip, processor, tmp_path_factory):
 
 
 @pytest.fixture
-def batch(folder, tiny_pairs) -> dict[str, torch.Tensor]:
+def batch(folder, pairs_parquet) -> dict[str, torch.Tensor]:
     loaded = load_processor(str(folder))
-    collated = PairCollator(loaded.tokenizer, loaded.image_processor)(tiny_pairs_as_files(tiny_pairs[::3]))
+    collated = PairCollator(loaded.tokenizer, loaded.image_processor)(list(load_pairs(str(pairs_parquet)))[::3])
     return {name: collated[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-
-
-def tiny_pairs_as_files(rows) -> list[dict]:
-    """Rows with undecoded images, as `load_pairs` gives them."""
-    files = []
-    for row in rows:
-        content = io.BytesIO()
-        row["image"].save(content, "PNG")
-        files.append({**row, "image": {"bytes": content.getvalue(), "path": None}})
-    return files
 
 
 def test_texts_have_the_full_length_and_no_mask(folder, processor):
@@ -246,7 +237,7 @@ def test_a_siglip_is_compressed_from_end_to_end(folder, pairs_parquet, tiny_pair
     )
     student, processor = SiglipModel.from_pretrained(run.output_dir), load_processor(run.output_dir)
     collator = PairCollator(processor.tokenizer, processor.image_processor)
-    metrics = evaluate_retrieval(student, [collator(tiny_pairs_as_files(tiny_pairs))])
+    metrics = evaluate_retrieval(student, [collator(list(load_pairs(str(pairs_parquet))))])
     assert 0 <= metrics["mean_recall"] <= 1
     names = sorted({row["keywords"][0] for row in tiny_pairs})
     classifier = zero_shot_classifier(student, processor.tokenizer, names, ["a {} drawing"])
