@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from clipmap_hf.budget import Budget
 
 
-__all__ = ["PRESETS", "ClipMapConfig", "TowerConfig", "cut_towers", "student_config"]
+__all__ = ["PRESETS", "ClipMapConfig", "TowerConfig", "cut_towers", "embedding_width", "student_config"]
 
 
 @dataclass(frozen=True)
@@ -188,19 +188,35 @@ def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> Pretrain
             "it, and ClipMapCompressor.from_pretrained calls that."
         )
     student = copy.deepcopy(teacher)
-    projection_dim = teacher.projection_dim if config.projection_dim is None else config.projection_dim
-    largest = teacher.projection_dim
+    largest = embedding_width(teacher)
+    projection_dim = largest if config.projection_dim is None else config.projection_dim
     if not isinstance(projection_dim, int) or not 1 <= projection_dim <= largest:
         raise ValueError(f"projection_dim={projection_dim!r} must be an integer from 1 to the teacher's {largest}.")
+    has_projections = hasattr(teacher, "projection_dim")
     for name in ("vision", "text"):
         tower = getattr(student, f"{name}_config")
         size = getattr(config, name).resolve(tower, name)
         for attribute, value in dataclasses.asdict(size).items():
             setattr(tower, attribute, value)
-        tower.projection_dim = projection_dim  # the single-tower classes read it from here
+        if has_projections:
+            tower.projection_dim = projection_dim  # the single-tower classes read it from here
         tower.validate()
-    student.projection_dim = projection_dim
+    if has_projections:
+        student.projection_dim = projection_dim
+    else:
+        student.text_config.projection_size = embedding_width(student)
+        if config.projection_dim not in (None, embedding_width(student)):
+            raise ValueError(
+                f"projection_dim={projection_dim}, but in a model of type {teacher.model_type!r} images have no "
+                f"projection: their embedding is as wide as the vision tower, {embedding_width(student)}. Leave "
+                "projection_dim out."
+            )
     return student
+
+
+def embedding_width(config: PretrainedConfig) -> int:
+    """The width of a model's joint embedding; SigLIP has no projection of images, and that of its vision tower."""
+    return getattr(config, "projection_dim", config.vision_config.hidden_size)
 
 
 def cut_towers(teacher: PretrainedConfig, student: PretrainedConfig) -> tuple[str, ...]:
@@ -208,6 +224,6 @@ def cut_towers(teacher: PretrainedConfig, student: PretrainedConfig) -> tuple[st
     sizes = [field.name for field in dataclasses.fields(TowerConfig)]
 
     def size(config: PretrainedConfig, tower: str) -> list[int]:
-        return [config.projection_dim, *(getattr(getattr(config, f"{tower}_config"), name) for name in sizes)]
+        return [embedding_width(config), *(getattr(getattr(config, f"{tower}_config"), name) for name in sizes)]
 
     return tuple(tower for tower in ("vision", "text") if size(teacher, tower) != size(student, tower))

@@ -31,12 +31,14 @@ class ClipFeatures:
         text_embeds: Normalized text embeddings of shape `(texts, projection_dim)`, fp32.
         logit_scale: The reciprocal temperature (not its logarithm), a scalar.
         hidden_errors: Of each pair, how far hidden states are from a teacher's, `(images,)`; only for the hidden loss.
+        logit_bias: What SigLIP adds to all logits, a scalar.
     """
 
     image_embeds: torch.Tensor
     text_embeds: torch.Tensor
     logit_scale: torch.Tensor
     hidden_errors: torch.Tensor | None = None
+    logit_bias: torch.Tensor | None = None
 
     @staticmethod
     def embeds(output) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,14 +47,15 @@ class ClipFeatures:
         return tuple(F.normalize(x.float(), dim=-1) for x in (output.image_embeds, output.text_embeds))
 
     @classmethod
-    def from_output(cls, output, logit_scale: torch.Tensor) -> "ClipFeatures":
-        """Reads a `CLIPOutput` and the model's logarithmic `logit_scale`."""
-        return cls(*cls.embeds(output), logit_scale.float().exp())
+    def from_output(cls, output, logit_scale: torch.Tensor, logit_bias: torch.Tensor | None = None) -> "ClipFeatures":
+        """Reads a `CLIPOutput`, the model's logarithmic `logit_scale` and, if it has one, its `logit_bias`."""
+        return cls(*cls.embeds(output), logit_scale.float().exp(), logit_bias=logit_bias)
 
     def logits_per_image(self) -> torch.Tensor:
-        """Scaled cosine similarities of shape `(images, texts)`."""
+        """Scaled cosine similarities of shape `(images, texts)`, plus the bias if there is one."""
         with torch.autocast(self.image_embeds.device.type, enabled=False):
-            return self.logit_scale * self.image_embeds @ self.text_embeds.T
+            logits = self.logit_scale * self.image_embeds @ self.text_embeds.T
+            return logits if self.logit_bias is None else logits + self.logit_bias
 
 
 def project_images(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from transformers import (
     CLIPProcessor,
     PretrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
+    SiglipProcessor,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -29,7 +31,7 @@ _FILE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 
 def load_config(source: str, *, revision: str | None = None, **kwargs) -> PretrainedConfig:
     """
-    The config of a CLIP model folder or Hub id.
+    The config of a CLIP model folder or Hub id; `kwargs` are passed to `from_pretrained`.
 
     Args:
         source: Folder or Hub id.
@@ -95,9 +97,9 @@ def load_model(
     return model.eval()
 
 
-def load_processor(source: str, *, revision: str | None = None, backend: str = "pil", **kwargs) -> CLIPProcessor:
+def load_processor(source: str, *, revision: str | None = None, backend: str = "pil", **kwargs) -> ProcessorMixin:
     """
-    Tokenizer and image processor of a CLIP model.
+    Tokenizer and image processor of a CLIP model: a `CLIPProcessor`, or SigLIP's.
 
     Args:
         source: Folder or Hub id.
@@ -111,10 +113,17 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
     """
     _check_folder(source)
     options = {"revision": revision, "trust_remote_code": False, **kwargs}
-    processor = CLIPProcessor(  # one by one: the tokenizer has a `backend` of its own, and would take this one for it
+    config = load_config(source, revision=revision, **kwargs)
+    is_siglip = config.model_type == "siglip"
+    # One by one: the tokenizer has a `backend` of its own, and would take this one for it.
+    processor = (SiglipProcessor if is_siglip else CLIPProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(source, backend=backend, **options),
         tokenizer=AutoTokenizer.from_pretrained(source, **options),
     )
+    if is_siglip:  # trained on texts that are padded to the full length, without a mask
+        processor.tokenizer.model_input_names = ["input_ids"]
+    positions = config.text_config.max_position_embeddings  # XLM-R's tokenizer, which MetaCLIP 2 has, knows others
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)
     if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):  # made up without files
         raise OSError(f"{source!r} holds no tokenizer; add its `tokenizer.json`, or `vocab.json` and `merges.txt`.")
     if processor.image_processor.backend != backend:  # transformers falls back with a warning

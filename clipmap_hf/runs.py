@@ -15,6 +15,7 @@ from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import hub_dataset, render_card
 from clipmap_hf.hub.folder import write_student_folder
 from clipmap_hf.hub.results import SetResults
+from clipmap_hf.losses import PAIR_LOSSES
 from clipmap_hf.models import config_values
 from clipmap_hf.teachers import Teacher, check_same_preprocessing, make_teacher_cache
 from clipmap_hf.training.arguments import (
@@ -60,7 +61,7 @@ def run_mapping(
         pairs: The training pairs, if they are loaded already.
     """
     teacher = (compressor.teacher_id, compressor.teacher_revision)
-    distills = set(arguments.losses) != {"contrastive"}
+    distills = set(arguments.losses) - set(PAIR_LOSSES)
     teachers = [Teacher.load(*teacher, backend=data.image_backend).model] if distills else []
     numbers = (arguments.logit_scale, arguments.learn_logit_scale)
     stage = MappingStage(compressor.mapper, *numbers, teachers, arguments.losses)

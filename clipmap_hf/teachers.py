@@ -8,6 +8,7 @@ from typing import Any
 from transformers import CLIPProcessor, PreTrainedModel
 
 from clipmap_hf.atomic import read_json
+from clipmap_hf.config import embedding_width
 from clipmap_hf.data.build_cache import build_teacher_cache, finish_teacher_cache
 from clipmap_hf.data.cache_files import MANIFEST, SUMMARY
 from clipmap_hf.data.loader import PairDataset, PairStream
@@ -85,7 +86,7 @@ def make_teacher_cache(
             "id": Path(teacher.id).name if Path(teacher.id).is_dir() else teacher.id,
             "revision": teacher.revision,
             "weights": model_fingerprint(teacher.model),
-            "projection_dim": teacher.model.config.projection_dim,
+            "projection_dim": embedding_width(teacher.model.config),
         }
         for teacher in teachers
     ]

@@ -19,7 +19,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    MetaClip2Config,
+    MetaClip2Model,
+    SiglipConfig,
+    SiglipModel,
+)
 from transformers.utils import logging
 
 
@@ -101,7 +111,7 @@ def randomize(model: CLIPModel, seed: int = 0) -> CLIPModel:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if name == "logit_scale":
+        if name.startswith("logit_"):
             parameter.data.fill_(2.0)
         elif "norm" in name and name.endswith("weight"):
             parameter.data = 1 + 0.2 * noise
@@ -136,6 +146,30 @@ def shared_teacher(tiny_config) -> CLIPModel:
 def tiny_teacher(shared_teacher) -> CLIPModel:
     """A `CLIPModel` of about 310,000 random parameters in eval mode; each test gets its own."""
     return copy.deepcopy(shared_teacher)
+
+
+@pytest.fixture(scope="session")
+def metaclip2(tiny_config) -> MetaClip2Model:
+    """A random MetaCLIP 2 of the tiny teacher's size, in eval mode."""
+    return randomize(MetaClip2Model(MetaClip2Config(**_towers(tiny_config()), projection_dim=PROJECTION_DIM))).eval()
+
+
+@pytest.fixture(scope="session")
+def siglip(tiny_config) -> SiglipModel:
+    """A random SigLIP of the tiny teacher's size, in eval mode; its joint embedding is as wide as its vision tower."""
+    towers = _towers(tiny_config())
+    towers["text_config"]["projection_size"] = towers["vision_config"]["hidden_size"]
+    towers["text_config"]["max_position_embeddings"] = 64  # to which transformers' pipeline pads
+    return randomize(SiglipModel(SiglipConfig(**towers))).eval()
+
+
+def _towers(config: CLIPConfig) -> dict[str, dict[str, Any]]:
+    """What the towers' configs of another family have in common with CLIP's."""
+    drop = ("model_type", "transformers_version", "projection_dim")
+    return {
+        name: {key: value for key, value in getattr(config, name).to_dict().items() if key not in drop}
+        for name in ("vision_config", "text_config")
+    }
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
+import copy
 import dataclasses
 
 import pytest
 import torch
-from conftest import randomize
-from transformers import AutoModel, CLIPModel, MetaClip2Config, MetaClip2Model
+from transformers import AutoModel, CLIPModel, MetaClip2Model, PreTrainedModel
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig
-from clipmap_hf.families import CLIP, FAMILIES, TensorRule, family_for
+from clipmap_hf.families import CLIP, FAMILIES, SIGLIP, TensorRule, family_for
 from clipmap_hf.mapping.mapper import WeightMapper
 
 
@@ -15,21 +15,19 @@ HALF = ClipMapConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def metaclip2(tiny_config) -> MetaClip2Model:
-    """A random MetaCLIP 2 of the tiny teacher's size, in eval mode."""
-    config = tiny_config()
-    drop = ("model_type", "transformers_version")
-    towers = {
-        name: {key: value for key, value in getattr(config, name).to_dict().items() if key not in drop}
-        for name in ("vision_config", "text_config")
-    }
-    return randomize(MetaClip2Model(MetaClip2Config(**towers, projection_dim=config.projection_dim))).eval()
+@pytest.fixture
+def models(shared_teacher, metaclip2, siglip) -> dict[str, PreTrainedModel]:
+    """A model of each type that a table describes."""
+    return {model.config.model_type: model for model in (shared_teacher, metaclip2, siglip)}
+
+
+def test_every_family_is_tested(models):
+    assert set(models) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_every_tensor_of_a_family_matches_exactly_one_rule(model_type, shared_teacher, metaclip2):
-    model = {"clip": shared_teacher, "metaclip_2": metaclip2}[model_type]
+def test_every_tensor_of_a_family_matches_exactly_one_rule(model_type, models):
+    model = models[model_type]
     family, tensors = family_for(model.config), model.state_dict()
     specs = family.specs(tensors, model.config)
     assert set(specs) == set(tensors)
@@ -37,6 +35,46 @@ def test_every_tensor_of_a_family_matches_exactly_one_rule(model_type, shared_te
         assert specs[name].name(specs[name].layer) == name
     unused = {rule.pattern for rule in family.rules} - {spec.rule.pattern for spec in specs.values()}
     assert not unused
+
+
+@pytest.mark.parametrize("initializer", ["diagonal", "xavier"])
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_a_mapped_model_does_what_its_export_does(model_type, models, initializer, tiny_batch):
+    model = models[model_type]
+    mapper = WeightMapper(model, dataclasses.replace(HALF, initializer=initializer)).eval()
+    exported = mapper.export().requires_grad_(
+        False
+    )  # torch reads a fused in_proj otherwise, if it may need a gradient
+    assert type(exported) is type(model)
+    with torch.no_grad():
+        mapped, expected = mapper(**tiny_batch), exported(**tiny_batch)
+    torch.testing.assert_close(mapped.image_embeds, expected.image_embeds, atol=0, rtol=0)
+    torch.testing.assert_close(mapped.text_embeds, expected.text_embeds, atol=0, rtol=0)
+    torch.testing.assert_close(mapped.logits_per_image, expected.logits_per_image, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_a_model_of_the_same_size_is_the_teacher(model_type, models):
+    exported = WeightMapper(models[model_type], ClipMapConfig()).export()
+    torch.testing.assert_close(dict(exported.state_dict()), dict(models[model_type].state_dict()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_square_operators_change_nothing(model_type, models, tiny_batch):
+    """Narrower by one neuron that does nothing: both towers go through operators, and come out as they went in."""
+    model = copy.deepcopy(models[model_type])
+    widths = {}
+    for name in ("vision", "text"):
+        widths[name] = getattr(model.config, f"{name}_config").intermediate_size - 1
+        tower = getattr(model, f"{name}_model")
+        for mlp in [module for module in tower.modules() if hasattr(module, "fc2")]:
+            mlp.fc2.weight.data[:, -1] = 0
+    config = ClipMapConfig(**{name: TowerConfig(intermediate_size=width) for name, width in widths.items()})
+    exported = WeightMapper(model, config).export()
+    with torch.no_grad():
+        found, expected = exported(**tiny_batch), model(**tiny_batch)
+    torch.testing.assert_close(found.image_embeds, expected.image_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.text_embeds, expected.text_embeds, atol=1e-6, rtol=0)
 
 
 def test_a_spec_says_tower_layer_and_kind():
@@ -47,30 +85,13 @@ def test_a_spec_says_tower_layer_and_kind():
     assert CLIP.match("logit_scale").tower is None
 
 
-def test_every_space_of_the_table_has_a_size(shared_teacher):
-    spaces = {space for rule in CLIP.rules for space in rule.axes if space is not None}
+@pytest.mark.parametrize("family", [CLIP, SIGLIP], ids=lambda family: family.name)
+def test_every_space_of_the_table_has_a_size(family, models):
+    spaces = {space for rule in family.rules for space in rule.axes if space is not None}
     written = {space for space in spaces if not space.endswith(".in")}
-    assert {space.removesuffix(".in") for space in spaces} == written == {*CLIP.spaces, *CLIP.shared_spaces}
+    assert {space.removesuffix(".in") for space in spaces} == written == {*family.spaces, *family.shared_spaces}
     for space in spaces:
-        assert CLIP.size(space, "text", shared_teacher.config) in (48, 192, 32)
-
-
-def test_metaclip2_is_mapped_and_exported(metaclip2, tiny_batch):
-    mapper = WeightMapper(metaclip2, HALF).eval()
-    exported = mapper.export()
-    assert type(exported) is MetaClip2Model
-    with torch.no_grad():
-        mapped, expected = mapper(**tiny_batch), exported(**tiny_batch)
-    torch.testing.assert_close(mapped.image_embeds, expected.image_embeds, atol=0, rtol=0)
-    torch.testing.assert_close(mapped.text_embeds, expected.text_embeds, atol=0, rtol=0)
-
-
-def test_metaclip2_of_the_same_size_is_the_teacher(metaclip2, tiny_batch):
-    mapper = WeightMapper(metaclip2, ClipMapConfig()).eval()
-    with torch.no_grad():
-        mapped, expected = mapper(**tiny_batch), metaclip2(**tiny_batch)
-    torch.testing.assert_close(mapped.image_embeds, expected.image_embeds, atol=1e-6, rtol=0)
-    torch.testing.assert_close(mapped.text_embeds, expected.text_embeds, atol=1e-6, rtol=0)
+        assert family.size(space, "text", models[family.model_types[0]].config) in (48, 192, 32, 64)
 
 
 def test_an_exported_metaclip2_is_loaded_by_transformers(metaclip2, tmp_path):
@@ -106,7 +127,7 @@ def test_a_tensor_of_a_wrong_shape_is_an_error_that_names_it(shared_teacher, sha
 def test_a_family_without_a_table_is_an_error_that_lists_those_with_one(tiny_config):
     vision_only = tiny_config().vision_config
     with pytest.raises(
-        ValueError, match=r"'clip_vision_model' are not supported; supported are \['clip', 'metaclip_2'"
+        ValueError, match=r"'clip_vision_model' are not supported; supported are \['clip', 'metaclip_2', 'siglip'"
     ):
         family_for(vision_only)
 

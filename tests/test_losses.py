@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -8,12 +9,14 @@ from clipmap_hf.features import ClipFeatures
 from clipmap_hf.losses import (
     EMBEDDING_LOSSES,
     LOSSES,
+    PAIR_LOSSES,
     affinity_loss,
     contrastive_loss,
     feature_loss,
     hidden_loss,
     interactive_loss,
     relational_loss,
+    sigmoid_loss,
 )
 from clipmap_hf.losses.hidden import hidden_errors
 
@@ -75,6 +78,29 @@ def test_affinity_reads_each_models_own_scale():
     student, teacher = random_features(0), random_features(1)
     sharper = ClipFeatures(teacher.image_embeds, teacher.text_embeds, torch.tensor(50.0))
     assert abs(affinity_loss(student, sharper) - affinity_loss(student, teacher)) > 0.01
+
+
+def test_sigmoid_loss_of_two_pairs_by_hand():
+    features = dataclasses.replace(
+        features_of_logits([[1.0, 1.0], [0.0, 0.0]], scale=2.0), logit_bias=torch.tensor([-1.0])
+    )  # logits [[1, 1], [-1, -1]]
+    right = math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))
+    wrong = math.log(1 + math.exp(1)) + math.log(1 + math.exp(-1))
+    assert sigmoid_loss(features).item() == pytest.approx((right + wrong) / 2, abs=1e-6)
+
+
+def test_sigmoid_loss_is_the_models_own(siglip, tiny_batch):
+    with torch.no_grad():
+        output = siglip(**tiny_batch, return_loss=True)
+    features = ClipFeatures.from_output(output, siglip.logit_scale, siglip.logit_bias)
+    torch.testing.assert_close(sigmoid_loss(features), output.loss, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["affinity", "contrastive", "relational"])
+def test_a_logit_bias_does_not_matter_to_softmaxes(name):
+    student, teacher = random_features(0), random_features(1)
+    biased = dataclasses.replace(student, logit_bias=torch.tensor(-10.0))
+    torch.testing.assert_close(LOSSES[name](biased, teacher), LOSSES[name](student, teacher), atol=1e-5, rtol=0)
 
 
 def test_contrastive_loss_needs_no_teacher():
@@ -185,7 +211,7 @@ def test_teachers_of_other_widths_teach_together():
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(OF_EMBEDDINGS) - {"contrastive"}))
+@pytest.mark.parametrize("name", sorted(set(OF_EMBEDDINGS) - set(PAIR_LOSSES)))
 def test_distillation_without_a_teacher_is_an_error(name):
     with pytest.raises(
         ValueError, match=f"The {'affinity' if name == 'relational' else name} loss needs .* one teacher"

@@ -596,3 +596,13 @@ def test_help_is_instant_and_complete(recipe):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert f"python recipes/{recipe}" in result.stdout  # the example of its docstring
+
+
+@pytest.mark.recipes
+def test_a_student_goes_to_open_clip_and_back(finish, teacher_folder, tmp_path):
+    there, back = tmp_path / "there", tmp_path / "back"
+    finish("convert_open_clip.py", "--model", teacher_folder, "--to", "open_clip", "--output_dir", there)
+    finish("convert_open_clip.py", "--model", there, "--to", "transformers", "--output_dir", back)
+    found, expected = (load_file(one / "model.safetensors") for one in (back, teacher_folder))
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    assert load_processor(str(back)).tokenizer.model_max_length == 16

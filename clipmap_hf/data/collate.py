@@ -16,7 +16,7 @@ from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 
 
-__all__ = ["PairCollator", "caption_text", "content_key", "decoded", "filled_texts", "normalized_pixels"]
+__all__ = ["PairCollator", "caption_text", "content_key", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,19 @@ def caption_text(caption: str | list[str] | None, rng: random.Random | None = No
     if rng is not None:
         words = rng.sample(words, k=rng.randint(1, len(words)))
     return ", ".join(words)
+
+
+def tokenized(tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """
+    `input_ids` and `attention_mask`, `(texts, length)`, truncated to `model_max_length`. A tokenizer that gives no
+    mask is that of a model that reads its padding (SigLIP): each text has the full length, and nothing is masked.
+    """
+    padding = True if "attention_mask" in tokenizer.model_input_names else "max_length"
+    ids = tokenizer(list(texts), padding=padding, truncation=True, return_tensors="pt")
+    return {
+        "input_ids": ids["input_ids"],
+        "attention_mask": ids.get("attention_mask", torch.ones_like(ids["input_ids"])),
+    }
 
 
 def normalized_pixels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -130,11 +143,9 @@ class PairCollator:
             return self._pixels([example.image for example in examples])
         texts = [text for example in examples for text in example.texts]
         owners = [index for index, example in enumerate(examples) for _ in example.texts]
-        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         batch = {
             **self._pixels([example.image for example in examples]),
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
+            **tokenized(self.tokenizer, texts),
             "image_of_text": torch.tensor(owners),
         }
         if self.teacher_cache is not None:

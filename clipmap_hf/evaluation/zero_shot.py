@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from clipmap_hf.data.collate import tokenized
 from clipmap_hf.distributed import gather
 from clipmap_hf.features import encode_images, encode_texts, evaluating
 
@@ -62,8 +63,8 @@ def zero_shot_classifier(
     with evaluating(model):
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            tokens = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(device)
-            embeds.append(encode_texts(model, tokens["input_ids"], tokens["attention_mask"]).cpu())
+            tokens = (tensor.to(device) for tensor in tokenized(tokenizer, batch).values())
+            embeds.append(encode_texts(model, *tokens).cpu())
     mean = torch.cat(embeds).unflatten(0, (len(classnames), len(templates))).mean(dim=1)
     return F.normalize(mean, dim=-1)
 

@@ -1,8 +1,9 @@
 """The table of axes: for every tensor of a CLIP family, the space that each of its axes lives in."""
 
+import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PretrainedConfig
@@ -23,12 +24,14 @@ class TensorRule:
             F^out), `x.in` reads it (F^in).
         tower: The tower of a tensor whose name does not begin with it.
         lookup: Whether the rows are looked up by token id, so that a batch needs only some of them.
+        stacked: How many tensors of these axes lie on top of one another: 3 where query, key and value are one tensor.
     """
 
     pattern: str
     axes: tuple[str | None, ...]
     tower: str | None = None
     lookup: bool = False
+    stacked: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class TensorSpec:
 
     Args:
         kind: The state-dict name with `*` for the layer's number; tensors of a kind are stacked over layers.
-        tower: `vision`, `text`, or `None` for a tensor of neither (`logit_scale`).
+        tower: `vision`, `text`, or `None` for a tensor of neither, which is copied (`logit_scale`).
         layer: The layer's number, `None` outside the layers.
         rule: The line that matched.
     """
@@ -78,9 +81,12 @@ class Family:
         rules: The table; every tensor matches exactly one line.
         spaces: The attribute of a tower's config that holds the size of each space. Spaces that are not listed belong
             to the whole model and have the size of the config attribute of `shared_spaces`.
-        shared_spaces: The same for spaces that both towers share.
+        shared_spaces: The same for spaces that both towers share; the attribute may be that of a tower's config.
         layer_spaces: Spaces that are private to a layer; the rest are one per tower.
         norms: The LayerNorms that can be folded into what reads them.
+        ties: Spaces that are mapped by the operator of another, besides those of `operator_ties`.
+        layerwise: Whether `Tower` can go through its models layer by layer; calibrated starts, MoPE's errors and
+            budgets chosen by activations need that.
     """
 
     name: str
@@ -90,6 +96,8 @@ class Family:
     shared_spaces: Mapping[str, str]
     layer_spaces: frozenset[str]
     norms: tuple[NormRule, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    layerwise: bool = True
 
     def match(self, name: str) -> TensorSpec:
         """
@@ -114,7 +122,7 @@ class Family:
         """The size of a space (`x` or `x.in`) in a model of the given config."""
         space = space.removesuffix(".in")
         if space in self.shared_spaces:
-            return getattr(config, self.shared_spaces[space])
+            return operator.attrgetter(self.shared_spaces[space])(config)
         return getattr(getattr(config, f"{tower}_config"), self.spaces[space])
 
     def specs(self, tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) -> dict[str, TensorSpec]:
@@ -131,10 +139,11 @@ class Family:
         specs = {name: self.match(name) for name in tensors}
         for name, spec in specs.items():
             shape, axes = tuple(tensors[name].shape), spec.rule.axes
-            sizes = tuple(
+            sizes = [
                 given if space is None else self.size(space, spec.tower, config)
                 for given, space in zip(shape, axes, strict=False)
-            )
+            ]
+            sizes = tuple(size if axis else size * spec.rule.stacked for axis, size in enumerate(sizes))
             if len(shape) != len(axes) or shape != sizes:
                 raise ValueError(
                     f"Tensor {name!r} has the shape {shape}; the family {self.name!r} expects the axes {axes}, which "

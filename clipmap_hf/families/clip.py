@@ -3,7 +3,7 @@
 from clipmap_hf.families.base import Family, NormRule, TensorRule
 
 
-__all__ = ["CLIP"]
+__all__ = ["CLIP", "LAYER_RULES"]
 
 _LAYER = r"(?P<tower>vision|text)_model\.encoder\.layers\.(?P<layer>\d+)\."
 
@@ -11,6 +11,22 @@ _LAYER_NORMS = {
     "layer_norm1": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "layer_norm2": ("mlp.fc1",),
 }
+
+LAYER_RULES = (
+    TensorRule(_LAYER + r"self_attn\.q_proj\.weight", ("query", "residual.in")),
+    TensorRule(_LAYER + r"self_attn\.q_proj\.bias", ("query",)),
+    TensorRule(_LAYER + r"self_attn\.k_proj\.weight", ("key", "residual.in")),
+    TensorRule(_LAYER + r"self_attn\.k_proj\.bias", ("key",)),
+    TensorRule(_LAYER + r"self_attn\.v_proj\.weight", ("value", "residual.in")),
+    TensorRule(_LAYER + r"self_attn\.v_proj\.bias", ("value",)),
+    TensorRule(_LAYER + r"self_attn\.out_proj\.weight", ("residual", "value.in")),
+    TensorRule(_LAYER + r"self_attn\.out_proj\.bias", ("residual",)),
+    TensorRule(_LAYER + r"mlp\.fc1\.weight", ("ffn", "residual.in")),
+    TensorRule(_LAYER + r"mlp\.fc1\.bias", ("ffn",)),
+    TensorRule(_LAYER + r"mlp\.fc2\.weight", ("residual", "ffn.in")),
+    TensorRule(_LAYER + r"mlp\.fc2\.bias", ("residual",)),
+    TensorRule(_LAYER + r"layer_norm[12]\.(weight|bias)", ("residual",)),
+)
 
 CLIP = Family(
     name="clip",
@@ -26,19 +42,7 @@ CLIP = Family(
     shared_spaces={"embed": "projection_dim"},
     layer_spaces=frozenset({"query", "key", "value", "ffn"}),
     rules=(
-        TensorRule(_LAYER + r"self_attn\.q_proj\.weight", ("query", "residual.in")),
-        TensorRule(_LAYER + r"self_attn\.q_proj\.bias", ("query",)),
-        TensorRule(_LAYER + r"self_attn\.k_proj\.weight", ("key", "residual.in")),
-        TensorRule(_LAYER + r"self_attn\.k_proj\.bias", ("key",)),
-        TensorRule(_LAYER + r"self_attn\.v_proj\.weight", ("value", "residual.in")),
-        TensorRule(_LAYER + r"self_attn\.v_proj\.bias", ("value",)),
-        TensorRule(_LAYER + r"self_attn\.out_proj\.weight", ("residual", "value.in")),
-        TensorRule(_LAYER + r"self_attn\.out_proj\.bias", ("residual",)),
-        TensorRule(_LAYER + r"mlp\.fc1\.weight", ("ffn", "residual.in")),
-        TensorRule(_LAYER + r"mlp\.fc1\.bias", ("ffn",)),
-        TensorRule(_LAYER + r"mlp\.fc2\.weight", ("residual", "ffn.in")),
-        TensorRule(_LAYER + r"mlp\.fc2\.bias", ("residual",)),
-        TensorRule(_LAYER + r"layer_norm[12]\.(weight|bias)", ("residual",)),
+        *LAYER_RULES,
         TensorRule(r"(?P<tower>vision)_model\.embeddings\.patch_embedding\.weight", ("patch", None, None, None)),
         TensorRule(r"(?P<tower>vision)_model\.embeddings\.class_embedding", ("patch",)),
         TensorRule(r"(?P<tower>vision)_model\.embeddings\.position_embedding\.weight", (None, "patch")),

@@ -69,6 +69,7 @@ def render_card(
         template_path=str(_TEMPLATE),
         teacher=shown_teacher,
         model_class=model_class,
+        projection="" if model_class == "SiglipModel" else "WithProjection",  # of the single towers' classes
         method=method,
         cost_table=cost_table,
         results=results_table(results) if results else None,

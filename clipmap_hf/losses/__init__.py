@@ -8,11 +8,13 @@ from clipmap_hf.losses.feature import feature_loss
 from clipmap_hf.losses.hidden import hidden_loss
 from clipmap_hf.losses.interactive import interactive_loss
 from clipmap_hf.losses.relational import relational_loss
+from clipmap_hf.losses.sigmoid import sigmoid_loss
 
 
 __all__ = [
     "EMBEDDING_LOSSES",
     "LOSSES",
+    "PAIR_LOSSES",
     "affinity_loss",
     "check_losses",
     "contrastive_loss",
@@ -20,6 +22,7 @@ __all__ = [
     "hidden_loss",
     "interactive_loss",
     "relational_loss",
+    "sigmoid_loss",
 ]
 
 LOSSES = {
@@ -29,8 +32,10 @@ LOSSES = {
     "hidden": hidden_loss,
     "interactive": interactive_loss,
     "relational": relational_loss,
+    "sigmoid": sigmoid_loss,
 }
 EMBEDDING_LOSSES = ("feature", "interactive")  # these compare embeddings of student and teacher, of one width
+PAIR_LOSSES = ("contrastive", "sigmoid")  # these need no teacher
 
 
 def check_losses(weights: Mapping[str, float]) -> None:

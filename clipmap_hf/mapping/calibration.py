@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from clipmap_hf.distributed import process_count, process_index, sum_over_processes
 from clipmap_hf.mapping.moments import Moments
-from clipmap_hf.mapping.towers import Tower, pooled
+from clipmap_hf.mapping.towers import Tower, ends_at_largest_id, pooled
 
 
 __all__ = ["POOLED_WEIGHT", "TowerStatistics", "calibrate", "calibration_batch", "normalized", "token_weights"]
@@ -191,7 +191,7 @@ def _random_texts(config: PretrainedConfig, count: int, index: int) -> torch.Ten
     """Token ids `(count, max_position_embeddings)` of random texts of random lengths."""
     generator = torch.Generator().manual_seed(index * process_count() + process_index())
     longest, end = config.max_position_embeddings, config.eos_token_id
-    end = config.vocab_size - 1 if end == 2 else end  # 2 stands in old configs, for the largest id
+    end = config.vocab_size - 1 if ends_at_largest_id(config) else end
     ids = torch.randint(config.vocab_size, (count, longest), generator=generator)
     ids[ids == end] = 0
     ids[:, 0] = config.bos_token_id

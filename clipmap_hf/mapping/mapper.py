@@ -13,7 +13,7 @@ from clipmap_hf.config import ClipMapConfig, cut_towers, student_config
 from clipmap_hf.families import Family, TensorSpec, family_for
 from clipmap_hf.mapping.depth import DEPTH_RULES, one_hot_depth
 from clipmap_hf.mapping.fold import fold
-from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, INITIALIZERS, SELECTIONS
+from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, INITIALIZERS, SELECTIONS, check_start
 from clipmap_hf.mapping.operators import Operator, mix_depth, project_axes
 
 
@@ -46,12 +46,15 @@ class WeightMapper(nn.Module):
         self.config = config
         self.family = family_for(teacher.config)
         self.student_config = student_config(teacher.config, config)
-        self.logit_scale = nn.Parameter(teacher.logit_scale.detach().float().clone(), requires_grad=False)
+        check_start(self.family, config.initializer)
         tensors = {name: tensor.detach().float() for name, tensor in teacher.state_dict().items()}
         specs = self.family.specs(tensors, teacher.config)
+        self.copied = [name for name, spec in specs.items() if spec.tower is None]  # `logit_scale`, SigLIP's bias
+        for name in self.copied:
+            self.register_parameter(name, nn.Parameter(tensors[name].clone(), requires_grad=False))
         self.cut = cut_towers(teacher.config, self.student_config)
         self.folds = config.initializer == "calibrated"
-        self.ties = operator_ties(config)
+        self.ties = {**operator_ties(config), **self.family.ties}
         if self.folds:
             folded = fold(tensors, self.family)
             tensors |= {name: folded[name] for name, spec in specs.items() if spec.tower in self.cut}
@@ -84,11 +87,13 @@ class WeightMapper(nn.Module):
                 mapped = self._map(getattr(self, f"teacher_{index}"), spec, operators, token_ids)
                 if (name := _correction_name(spec)) in self.corrections:
                     mapped = mapped + self.corrections[name]()
+                if spec.rule.stacked > 1:
+                    mapped = mapped.flatten(-1 - len(spec.rule.axes), -len(spec.rule.axes))
                 if spec.layer is None:
                     weights[spec.kind] = mapped.contiguous()
                 else:
                     weights |= {spec.name(layer): tensor for layer, tensor in enumerate(mapped)}
-        return {**weights, "logit_scale": self.logit_scale}
+        return {**weights, **{name: getattr(self, name) for name in self.copied}}
 
     @torch.no_grad()
     def export(self) -> PreTrainedModel:
@@ -227,7 +232,7 @@ def operator_shapes(
     """
     shapes = {}
     for spec in kinds:
-        for space in filter(None, spec.rule.axes):
+        for space in (ties.get(space, space) for space in spec.rule.axes if space is not None):
             small, big = (family.size(space, spec.tower, config) for config in (student, teacher))
             if space in family.shared_spaces and small == big:
                 continue
@@ -271,8 +276,11 @@ def _stack(
     """Registers the teacher's tensors, stacked over layers, as `teacher_{i}`; returns what the i-th is."""
     groups = defaultdict(dict)
     for name, spec in specs.items():
-        if spec.rule.axes:  # the logit scale is no weight to map
-            groups[spec.kind][spec.layer] = (spec, tensors[name])
+        if spec.tower is not None:
+            tensor = tensors[name]
+            if spec.rule.stacked > 1:
+                tensor = tensor.unflatten(0, (spec.rule.stacked, -1))
+            groups[spec.kind][spec.layer] = (spec, tensor)
     kinds = []
     for layers in groups.values():
         spec = next(iter(layers.values()))[0]

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from clipmap_hf.config import cut_towers
+from clipmap_hf.config import cut_towers, embedding_width
 
 
 __all__ = ["Scores", "TowerScores", "head_channels", "keep", "selection", "strongest"]
@@ -23,12 +23,16 @@ class TowerScores:
         heads: `(layers, heads)`.
         neurons: `(layers, intermediate_size)`.
         layers: `(layers,)`.
+        pool_heads: Of a pooling head's own heads, `(heads,)`.
+        pool_neurons: `(intermediate_size,)`.
     """
 
     channels: torch.Tensor
     heads: torch.Tensor
     neurons: torch.Tensor
     layers: torch.Tensor
+    pool_heads: torch.Tensor | None = None
+    pool_neurons: torch.Tensor | None = None
 
 
 @dataclass
@@ -69,8 +73,13 @@ def keep(scores: Scores, teacher: PretrainedConfig, student: PretrainedConfig) -
         neurons = selection(strongest(of_tower.neurons, small.intermediate_size), big.intermediate_size)
         operators |= {f"{name}_{space}": heads for space in ("query", "key", "value")}
         operators |= {f"{name}_{space}": neurons for space in ("ffn", "ffn_in")}
-    if student.projection_dim < teacher.projection_dim:
-        operators["embed"] = selection(strongest(scores.embed, student.projection_dim), teacher.projection_dim)
+        if of_tower.pool_heads is not None:
+            heads = head_channels(strongest(of_tower.pool_heads, small.num_attention_heads), width)
+            neurons = strongest(of_tower.pool_neurons, small.intermediate_size)
+            operators[f"{name}_pool"] = selection(heads, big.hidden_size)
+            operators[f"{name}_pool_ffn"] = selection(neurons, big.intermediate_size)
+    if (embeds := embedding_width(student)) < embedding_width(teacher):
+        operators["embed"] = selection(strongest(scores.embed, embeds), embedding_width(teacher))
     return operators
 
 

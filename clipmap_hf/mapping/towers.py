@@ -5,10 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from clipmap_hf.families import family_for
 
 
-__all__ = ["Tower", "pooled"]
+__all__ = ["Tower", "ends_at_largest_id", "pooled"]
 
 
 class Tower:
@@ -18,9 +20,14 @@ class Tower:
     Args:
         model: A `CLIPModel`.
         name: `vision` or `text`.
+
+    Raises:
+        ValueError: If the model's family is none that this goes through.
     """
 
     def __init__(self, model: PreTrainedModel, name: str):
+        if not family_for(model.config).layerwise:
+            raise ValueError(f"Models of type {model.config.model_type!r} cannot be gone through layer by layer.")
         self.config = getattr(model.config, f"{name}_config")
         self.model, self.name = getattr(model, f"{name}_model"), name
         self.layers: nn.ModuleList = self.model.encoder.layers
@@ -84,14 +91,21 @@ class Tower:
         """Where the token lies that is pooled, `(items,)`; in a text, those behind it are padding."""
         if self.name == "vision":
             return torch.zeros(len(batch["pixel_values"]), dtype=torch.long, device=batch["pixel_values"].device)
-        ids, end = batch["input_ids"], self.config.eos_token_id
-        return ids.argmax(dim=1) if end == 2 else (ids == end).int().argmax(dim=1)  # 2 stands in old configs
+        ids = batch["input_ids"]
+        if ends_at_largest_id(self.config):
+            return ids.argmax(dim=1)
+        return (ids == self.config.eos_token_id).int().argmax(dim=1)
 
     def counts(self, batch: Mapping[str, torch.Tensor], stream: torch.Tensor) -> torch.Tensor:
         """Which tokens are no padding, `(items, tokens)`."""
         if self.name == "vision":
             return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
         return torch.arange(stream.shape[1], device=stream.device) <= self.ends(batch)[:, None]
+
+
+def ends_at_largest_id(config: PretrainedConfig) -> bool:
+    """Whether texts end at their largest id, as in CLIP's old configs, which say 2; MetaCLIP 2 ends them at id 2."""
+    return config.eos_token_id == 2 and config.model_type == "clip_text_model"
 
 
 def pooled(stream: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from transformers import PreTrainedModel
 
+from clipmap_hf.config import embedding_width
 from clipmap_hf.distributed import sum_over_processes
 from clipmap_hf.families import family_for
 from clipmap_hf.features import ClipFeatures
@@ -73,11 +74,12 @@ def part_sums(teacher: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> S
     sums = defaultdict(float)
     family = family_for(teacher.config)
     for name, spec in family.specs(teacher.state_dict(), teacher.config).items():
+        value = values[name].unflatten(0, (spec.rule.stacked, -1)).sum(dim=0) if spec.tower else None
         for axis, space in enumerate(spec.rule.axes):
             if space is not None:
                 others = [other for other in range(len(spec.rule.axes)) if other != axis]
-                sums[spec.tower, spec.layer, space] += values[name].sum(dim=others) if others else values[name]
-    embed = sum(one.abs() for (_, _, space), one in sums.items() if space == "embed")
+                sums[spec.tower, spec.layer, space] += value.sum(dim=others) if others else value
+    embed = sum(one.abs() for (_, _, space), one in sums.items() if space in ("embed", "embed.in"))
     return Scores(*(_tower_sums(teacher, name, sums) for name in ("vision", "text")), embed=embed)
 
 
@@ -85,18 +87,25 @@ def _tower_sums(teacher: PreTrainedModel, tower: str, sums: Mapping[tuple, torch
     config = getattr(teacher.config, f"{tower}_config")
     width = config.hidden_size // config.num_attention_heads
 
-    def of_layer(layer: int, *spaces: str) -> list[torch.Tensor]:
+    def of_layer(layer: int | None, *spaces: str) -> list[torch.Tensor]:
         return [
             one for (where, index, space), one in sums.items() if (where, index) == (tower, layer) and space in spaces
         ]
 
+    def by_head(found: list[torch.Tensor]) -> torch.Tensor:
+        return sum(one.unflatten(0, (-1, width)).sum(dim=1).abs() for one in found)
+
     layers = range(config.num_hidden_layers)
     of_heads = [of_layer(index, "query", "key", "value", "value.in") for index in layers]
-    heads = torch.stack([sum(one.unflatten(0, (-1, width)).sum(dim=1).abs() for one in found) for found in of_heads])
+    heads = torch.stack([by_head(found) for found in of_heads])
     neurons = torch.stack([sum(one.abs() for one in of_layer(index, "ffn", "ffn.in")) for index in layers])
     stream = ("residual", "residual.in", "patch")
     channels = sum(one.abs() for (where, _, space), one in sums.items() if where == tower and space in stream)
-    return TowerScores(channels, heads, neurons, heads.sum(dim=1) + neurons.sum(dim=1))
+    scores = TowerScores(channels, heads, neurons, heads.sum(dim=1) + neurons.sum(dim=1))
+    if pool := of_layer(None, "pool", "pool.in"):
+        scores.pool_heads = by_head(pool)
+        scores.pool_neurons = sum(one.abs() for one in of_layer(None, "pool_ffn", "pool_ffn.in"))
+    return scores
 
 
 def _scores_like(teacher: PreTrainedModel, scores_of: Callable[[int], torch.Tensor]) -> Scores:
@@ -108,5 +117,9 @@ def _scores_like(teacher: PreTrainedModel, scores_of: Callable[[int], torch.Tens
             torch.stack([scores_of(size) for _ in layers])
             for size in (config.num_attention_heads, config.intermediate_size)
         )
-        towers.append(TowerScores(scores_of(config.hidden_size), heads, neurons, scores_of(len(layers))))
-    return Scores(*towers, embed=scores_of(teacher.config.projection_dim))
+        of_tower = TowerScores(scores_of(config.hidden_size), heads, neurons, scores_of(len(layers)))
+        if name == "vision" and "pool" in family_for(teacher.config).spaces:
+            of_tower.pool_heads = scores_of(config.num_attention_heads)
+            of_tower.pool_neurons = scores_of(config.intermediate_size)
+        towers.append(of_tower)
+    return Scores(*towers, embed=scores_of(embedding_width(teacher.config)))

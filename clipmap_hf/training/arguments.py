@@ -245,7 +245,7 @@ class MappingArguments(StageArguments):
     learning_rate: float = field(default=8e-4, metadata={"help": "Peak learning rate."})
     losses: dict[str, float] = field(
         default_factory=lambda: {"contrastive": 1.0},
-        metadata={"help": "Weights of the losses, `name=weight` …; others than contrastive ask the live teacher."},
+        metadata={"help": "Weights of the losses, `name=weight` …; all but contrastive and sigmoid ask the teacher."},
     )
 
     def __post_init__(self):
@@ -261,7 +261,7 @@ class DistillationArguments(StageArguments):
         default_factory=lambda: {"affinity": 1.0},
         metadata={
             "help": "Weights of the losses, `name=weight` …: affinity (Eq. 11), contrastive, CLIP-KD's feature, "
-            "interactive and relational, MoPE-CLIP's hidden."
+            "interactive and relational, MoPE-CLIP's hidden, SigLIP's sigmoid."
         },
     )
     freeze: str | None = field(default=None, metadata={"help": "The tower to leave as it is: `vision` or `text`."})

@@ -33,8 +33,9 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[
     scheduled = [(name, p) for name, p in trainable if name not in fixed]
     groups = [
         {"params": [p for name, p in scheduled if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in scheduled if p.ndim and not decays(name, p)], "weight_decay": 0.0},
-        {"params": [p for _, p in scheduled if not p.ndim], "weight_decay": 0.0},  # FSDP leaves scalars as they are
+        {"params": [p for name, p in scheduled if p.numel() > 1 and not decays(name, p)], "weight_decay": 0.0},
+        # FSDP leaves scalars as they are.
+        {"params": [p for _, p in scheduled if p.numel() == 1], "weight_decay": 0.0},
     ]
     groups += [
         {"params": [p for name, p in trainable if fixed.get(name) == rate], "weight_decay": 0.0, "fixed_rate": rate}

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.logits import logit_parameters
 from clipmap_hf.training.optimization import adamw
 from clipmap_hf.training.stages import Stage
 
@@ -72,9 +73,11 @@ def _copy_to_shard(stage: Stage, accelerator: Accelerator) -> Stage:
     """What FSDP may cut into shards in place of `stage`, which stays whole."""
     shared = getattr(stage, "_teachers", [])
     copied = copy.deepcopy(stage, {id(shared): shared})  # frozen teachers need no copy
-    # FSDP takes no scalars. The scale stays out of it, and needs nothing: every process has its whole gradient.
-    accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList([copied.trained.logit_scale])]
-    copied.trained.logit_scale.data = copied.trained.logit_scale.data.to(accelerator.device)
+    # FSDP takes no scalars. They stay out of it, and need nothing: every process has their whole gradient.
+    scalars = logit_parameters(copied.trained)
+    accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(scalars)]
+    for scalar in scalars:
+        scalar.data = scalar.data.to(accelerator.device)
     return copied
 
 
@@ -83,4 +86,5 @@ def _tell_deepspeed(stage: Stage, accelerator: Accelerator, arguments: StageArgu
     numbers = {"train_micro_batch_size_per_gpu": local_size, "gradient_accumulation_steps": 1}
     accelerator.deepspeed_plugin.deepspeed_config.update(numbers | {"gradient_clipping": arguments.max_grad_norm})
     # It broadcasts all parameters byte by byte, which fails for a scalar, but for those with this mark.
-    stage.trained.logit_scale.ds_optim_param = True
+    for scalar in logit_parameters(stage.trained):
+        scalar.ds_optim_param = True

@@ -11,18 +11,19 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from clipmap_hf.config import embedding_width
 from clipmap_hf.data.collate import normalized_pixels
 from clipmap_hf.distributed import average_gradients, gather
 from clipmap_hf.features import ClipFeatures
-from clipmap_hf.losses import EMBEDDING_LOSSES, LOSSES, check_losses, contrastive_loss
+from clipmap_hf.losses import EMBEDDING_LOSSES, LOSSES, check_losses
 from clipmap_hf.losses.hidden import hidden_errors
 from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.training.logits import clamp_scale, learn_bias, logit_parameters, set_scale
 from clipmap_hf.training.projectors import EmbeddingProjector, stream_projectors
 
 
 __all__ = ["ContrastiveStage", "DistillationStage", "MappingStage", "Stage"]
 
-MAX_LOGIT_SCALE = 100.0
 AFFINITY, CONTRASTIVE = MappingProxyType({"affinity": 1.0}), MappingProxyType({"contrastive": 1.0})
 Batch = Mapping[str, torch.Tensor]
 
@@ -47,8 +48,7 @@ class Stage(nn.Module):
         super().__init__()
         self.trained = trained
         self.initial_logit_scale = math.log(logit_scale)
-        trained.logit_scale.data.fill_(self.initial_logit_scale)
-        trained.logit_scale.requires_grad_(learn_logit_scale)
+        set_scale(trained, logit_scale, learn_logit_scale)
         self._encode = _encode
 
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
@@ -61,8 +61,7 @@ class Stage(nn.Module):
 
     def after_step(self) -> None:
         """Keeps a learned logit scale within CLIP's bound; called after every optimizer step."""
-        if self.trained.logit_scale.requires_grad:
-            self.trained.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        clamp_scale(self.trained)
 
     def compile_encoder(self) -> None:
         """Lets `torch.compile` make the student's forward and backward pass faster, which takes a while at first."""
@@ -78,7 +77,7 @@ class Stage(nn.Module):
             found = [self._encoded(*model, chunks[0])]
         else:
             found = [checkpoint(self._encoded, *model, chunk, use_reentrant=False) for chunk in chunks]
-        return _features(found, self.trained.logit_scale)
+        return _features(found, *logit_parameters(self.trained))
 
     def _encoded(self, model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, ...]:
         """What the loss reads of a chunk, in rows that are pairs: the first fields of `ClipFeatures`."""
@@ -86,11 +85,16 @@ class Stage(nn.Module):
 
 
 class ContrastiveStage(Stage):
-    """Trains all weights of a `CLIPModel` on the contrastive loss: pretraining, and the from-scratch baseline."""
+    """Trains all weights on the contrastive loss, or if there is a logit bias on the sigmoid loss: from scratch."""
+
+    def __init__(self, trained: nn.Module, logit_scale: float, learn_logit_scale: bool):
+        super().__init__(trained, logit_scale, learn_logit_scale)
+        self.loss = "sigmoid" if hasattr(trained, "logit_bias") else "contrastive"
+        learn_bias(trained, {self.loss: 1.0}, first=-10.0)  # as SigLIP: at first, nothing belongs together
 
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
         features = self._student_features(chunks)
-        return {"loss": contrastive_loss(features), "logit_scale": features.logit_scale}
+        return {"loss": LOSSES[self.loss](features), "logit_scale": features.logit_scale}
 
 
 class DistillationStage(Stage):
@@ -125,14 +129,15 @@ class DistillationStage(Stage):
     ):
         super().__init__(trained, logit_scale, learn_logit_scale)
         check_losses(losses)
+        learn_bias(trained, losses)
         config = self._student_config()
         for teacher in teachers:
             _check_same_inputs(config, teacher.config)
         self.losses = dict(losses)
         # In a list, they are no submodules, so never saved, wrapped or sent to other processes.
         self._teachers = [teacher.requires_grad_(False).eval() for teacher in teachers]
-        dims = teacher_dims or [teacher.config.projection_dim for teacher in teachers]
-        own = config.projection_dim
+        dims = teacher_dims or [embedding_width(teacher.config) for teacher in teachers]
+        own = embedding_width(config)
         compared = set(EMBEDDING_LOSSES) & set(losses) and set(dims) - {own}
         self.projectors = nn.ModuleList(
             nn.Identity() if dim == own else EmbeddingProjector(own, dim) for dim in dims if compared
@@ -268,10 +273,12 @@ def _encode(
     return *ClipFeatures.embeds(output), {name: tower.hidden_states[1:] for name, tower in towers.items()}
 
 
-def _features(chunks: Sequence[tuple[torch.Tensor, ...]], logit_scale: torch.Tensor) -> ClipFeatures:
+def _features(
+    chunks: Sequence[tuple[torch.Tensor, ...]], logit_scale: torch.Tensor, logit_bias: torch.Tensor | None = None
+) -> ClipFeatures:
     """What was read of chunks put together, of all processes."""
     images, texts, *errors = (gather(torch.cat(pieces)) for pieces in zip(*chunks, strict=True))
-    return ClipFeatures(images, texts, logit_scale.float().exp(), *errors)
+    return ClipFeatures(images, texts, logit_scale.float().exp(), *errors, logit_bias=logit_bias)
 
 
 def _check_same_inputs(

@@ -5,6 +5,7 @@
 `SELECTIONS: name -> whether it looks at pairs` are one-hot, and `clipmap_hf.selection` has their functions.
 """
 
+from clipmap_hf.families import Family
 from clipmap_hf.mapping.initializers.calibrated import calibrated
 from clipmap_hf.mapping.initializers.diagonal import diagonal
 from clipmap_hf.mapping.initializers.importance import importance
@@ -19,6 +20,7 @@ __all__ = [
     "NEED_PAIRS",
     "SELECTIONS",
     "calibrated",
+    "check_start",
     "diagonal",
     "importance",
     "kaiming",
@@ -30,3 +32,19 @@ INITIALIZERS = {"diagonal": diagonal, "kaiming": kaiming, "random": random, "xav
 CALIBRATED_INITIALIZERS = {"calibrated": calibrated, "importance": importance}
 SELECTIONS = {"magnitude": False, "manual": False, "mope": True, "random_selection": False, "taylor": True}
 NEED_PAIRS = (*CALIBRATED_INITIALIZERS, *(name for name, looks in SELECTIONS.items() if looks))
+
+
+def check_start(family: Family, initializer: str | None) -> None:
+    """
+    Raises a `ValueError` for a start that goes through the layers, if that is not written for the family.
+
+    Args:
+        family: The teacher's.
+        initializer: Any name, or `None`.
+    """
+    if not family.layerwise and initializer in (*CALIBRATED_INITIALIZERS, "mope"):
+        allowed = sorted({*INITIALIZERS, *SELECTIONS} - {"mope"})
+        raise ValueError(
+            f"initializer={initializer!r} goes through the teacher's layers one by one, which is not written for the "
+            f"family {family.name!r}. Name one of {allowed}; of these, only 'taylor' reads calibration data."
+        )
