@@ -5,6 +5,7 @@ import io
 import json
 import platform
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from clipmap_hf.evaluation.tables import html_page, html_table, inline_png, mark
 __all__ = ["quality_plot", "write_comparison"]
 
 Rows = Mapping[str, Measured]
-_STYLE = "body { max-width: 90rem } img { max-width: 100% }"
+_STYLE = "body { max-width: 100rem } td { white-space: nowrap } img { max-width: 100% }"
 
 
 def write_comparison(folder: Path, rows: Rows, pairs: str, device: str) -> str:
@@ -61,6 +62,7 @@ def write_comparison(folder: Path, rows: Rows, pairs: str, device: str) -> str:
 def quality_plot(rows: Rows) -> bytes:
     """Mean recall against parameters, MACs, files and the time of one pair, a point for each model, as PNG."""
     from matplotlib.figure import Figure  # not a dependency: the extra `plots`
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     costs = {
         "parameters (M)": [one.cost.parameters / 1e6 for one in rows.values()],
@@ -68,14 +70,17 @@ def quality_plot(rows: Rows) -> bytes:
         "weight files (MB)": [one.file_bytes / 1e6 for one in rows.values()],
         "one pair (ms)": [spread(one.pair_milliseconds(min(_sizes(rows)))).median for one in rows.values()],
     }
+    recalls = {name: 100 * one.recall["mean_recall"] for name, one in rows.items()}
     figure = Figure(figsize=(14, 4), layout="constrained")
     for axes, (title, values) in zip(figure.subplots(1, len(costs), sharey=True), costs.items(), strict=True):
-        for (name, one), value in zip(rows.items(), values, strict=True):
-            axes.plot(value, 100 * one.recall["mean_recall"], "o", markersize=9, alpha=0.8, label=name)
+        for (name, recall), value, marker in zip(recalls.items(), values, cycle("osD^vP*"), strict=False):
+            axes.plot(value, recall, marker, markersize=9, alpha=0.6, label=name)
         axes.set(xscale="log", xlabel=title)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-    figure.axes[0].set(ylabel="mean recall (%)")
-    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].set(ylabel="mean recall (%)", ylim=(0, 1.1 * max(*recalls.values(), 1)))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
