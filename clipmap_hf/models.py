@@ -8,6 +8,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
+    ChineseCLIPProcessor,
     CLIPProcessor,
     PretrainedConfig,
     PreTrainedModel,
@@ -17,6 +18,8 @@ from transformers import (
 
 
 __all__ = ["load_config", "load_model", "load_processor"]
+
+_PROCESSORS = {"chinese_clip": ChineseCLIPProcessor, "siglip": SiglipProcessor}  # others have CLIP's
 
 
 def load_config(source: str, *, revision: str | None = None, **kwargs) -> PretrainedConfig:
@@ -79,7 +82,7 @@ def load_model(
 
 def load_processor(source: str, *, revision: str | None = None, backend: str = "pil", **kwargs) -> ProcessorMixin:
     """
-    Tokenizer and image processor of a CLIP model: a `CLIPProcessor`, or SigLIP's.
+    Tokenizer and image processor of a CLIP model: a `CLIPProcessor`, or what the family has in its place.
 
     Args:
         source: Folder or Hub id.
@@ -93,13 +96,12 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
     """
     _check_folder(source)
     config = load_config(source, revision=revision, **kwargs)
-    is_siglip = config.model_type == "siglip"
     # One by one: the tokenizer has a `backend` of its own, and would take this one for it.
-    processor = (SiglipProcessor if is_siglip else CLIPProcessor)(
+    processor = _PROCESSORS.get(config.model_type, CLIPProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(source, revision=revision, backend=backend, **kwargs),
         tokenizer=AutoTokenizer.from_pretrained(source, revision=revision, **kwargs),
     )
-    if is_siglip:  # trained on texts that are padded to the full length, without a mask
+    if config.model_type == "siglip":  # trained on texts that are padded to the full length, without a mask
         processor.tokenizer.model_input_names = ["input_ids"]
     positions = config.text_config.max_position_embeddings  # XLM-R's tokenizer, which MetaCLIP 2 has, knows others
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -36,6 +37,7 @@ def render_card(
             shown.
     """
     is_local = os.path.isdir(teacher)
+    with_projection = model_class.replace("Model", "VisionModelWithProjection")  # SigLIP has none
     data = ModelCardData(
         base_model=None if is_local else teacher,
         base_model_relation=None if is_local else "finetune",
@@ -48,7 +50,7 @@ def render_card(
         template_path=str(_TEMPLATE),
         teacher=os.path.basename(os.path.normpath(teacher)) if is_local else teacher,
         model_class=model_class,
-        projection="" if model_class == "SiglipModel" else "WithProjection",  # of the single towers' classes
+        projection="WithProjection" if hasattr(transformers, with_projection) else "",
         method=method,
         cost_table=cost_table,
         results=results or {},
