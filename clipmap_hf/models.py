@@ -14,6 +14,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
+    ChineseCLIPProcessor,
     CLIPProcessor,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,6 +28,7 @@ __all__ = ["config_values", "load_config", "load_model", "load_processor"]
 
 _PROVENANCE = {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "architectures"}
 _FILE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
+_PROCESSORS = {"chinese_clip": ChineseCLIPProcessor, "siglip": SiglipProcessor}  # others have CLIP's
 
 
 def load_config(source: str, *, revision: str | None = None, **kwargs) -> PretrainedConfig:
@@ -99,7 +101,7 @@ def load_model(
 
 def load_processor(source: str, *, revision: str | None = None, backend: str = "pil", **kwargs) -> ProcessorMixin:
     """
-    Tokenizer and image processor of a CLIP model: a `CLIPProcessor`, or SigLIP's.
+    Tokenizer and image processor of a CLIP model: a `CLIPProcessor`, or what the family has in its place.
 
     Args:
         source: Folder or Hub id.
@@ -114,13 +116,12 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
     _check_folder(source)
     options = {"revision": revision, "trust_remote_code": False, **kwargs}
     config = load_config(source, revision=revision, **kwargs)
-    is_siglip = config.model_type == "siglip"
     # One by one: the tokenizer has a `backend` of its own, and would take this one for it.
-    processor = (SiglipProcessor if is_siglip else CLIPProcessor)(
+    processor = _PROCESSORS.get(config.model_type, CLIPProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(source, backend=backend, **options),
         tokenizer=AutoTokenizer.from_pretrained(source, **options),
     )
-    if is_siglip:  # trained on texts that are padded to the full length, without a mask
+    if config.model_type == "siglip":  # trained on texts that are padded to the full length, without a mask
         processor.tokenizer.model_input_names = ["input_ids"]
     positions = config.text_config.max_position_embeddings  # XLM-R's tokenizer, which MetaCLIP 2 has, knows others
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)

@@ -20,6 +20,8 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 from transformers import (
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -161,6 +163,14 @@ def siglip(tiny_config) -> SiglipModel:
     towers["text_config"]["projection_size"] = towers["vision_config"]["hidden_size"]
     towers["text_config"]["max_position_embeddings"] = 64  # to which transformers' pipeline pads
     return randomize(SiglipModel(SiglipConfig(**towers))).eval()
+
+
+@pytest.fixture(scope="session")
+def chinese_clip(tiny_config) -> ChineseCLIPModel:
+    """A random Chinese-CLIP of the tiny teacher's size, in eval mode."""
+    towers = _towers(tiny_config())
+    towers["text_config"]["hidden_act"] = "gelu"
+    return randomize(ChineseCLIPModel(ChineseCLIPConfig(**towers, projection_dim=PROJECTION_DIM))).eval()
 
 
 def _towers(config: CLIPConfig) -> dict[str, dict[str, Any]]:

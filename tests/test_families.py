@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModel, CLIPModel, MetaClip2Model, PreTrainedModel
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig
-from clipmap_hf.families import CLIP, FAMILIES, SIGLIP, TensorRule, family_for
+from clipmap_hf.families import CHINESE_CLIP, CLIP, FAMILIES, SIGLIP, TensorRule, family_for
 from clipmap_hf.mapping.mapper import WeightMapper
 
 
@@ -16,9 +16,9 @@ HALF = ClipMapConfig(
 
 
 @pytest.fixture
-def models(shared_teacher, metaclip2, siglip) -> dict[str, PreTrainedModel]:
+def models(shared_teacher, metaclip2, siglip, chinese_clip) -> dict[str, PreTrainedModel]:
     """A model of each type that a table describes."""
-    return {model.config.model_type: model for model in (shared_teacher, metaclip2, siglip)}
+    return {model.config.model_type: model for model in (shared_teacher, metaclip2, siglip, chinese_clip)}
 
 
 def test_every_family_is_tested(models):
@@ -66,9 +66,9 @@ def test_square_operators_change_nothing(model_type, models, tiny_batch):
     widths = {}
     for name in ("vision", "text"):
         widths[name] = getattr(model.config, f"{name}_config").intermediate_size - 1
-        tower = getattr(model, f"{name}_model")
-        for mlp in [module for module in tower.modules() if hasattr(module, "fc2")]:
-            mlp.fc2.weight.data[:, -1] = 0
+    for name, tensor in model.state_dict().items():
+        if {"ffn.in", "pool_ffn.in"} & set(family_for(model.config).match(name).rule.axes):
+            tensor[:, -1] = 0
     config = ClipMapConfig(**{name: TowerConfig(intermediate_size=width) for name, width in widths.items()})
     exported = WeightMapper(model, config).export()
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_a_spec_says_tower_layer_and_kind():
     assert CLIP.match("logit_scale").tower is None
 
 
-@pytest.mark.parametrize("family", [CLIP, SIGLIP], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [CHINESE_CLIP, CLIP, SIGLIP], ids=lambda family: family.name)
 def test_every_space_of_the_table_has_a_size(family, models):
     spaces = {space for rule in family.rules for space in rule.axes if space is not None}
     written = {space for space in spaces if not space.endswith(".in")}
@@ -126,9 +126,8 @@ def test_a_tensor_of_a_wrong_shape_is_an_error_that_names_it(shared_teacher, sha
 
 def test_a_family_without_a_table_is_an_error_that_lists_those_with_one(tiny_config):
     vision_only = tiny_config().vision_config
-    with pytest.raises(
-        ValueError, match=r"'clip_vision_model' are not supported; supported are \['clip', 'metaclip_2', 'siglip'"
-    ):
+    message = r"'clip_vision_model' are not supported; supported are \['chinese_clip', 'clip', 'metaclip_2', 'siglip'"
+    with pytest.raises(ValueError, match=message):
         family_for(vision_only)
 
 

@@ -60,7 +60,9 @@ def model_cost(config: CLIPConfig, dtype: torch.dtype = torch.float32) -> Cost:
         vision_macs, text_macs = _vision_macs(model), _text_macs(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parameters = sum(sizes.values())
-    token_embedding = sum(size for name, size in sizes.items() if name.endswith("token_embedding.weight"))
+    token_embedding = sum(
+        size for name, size in sizes.items() if name.endswith(("token_embedding.weight", "word_embeddings.weight"))
+    )
     return Cost(parameters, token_embedding, vision_macs, text_macs, parameters * dtype.itemsize)
 
 

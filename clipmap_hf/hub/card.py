@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -54,6 +55,7 @@ def render_card(
     shown_teacher = os.path.basename(os.path.normpath(teacher)) if is_local else teacher
     arguments = yaml.safe_load(recipe) if recipe else {}
     index = {"model_name": f"compressed {shown_teacher}", "eval_results": model_index(results)} if results else {}
+    with_projection = model_class.replace("Model", "VisionModelWithProjection")  # SigLIP has none
     data = ModelCardData(
         base_model=None if is_local else teacher,
         base_model_relation=None if is_local else "finetune",
@@ -69,7 +71,7 @@ def render_card(
         template_path=str(_TEMPLATE),
         teacher=shown_teacher,
         model_class=model_class,
-        projection="" if model_class == "SiglipModel" else "WithProjection",  # of the single towers' classes
+        projection="WithProjection" if hasattr(transformers, with_projection) else "",
         method=method,
         cost_table=cost_table,
         results=results_table(results) if results else None,
