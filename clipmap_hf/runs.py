@@ -9,12 +9,11 @@ from transformers import CLIPProcessor, PreTrainedModel
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.distributed import join_processes
+from clipmap_hf.distillation import distill, frozen
 from clipmap_hf.evaluation.cost import CostReport, model_cost
-from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import write_student_folder
-from clipmap_hf.teachers import Teacher, check_same_preprocessing, make_teacher_cache
+from clipmap_hf.teachers import Teacher, check_same_preprocessing
 from clipmap_hf.training.arguments import (
     DataArguments,
     DistillationArguments,
@@ -26,7 +25,6 @@ from clipmap_hf.training.arguments import (
 from clipmap_hf.training.masking import MaskingStage
 from clipmap_hf.training.optimization import step_count
 from clipmap_hf.training.setup import (
-    config_values,
     evaluation_function,
     run_stage,
     training_pairs,
@@ -108,71 +106,22 @@ def run_distillation(
     Raises:
         ValueError: If a teacher preprocesses images or texts in another way than the student.
     """
-    check_same_preprocessing(processor, teachers)
-    cached = _is_cached(cache, arguments)
-    pairs = training_pairs(data) if pairs is None else pairs
-    numbers = {"seed": run.seed, "num_workers": run.num_workers}
-    teacher_cache = make_teacher_cache(teachers, processor, data, cache, pairs=pairs, **numbers) if cached else None
-    evaluate = evaluation_function(data, processor, run)
-    teacher_metrics = None if evaluate is None else evaluate(teachers[0].model.to(join_processes().device))
-    if cached:  # the stage moves those that it uses
-        for teacher in teachers:
-            teacher.model.cpu()
-    stage = DistillationStage(
-        _frozen(student, arguments.freeze),
-        [teacher.model for teacher in teachers] if teacher_cache is None else [],
-        arguments.logit_scale,
-        arguments.learn_logit_scale,
-        arguments.losses,
-        teacher_cache.summary["dims"] if teacher_cache else (),
-    )
-    costs = CostReport(teacher=model_cost(teachers[0].model.config), student=model_cost(student.config))
     others = "".join(f", with {Path(one.id).name if Path(one.id).is_dir() else one.id}" for one in teachers[1:])
-
-    def save(folder: Path, metrics: dict[str, float]) -> None:
-        card = render_card(
-            teachers[0].id,
-            str(costs),
-            model_class=type(student).__name__,
-            method="Its weights were distilled from the teacher's similarities (CLIP-Map's retraining stage)"
-            f"{others}.",
-            results={"teacher": teacher_metrics, "student": metrics} if metrics else None,
-            recipe=recipe,
-        )
-        write_student_folder(folder, student, processor, card)
-
-    return run_stage(
-        stage,
+    return distill(
+        student,
+        teachers,
+        processor,
         arguments,
         run,
         data,
-        processor,
-        name="distillation",
-        pairs=pairs,
-        evaluate=evaluate,
-        save=save,
-        config={
-            "teachers": [[teacher.id, teacher.revision] for teacher in teachers],
-            "student": config_values(student.config),
-        },
-        teacher_cache=teacher_cache,
+        cache=cache,
         recipe=recipe,
+        pairs=pairs,
+        name="distillation",
+        make_stage=DistillationStage,
+        export=lambda stage: stage.trained,
+        method=f"Its weights were distilled from the teacher's similarities (CLIP-Map's retraining stage){others}.",
     )
-
-
-def _is_cached(cache: TeacherCacheArguments | None, arguments: DistillationArguments) -> bool:
-    cached = cache is not None and cache.teacher_cache is not None
-    if cached and "hidden" in arguments.losses:
-        raise ValueError("The hidden loss asks the teacher itself; leave out teacher_cache, or the loss.")
-    return cached
-
-
-def _frozen(student: PreTrainedModel, tower: str | None) -> PreTrainedModel:
-    """The student, with a tower and its projection left out of training."""
-    family = family_for(student.config)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(tower is None or family.match(name).tower != tower)
-    return student
 
 
 def run_masking(
@@ -202,7 +151,7 @@ def run_masking(
     check_same_preprocessing(source.processor, teachers)
     steps, ramp = step_count(arguments, pairs), arguments.ramp_steps
     stage = MaskingStage(
-        _frozen(copy.deepcopy(source.model), arguments.freeze),
+        frozen(copy.deepcopy(source.model), arguments.freeze),
         [teacher.model for teacher in teachers],
         arguments.logit_scale,
         arguments.learn_logit_scale,

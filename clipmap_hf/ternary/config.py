@@ -29,12 +29,12 @@ class TernaryConfig(QuantizationConfigMixin):
     The options of a ternary model.
 
     Args:
-        quantizer: How weights become ternary: `twn`, `absmean2` (TernaryCLIP), `absmean` (BitNet), or `learned` levels.
+        quantizer: How weights become ternary: `twn`, `absmean2` (TernaryCLIP), `absmean` (BitNet), `learned` levels.
         granularity: What has a level of its own: a `tensor`, a `row` or a `block` of a row.
         block_size: Weights in a block.
         parts: What is ternary, of `PARTS`; all else, and every bias and LayerNorm, stays float.
         encoding: `base3`, 1.6 bits a weight, or `planar`, 2 bits, which is unpacked faster.
-        modules: The names of the ternary modules, in a model that is packed.
+        modules: The names of the ternary modules; by default those of `parts`.
         format: Of the packed file.
         quant_method: The name by which transformers finds this package's quantizer.
 

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from clipmap_hf.ternary.config import METHOD, TernaryConfig
 from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 
 
-__all__ = ["TernaryQuantizer", "mark", "swap"]
+__all__ = ["TernaryQuantizer", "mark", "register", "swap"]
 
 _TOWERS = ("vision_config", "text_config")
 
@@ -90,6 +91,13 @@ def mark(model: nn.Module, quantizer: TernaryQuantizer) -> None:
         config.quantization_config = quantizer.quantization_config.to_dict()
         config._is_quantized = True
     model.config.quantization_config = quantizer.quantization_config
+
+
+def register() -> None:
+    """Makes the quantizer known to transformers, once."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(TernaryConfig)
+        register_quantizer(METHOD)(TernaryQuantizer)
 
 
 def _configs(config: Any) -> list[Any]:

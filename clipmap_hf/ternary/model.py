@@ -1,7 +1,7 @@
 """A whole model, made ternary: weights replaced by what trits stand for, packed, or made float again."""
 
 import copy
-import re
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -19,13 +19,14 @@ __all__ = ["pack_model", "set_backend", "sparsity", "ternary_modules"]
 
 def ternary_modules(model: nn.Module, config: TernaryConfig) -> list[str]:
     """
-    The names of the modules that `config.parts` ask for.
+    The names of the modules that `config` asks for.
 
     Raises:
         ValueError: If there are none, or one is no module that can be ternary.
     """
-    names = config.select(name for name, _ in model.named_modules())
-    names = [name for name in names if getattr(model.get_submodule(name), "weight", None) is not None]
+    names = config.modules or config.select(
+        name for name, module in model.named_modules() if hasattr(module, "weight")
+    )
     if not names:
         raise ValueError(f"The model has no modules of the parts {config.parts}.")
     for name in names:
@@ -51,7 +52,7 @@ def pack_model(
         dtype: Of all that is not ternary.
     """
     names = ternary_modules(model, config)
-    config = TernaryConfig(**{**config.to_dict(), "modules": names})
+    config = dataclasses.replace(config, modules=names)
     packed = copy.deepcopy(model).to(dtype)
     sources = {name: model.get_submodule(name).weight.detach().float() for name in names}
     swap(packed, config)

@@ -1,6 +1,6 @@
 """The stage that trains ternary weights: latent float weights, made ternary once a step, taught by the float model."""
 
-import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,14 +25,14 @@ class TernaryStage(DistillationStage):
     model, so checkpoints, gradient caching and teacher caches are those of distillation.
 
     Args:
-        trained: The student; its weights become the latent ones.
+        trained: The student; its weights become the latent ones. Those that require no gradient stay float.
         teachers: As in `DistillationStage`.
         logit_scale: As in `Stage`.
         learn_logit_scale: As in `Stage`.
-        config: What is ternary, and how.
-        ramp_steps: Steps in which weights go from float to ternary, straight; none by default.
         losses: As in `DistillationStage`.
         teacher_dims: As in `DistillationStage`.
+        config: What is ternary, and how.
+        ramp_steps: Steps in which weights go from float to ternary; none by default.
     """
 
     def __init__(
@@ -41,20 +41,22 @@ class TernaryStage(DistillationStage):
         teachers: Sequence[nn.Module],
         logit_scale: float,
         learn_logit_scale: bool,
-        config: TernaryConfig,
-        ramp_steps: int = 0,
         losses: Mapping[str, float] = AFFINITY,
         teacher_dims: Sequence[int] = (),
+        *,
+        config: TernaryConfig,
+        ramp_steps: int = 0,
     ):
         super().__init__(trained, teachers, logit_scale, learn_logit_scale, losses, teacher_dims)
-        self.config, self.ramp_steps = config, ramp_steps
         self._options = (config.quantizer, config.granularity, config.block_size)
-        self.names = ternary_modules(trained, config)
+        names = ternary_modules(trained, config)
+        self.names = [name for name in names if trained.get_submodule(name).weight.requires_grad]
+        self.config, self.ramp_steps = dataclasses.replace(config, modules=self.names), ramp_steps
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         learned = self.names if config.quantizer == "learned" else []
         found = [ternarized(trained.get_submodule(name).weight.detach(), *self._options)[1] for name in learned]
         self._shapes = [level.shape for level in found]
-        self.levels = nn.ParameterList(nn.Parameter(level.float().flatten()) for level in found)  # vectors do not decay
+        self.levels = nn.ParameterList(level.float().flatten() for level in found)  # vectors do not decay
 
     def after_step(self) -> None:
         super().after_step()
