@@ -48,7 +48,8 @@ def check_packed(packed: torch.Tensor, columns: int, encoding: str) -> None:
     Raises:
         ValueError: If they are not, as in a file that is corrupt or in another encoding.
     """
-    if not torch.equal(pack(unpack(packed, columns, encoding), encoding), packed):
+    trits = unpack(packed, columns, encoding)
+    if (trits > 1).any() or not torch.equal(pack(trits, encoding), packed):
         raise ValueError(f"These bytes hold no trits in the encoding {encoding!r}; the file is corrupt, or another's.")
 
 
