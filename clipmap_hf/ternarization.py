@@ -1,6 +1,5 @@
 """What recipes/ternarize.py runs: ternary weights from a model and arguments to a written, packed folder."""
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,7 +11,6 @@ from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.distillation import distill
 from clipmap_hf.teachers import Teacher
 from clipmap_hf.ternary.arguments import TernaryArguments
-from clipmap_hf.ternary.config import TernaryConfig
 from clipmap_hf.ternary.stage import TernaryStage
 from clipmap_hf.training.arguments import DataArguments, RunArguments, TeacherCacheArguments
 from clipmap_hf.training.optimization import step_count
@@ -59,7 +57,6 @@ def run_ternarization(
     steps, ramp = step_count(arguments, pairs), arguments.ramp_steps
     if not steps:
         logger.warning("Weights are made ternary without training, which leaves little of most models; give steps.")
-    words = (field.name for field in dataclasses.fields(TernaryConfig) if hasattr(arguments, field.name))
     return distill(
         student,
         teachers,
@@ -73,7 +70,7 @@ def run_ternarization(
         name="ternarization",
         make_stage=partial(
             TernaryStage,
-            config=TernaryConfig(**{word: getattr(arguments, word) for word in words}),
+            config=arguments.config(),
             ramp_steps=round(ramp if ramp >= 1 else ramp * steps),
         ),
         export=lambda stage: stage.packed(getattr(torch, arguments.float_dtype)),

@@ -138,7 +138,10 @@ def test_single_towers_load_from_the_folder_of_both(folder, tiny_batch, tower):
     whole = CLIPModel.from_pretrained(folder)
     with torch.no_grad():
         if "Vision" in tower.__name__:
-            found, whole = loaded(pixel_values=tiny_batch["pixel_values"]), whole.vision_model(tiny_batch["pixel_values"])
+            found, whole = (
+                loaded(pixel_values=tiny_batch["pixel_values"]),
+                whole.vision_model(tiny_batch["pixel_values"]),
+            )
         else:
             inputs = {name: tiny_batch[name] for name in ("input_ids", "attention_mask")}
             found, whole = loaded(**inputs), whole.text_model(**inputs)
@@ -173,7 +176,9 @@ print(type(model.visual_projection).__name__)
 @pytest.mark.slow
 @pytest.mark.parametrize("imported", ["import clipmap_hf", "import transformers.quantizers.auto, clipmap_hf"])
 def test_a_fresh_process_loads_the_folder_after_the_import(folder, imported):
-    done = subprocess.run([sys.executable, "-c", LOAD.format(imported=imported), folder], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD.format(imported=imported), folder], capture_output=True, text=True
+    )
     assert done.stdout.strip() == "TernaryLinear", done.stderr
 
 

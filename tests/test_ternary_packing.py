@@ -39,7 +39,9 @@ def test_rows_are_packed_by_themselves(encoding):
     assert torch.equal(pack(trits, encoding)[2:4], pack(trits[2:4], encoding))
 
 
-@pytest.mark.parametrize(("encoding", "byte"), [("planar", 0b11), ("planar", 0b11000000), ("base3", 243), ("base3", 255)])
+@pytest.mark.parametrize(
+    ("encoding", "byte"), [("planar", 0b11), ("planar", 0b11000000), ("base3", 243), ("base3", 255)]
+)
 def test_bytes_that_hold_no_trits_are_refused(encoding, byte):
     packed = pack(trits_of(2, 20), encoding)
     packed[1, 2] = byte

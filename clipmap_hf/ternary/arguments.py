@@ -1,10 +1,13 @@
 """What recipes/ternarize.py can be told besides what distillation can."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal
 
 from clipmap_hf.training.arguments import DistillationArguments
 
+
+if TYPE_CHECKING:
+    from clipmap_hf.ternary.config import TernaryConfig
 
 __all__ = ["TernaryArguments"]
 
@@ -35,3 +38,16 @@ class TernaryArguments(DistillationArguments):
         default=0.0,
         metadata={"help": "Steps, or a share of all if below 1, in which weights go from float to ternary."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.config()
+        if self.ramp_steps < 0:
+            raise ValueError(f"ramp_steps={self.ramp_steps} must be at least 0.")
+
+    def config(self) -> "TernaryConfig":
+        """Those of the arguments that are the model's."""
+        from clipmap_hf.ternary.config import TernaryConfig  # imports torch, for which `--help` must not wait
+
+        names = (one.name for one in fields(TernaryConfig) if hasattr(self, one.name))
+        return TernaryConfig(**{name: getattr(self, name) for name in names})

@@ -38,7 +38,9 @@ def write_gguf(model: nn.Module, path: str | Path, gguf_type: str = "TQ1_0") -> 
     if gguf_type not in GGUF_TYPES:
         raise ValueError(f"gguf_type={gguf_type!r} is unknown; it must be one of {GGUF_TYPES}.")
     if not modules:
-        raise ValueError(f"A {type(model).__name__} without ternary modules has nothing to write; load a packed folder.")
+        raise ValueError(
+            f"A {type(model).__name__} is not ternary, so there is nothing to write; load a packed folder."
+        )
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_string("clip.config", model.config.to_json_string(use_diff=False))
     types = {}
