@@ -62,9 +62,9 @@ def test_parts_are_these_modules(tiny_teacher, part, modules):
 
 @each_config
 def test_a_packed_model_is_the_model_of_its_trits(tiny_teacher, tiny_batch, config):
-    expected = {name: tiny_teacher.get_submodule(name).weight for name in ternary_modules(tiny_teacher, config)}
+    weights = [tiny_teacher.get_submodule(name).weight for name in ternary_modules(tiny_teacher, config)]
     packed = pack_model(tiny_teacher, config)
-    for name, weight in expected.items():
+    for weight in weights:
         weight.data = dequantized(*ternarized(weight.data, config.quantizer, config.granularity, config.block_size))
     for backend in ("float", "packed"):
         set_backend(packed, backend)
@@ -138,14 +138,11 @@ def test_single_towers_load_from_the_folder_of_both(folder, tiny_batch, tower):
     whole = CLIPModel.from_pretrained(folder)
     with torch.no_grad():
         if "Vision" in tower.__name__:
-            found, whole = (
-                loaded(pixel_values=tiny_batch["pixel_values"]),
-                whole.vision_model(tiny_batch["pixel_values"]),
-            )
+            inputs, whole = {"pixel_values": tiny_batch["pixel_values"]}, whole.vision_model
         else:
-            inputs = {name: tiny_batch[name] for name in ("input_ids", "attention_mask")}
-            found, whole = loaded(**inputs), whole.text_model(**inputs)
-    torch.testing.assert_close(found.last_hidden_state, whole.last_hidden_state, rtol=0, atol=0)
+            inputs, whole = {name: tiny_batch[name] for name in ("input_ids", "attention_mask")}, whole.text_model
+        found, expected = loaded(**inputs), whole(**inputs)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=0)
 
 
 def test_auto_classes_and_pipelines_load_the_folder(folder, tiny_pairs):
@@ -173,18 +170,21 @@ print(type(model.visual_projection).__name__)
 """
 
 
+def load_in_a_process(folder, imported: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", LOAD.format(imported=imported), folder]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("imported", ["import clipmap_hf", "import transformers.quantizers.auto, clipmap_hf"])
 def test_a_fresh_process_loads_the_folder_after_the_import(folder, imported):
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD.format(imported=imported), folder], capture_output=True, text=True
-    )
+    done = load_in_a_process(folder, imported)
     assert done.stdout.strip() == "TernaryLinear", done.stderr
 
 
 @pytest.mark.slow
 def test_without_the_import_loading_is_an_error(folder):
-    done = subprocess.run([sys.executable, "-c", LOAD.format(imported=""), folder], capture_output=True, text=True)
+    done = load_in_a_process(folder, "")
     assert done.returncode != 0 and not done.stdout and "mismatch" in done.stderr.lower()
 
 
