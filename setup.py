@@ -35,9 +35,10 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    "test": ["pytest>=9.0", "pytest-xdist>=3.8"],
+    "test": ["matplotlib>=3.10", "onnx>=1.20", "onnxruntime>=1.24", "pytest>=9.0", "pytest-xdist>=3.8"],
     "quality": ["ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
     "plots": ["matplotlib>=3.10"],
+    "onnx": ["onnxruntime>=1.24"],
     "benchmarks": ["webdataset>=1.0"],  # what recipes/benchmarks/data.py compares with
 }
 EXTRAS["dev"] = sorted(requirement for extra in EXTRAS.values() for requirement in extra)

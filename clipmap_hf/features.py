@@ -1,15 +1,16 @@
 """The only reader of CLIP's outputs: normalized embeddings and the logit scale, in fp32 whatever the autocast."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
-__all__ = ["ClipFeatures", "encode_images", "encode_texts", "evaluating"]
+__all__ = ["ClipFeatures", "Towers", "encode_images", "encode_texts", "evaluating"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,35 @@ def encode_texts(model: nn.Module, input_ids: torch.Tensor, attention_mask: torc
     """Normalized fp32 embeddings `(batch, projection_dim)` of token ids and mask `(batch, length)`."""
     features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
     return F.normalize(features.pooler_output.float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class Towers:
+    """
+    Both towers of a model as functions, whatever runs them.
+
+    Args:
+        images: From `pixel_values` to normalized embeddings, as `encode_images`.
+        texts: From `input_ids` and `attention_mask` to normalized embeddings, as `encode_texts`.
+        device: Where both take their inputs.
+    """
+
+    images: Callable[[torch.Tensor], torch.Tensor]
+    texts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    device: torch.device
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> "Towers":
+        """Those of a `CLIPModel`, in the mode it is in."""
+        return cls(partial(encode_images, model), partial(encode_texts, model), next(model.parameters()).device)
+
+    def passes(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
+        """One batch through the `vision` tower, and through the `text` tower, each when it is called."""
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return {
+            "vision": partial(self.images, batch["pixel_values"]),
+            "text": partial(self.texts, batch["input_ids"], batch["attention_mask"]),
+        }
 
 
 @contextmanager

@@ -50,18 +50,18 @@ def main() -> None:
 
 
 def retrieval(arguments: EvaluateArguments, model, processor) -> dict[str, float]:
+    from clipmap_hf.data.evaluation_pairs import evaluation_pairs
     from clipmap_hf.evaluation.retrieval import evaluate_retrieval
-    from clipmap_hf.training.arguments import DataArguments
-    from clipmap_hf.training.setup import evaluation_batches
 
-    data = DataArguments(
-        train_data=arguments.eval_data,
-        eval_data=arguments.eval_data,
-        eval_split=arguments.eval_split,
+    pairs = evaluation_pairs(
+        arguments.eval_data,
+        processor,
+        split=arguments.eval_split,
         image_column=arguments.image_column,
-        caption_column=[arguments.caption_column],
+        caption_column=arguments.caption_column,
+        batch_size=arguments.batch_size,
     )
-    return evaluate_retrieval(model, evaluation_batches(data, processor, arguments.batch_size))
+    return evaluate_retrieval(model, pairs)
 
 
 def classification(arguments: EvaluateArguments, model, processor) -> dict[str, float]:

@@ -43,11 +43,11 @@ def test_page_marks_the_right_results_and_escapes_captions():
     images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
     good, bad = torch.eye(3), torch.eye(3).roll(1, 0)
     page = retrieval_page(
-        "Title", [{"model": "a<b"}], images, ["red", "blue", "<green>"], {"right": (good, good)}, picks=[0, 2], k=1
+        "Title", [["model", "a<b"]], images, ["red", "blue", "<green>"], {"right": (good, good)}, picks=[0, 2], k=1
     )
     assert page.count('<li class="right">') == 2 and page.count('<img class="right"') == 2
     assert "&lt;green&gt;" in page and "<green>" not in page and "a&lt;b" in page
-    wrong = retrieval_page("Title", [{"model": "a"}], images, ["r", "b", "g"], {"wrong": (good, bad)}, picks=[0], k=1)
+    wrong = retrieval_page("Title", [["model", "a"]], images, ["r", "b", "g"], {"wrong": (good, bad)}, picks=[0], k=1)
     assert 'class="right"' not in wrong.split("<h2>")[1]
 
 

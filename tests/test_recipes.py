@@ -468,6 +468,24 @@ def test_evaluate_classifies_labeled_images(finish, teacher_folder, pairs_parque
 
 
 @pytest.mark.recipes
+def test_compare_measures_models_side_by_side(finish, teacher_folder, pairs_parquet, tmp_path):
+    other = shutil.copytree(teacher_folder, tmp_path / "other")
+    data = ("--eval_data", pairs_parquet, "--rounds", 1, "--output_dir", tmp_path / "out")
+    printed = finish("compare.py", teacher_folder, other, *data)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "results.json",
+        "results.md",
+        "index.html",
+        "quality.png",
+    }
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert list(results) == [teacher_folder.name, "other"] and "| other" in printed
+    assert results["other"]["mean_recall"] == results[teacher_folder.name]["mean_recall"]
+    assert {one["batch_size"] for one in results["other"]["milliseconds"]} == {1, 8, 32}
+    assert 0 < results["other"]["libraries_memory_bytes"] < results["other"]["peak_memory_bytes"]
+
+
+@pytest.mark.recipes
 def test_demo_compares_students_that_saw_the_same_number_of_pairs(
     finish, steps, teacher_folder, pairs_parquet, tmp_path
 ):

@@ -1,6 +1,5 @@
 """An HTML page that shows what several models retrieve for the same images and captions."""
 
-import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
@@ -8,13 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from PIL import Image
 
+from clipmap_hf.evaluation.tables import html_page, html_table, inline_png
+
 
 __all__ = ["retrieval_page"]
 
 _STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { border-bottom: 1px solid #ddd; padding: .4rem .7rem }
-th { text-align: left; font-weight: 600 } td { vertical-align: top } td.number { text-align: right }
 ol { margin: 0; padding-left: 1.2rem } .right { font-weight: 700; color: #0a7d32 } img { vertical-align: middle }
 img.right { outline: 3px solid #0a7d32 }
 """
@@ -22,7 +20,7 @@ img.right { outline: 3px solid #0a7d32 }
 
 def retrieval_page(
     title: str,
-    table: Sequence[Mapping[str, str]],
+    table: Sequence[Sequence[str]],
     images: Sequence[Image.Image],
     captions: Sequence[str],
     embeddings: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
@@ -32,7 +30,7 @@ def retrieval_page(
     """
     Args:
         title: Heading of the page.
-        table: Rows of results, `{column: text}`, shown first.
+        table: Columns of results, header first, shown first.
         images: All images that are searched.
         captions: Their captions, in the same order.
         embeddings: Per model, normalized image and text embeddings `(pairs, dim)` of all pairs.
@@ -53,16 +51,13 @@ def retrieval_page(
             pictures = " ".join(_picture(images[i], _mark(i, pick)) for i in found)
             cells.append(f"<td><ol>{items}</ol></td><td>{pictures}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>
-<h1>{html.escape(title)}</h1>
-{_table(table)}
+    body = f"""{html_table(table)}
 <h2>What the models retrieve among {len(images)} test pairs</h2>
 <p>For each image the nearest captions, for its caption the nearest images; the right one is green.</p>
 <table><tr><th>image</th><th>caption</th>{names}</tr>
 {chr(10).join(rows)}
-</table></html>
-"""
+</table>"""
+    return html_page(title, body, _STYLE)
 
 
 def _mark(index: int, pick: int) -> str:
@@ -72,16 +67,4 @@ def _mark(index: int, pick: int) -> str:
 def _picture(image: Image.Image, attributes: str = "") -> str:
     buffer = io.BytesIO()
     image.save(buffer, "png")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img{attributes} width="48" height="48" alt="" src="data:image/png;base64,{data}">'
-
-
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{'' if i == 0 else ' class=number'}>{html.escape(c)}</td>" for i, c in enumerate(row.values()))
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return inline_png(buffer.getvalue(), f'{attributes} width="48" height="48" alt=""'.strip())

@@ -11,7 +11,8 @@ from torch import nn
 from clipmap_hf.data.images import decode_image, image_bytes
 from clipmap_hf.demo.page import retrieval_page
 from clipmap_hf.evaluation.cost import model_cost
-from clipmap_hf.evaluation.retrieval import embed_pairs, recall_at_k
+from clipmap_hf.evaluation.retrieval import embed_pairs, recall_at_k, recall_columns
+from clipmap_hf.evaluation.tables import markdown_table
 from clipmap_hf.training.arguments import DataArguments
 from clipmap_hf.training.setup import evaluation_batches
 
@@ -53,12 +54,12 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
     embeddings = {name: embed_pairs(one.model, batches)[:2] for name, one in contestants.items()}
     results = {name: _measure(one, *embeddings[name]) for name, one in contestants.items()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    rows = [_row(name, values) for name, values in results.items()]
-    table = _markdown(rows)
+    columns = _columns(results)
+    table = markdown_table(columns)
     (folder / "results.md").write_text(table + "\n", encoding="utf-8")
     page = retrieval_page(
         "CLIP-Map on emoji of an unseen style",
-        rows,
+        columns,
         [decode_image(image_bytes(image)) for image in pairs["image"]],
         pairs[data.caption_column[0]],
         dict(list(embeddings.items())[:2]),
@@ -82,25 +83,17 @@ def _measure(contestant: Contestant, image_embeds, text_embeds) -> dict[str, flo
     }
 
 
-def _row(name: str, values: Mapping[str, float | int | None]) -> dict[str, str]:
-    recall = {
-        f"R@{k} i→t / t→i": " / ".join(
-            f"{100 * values[f'{way}_recall@{k}']:.1f}" for way in ("image_to_text", "text_to_image")
-        )
-        for k in (1, 5, 10)
-    }
-    trained = values["training_pairs"] is not None
-    return {
-        "model": name,
-        **recall,
-        "parameters (M)": f"{values['parameters'] / 1e6:.2f}",
-        "MACs (M)": f"{values['vision_macs'] / 1e6:.2f} + {values['text_macs'] / 1e6:.2f}",
-        "fp32 weights (MB)": f"{values['bytes'] / 1e6:.2f}",
-        "training pairs": str(values["training_pairs"]) if trained else "",
-        "seconds": f"{values['seconds']:.0f}" if trained else "",
-    }
-
-
-def _markdown(rows: list[dict[str, str]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _columns(results: Mapping[str, Mapping[str, float | int | None]]) -> list[list[str]]:
+    rows = list(results.values())
+    trained = [row["training_pairs"] is not None for row in rows]
+    pairs = (str(row["training_pairs"]) if had else "" for row, had in zip(rows, trained, strict=True))
+    seconds = (f"{row['seconds']:.0f}" if had else "" for row, had in zip(rows, trained, strict=True))
+    return [
+        ["model", *results],
+        *recall_columns(rows),
+        ["parameters (M)", *(f"{row['parameters'] / 1e6:.2f}" for row in rows)],
+        ["MACs (M)", *(f"{row['vision_macs'] / 1e6:.2f} + {row['text_macs'] / 1e6:.2f}" for row in rows)],
+        ["fp32 weights (MB)", *(f"{row['bytes'] / 1e6:.2f}" for row in rows)],
+        ["training pairs", *pairs],
+        ["seconds", *seconds],
+    ]

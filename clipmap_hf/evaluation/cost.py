@@ -8,8 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, CLIPConfig, PreTrainedModel
 
+from clipmap_hf.evaluation.tables import markdown_table, scaled_column
 
-__all__ = ["Cost", "CostReport", "cost_table", "markdown_table", "model_cost", "parameter_count", "scaled_column"]
+
+__all__ = ["Cost", "CostReport", "cost_columns", "cost_table", "model_cost", "parameter_count"]
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,29 @@ def cost_table(costs: Mapping[str, Cost]) -> str:
     if not costs:
         raise ValueError("costs is empty; give at least one `name: Cost`.")
     entries = list(costs.values())
-    columns = [["model", *costs]]
-    sizes = scaled_column(
-        [n for cost in entries for n in (cost.parameters, cost.parameters_without_token_embedding)], "MK"
-    )
-    columns.append([f"parameters ({sizes[0]})", *sizes[1::2]])
-    columns.append([f"without token embedding ({sizes[0]})", *sizes[2::2]])
-    macs = scaled_column([n for cost in entries for n in (cost.vision_macs, cost.text_macs)], "GMK")
-    columns.append([f"vision MACs ({macs[0]})", *macs[1::2]])
-    columns.append([f"text MACs ({macs[0]})", *macs[2::2]])
     file = scaled_column([cost.bytes for cost in entries], "MK")
-    columns.append([f"weights ({file[0]}B)", *file[1:]])
-    columns.append(["parameters kept", *(f"{cost.parameters / entries[0].parameters:.1%}" for cost in entries)])
-    return markdown_table(columns)
+    kept = (f"{cost.parameters / entries[0].parameters:.1%}" for cost in entries)
+    return markdown_table(
+        [
+            ["model", *costs],
+            *cost_columns(entries),
+            [f"weights ({file[0]}B)", *file[1:]],
+            ["parameters kept", *kept],
+        ]
+    )
+
+
+def cost_columns(costs: Sequence[Cost]) -> list[list[str]]:
+    """Columns of a table, header first: parameters with and without the token embedding, MACs of each tower."""
+    sizes = [n for cost in costs for n in (cost.parameters, cost.parameters_without_token_embedding)]
+    sizes = scaled_column(sizes, "MK")
+    macs = scaled_column([n for cost in costs for n in (cost.vision_macs, cost.text_macs)], "GMK")
+    return [
+        [f"parameters ({sizes[0]})", *sizes[1::2]],
+        [f"without token embedding ({sizes[0]})", *sizes[2::2]],
+        [f"vision MACs ({macs[0]})", *macs[1::2]],
+        [f"text MACs ({macs[0]})", *macs[2::2]],
+    ]
 
 
 def _vision_macs(model: PreTrainedModel) -> int:
@@ -106,28 +118,6 @@ def _text_macs(model: PreTrainedModel) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.get_text_features(input_ids=caption)
     return counter.get_total_flops() // 2
-
-
-def scaled_column(values: Sequence[int], units: str) -> list[str]:
-    """The largest of the decimal `units` in which no value falls below 0.01, then the values in it."""
-    scales = {"G": 1e9, "M": 1e6, "K": 1e3}
-    unit = next((unit for unit in units if min(values) >= 0.01 * scales[unit]), units[-1])
-    return [unit, *(f"{value / scales[unit]:.2f}" for value in values)]
-
-
-def markdown_table(columns: Sequence[Sequence[str]]) -> str:
-    """The table of `columns` (header first), names to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in columns]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    header, *rows = zip(*columns, strict=True)
-    lines = []
-    for row in (header, rule, *rows):
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 class CostReport(dict[str, Cost]):

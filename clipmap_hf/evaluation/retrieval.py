@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from clipmap_hf.distributed import gather, process_index
-from clipmap_hf.features import encode_images, encode_texts, evaluating
+from clipmap_hf.features import Towers, evaluating
 
 
-__all__ = ["embed_pairs", "evaluate_retrieval", "recall_at_k"]
+__all__ = ["embed_pairs", "evaluate_retrieval", "evaluate_towers", "recall_at_k", "recall_columns"]
 
 
 def recall_at_k(
@@ -65,7 +65,6 @@ def _ranks(
     return torch.cat(ranks)
 
 
-@torch.no_grad()
 def embed_pairs(model: nn.Module, batches: Iterable[Mapping]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Normalized embeddings of collated batches, on the CPU: of images `(images, dim)`, of texts `(texts, dim)`, and the
@@ -75,20 +74,47 @@ def embed_pairs(model: nn.Module, batches: Iterable[Mapping]) -> tuple[torch.Ten
     Raises:
         ValueError: If the collator left out a row; results on fewer pairs would not be comparable.
     """
-    device = next(model.parameters()).device
+    with evaluating(model):
+        return _embed(Towers.of_model(model), batches)
+
+
+def evaluate_retrieval(
+    model: nn.Module, batches: Iterable[Mapping], ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """`recall_at_k` of a `CLIPModel` on collated pairs, plus `mean_recall` over all cut-offs and both ways."""
+    with evaluating(model):
+        return evaluate_towers(Towers.of_model(model), batches, ks)
+
+
+def evaluate_towers(towers: Towers, batches: Iterable[Mapping], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """`evaluate_retrieval` of whatever runs the towers."""
+    recall = recall_at_k(*_embed(towers, batches), ks=ks)
+    return {**recall, "mean_recall": sum(recall.values()) / len(recall)}
+
+
+def recall_columns(results: Sequence[Mapping[str, float]], ks: Sequence[int] = (1, 5, 10)) -> list[list[str]]:
+    """Columns of a table, header first: recall both ways in percent, of each cut-off."""
+    ways = ("image_to_text", "text_to_image")
+    return [
+        [f"R@{k} i→t / t→i", *(" / ".join(f"{100 * one[f'{way}_recall@{k}']:.1f}" for way in ways) for one in results)]
+        for k in ks
+    ]
+
+
+@torch.no_grad()
+def _embed(towers: Towers, batches: Iterable[Mapping]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     image_embeds, text_embeds, image_of_text = [], [], []
     images = bad_rows = 0
-    with evaluating(model):
-        for batch in batches:
-            bad_rows += sum(batch.get("bad_rows", {}).values())
-            if bad_rows:
-                continue  # only to count them all
-            image_embeds.append(encode_images(model, batch["pixel_values"].to(device)))
-            tokens = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
-            text_embeds.append(encode_texts(model, *tokens))
-            image_of_text.append(batch["image_of_text"].to(device) + images)
-            images += len(batch["pixel_values"])
-    counts = gather(torch.tensor([[images, bad_rows]], device=device))  # (processes, 2)
+    for batch in batches:
+        bad_rows += sum(batch.get("bad_rows", {}).values())
+        if bad_rows:
+            continue  # only to count them all
+        passes = towers.passes({name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")})
+        image_embeds.append(passes["vision"]())
+        text_embeds.append(passes["text"]())
+        image_of_text.append(batch["image_of_text"].to(towers.device) + images)
+        images += len(batch["pixel_values"])
+    counts = gather(torch.tensor([[images, bad_rows]], device=towers.device))  # (processes, 2)
     if counts[:, 1].any():
         raise ValueError(f"{counts[:, 1].sum()} evaluation pairs cannot be read; the log says why. Mend the data.")
     if not images:
@@ -96,11 +122,3 @@ def embed_pairs(model: nn.Module, batches: Iterable[Mapping]) -> tuple[torch.Ten
     embeds = [torch.cat(image_embeds), torch.cat(text_embeds), torch.cat(image_of_text)]
     embeds[2] += counts[: process_index(), 0].sum()
     return tuple(gather(rows).cpu() for rows in embeds)
-
-
-def evaluate_retrieval(
-    model: nn.Module, batches: Iterable[Mapping], ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
-    """`recall_at_k` of a `CLIPModel` on collated pairs, plus `mean_recall` over all cut-offs and both ways."""
-    recall = recall_at_k(*embed_pairs(model, batches), ks=ks)
-    return {**recall, "mean_recall": sum(recall.values()) / len(recall)}

@@ -3,12 +3,13 @@
 import copy
 
 import torch
-from torch.utils.benchmark import Timer
 from transformers import AutoModel, PretrainedConfig
 
 from clipmap_hf.budget import Budget
 from clipmap_hf.config import ClipMapConfig, student_config
 from clipmap_hf.distributed import broadcast, join_processes, process_index
+from clipmap_hf.evaluation.latency import milliseconds, random_inputs
+from clipmap_hf.features import Towers
 from clipmap_hf.shapes.grid import Grid, Shape, Table, of_depths, shaped
 
 
@@ -35,8 +36,8 @@ def latency_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, 
             depths = [min(layers, getattr(teacher, f"{name}_config").num_hidden_layers) for name in widths]
             small = student_config(teacher, shaped(config, Shape(vision, depths[0], text, depths[1])))
             names = [name for name in widths if index < len(widths[name])]
-            for name, milliseconds in measured_latency(small, budget, names).items():
-                measured[name, layers].append(milliseconds)
+            for name, took in measured_latency(small, budget, names).items():
+                measured[name, layers].append(took)
     tables = {
         name: of_depths(measured[name, 1], measured[name, 2], tower.depths).clamp(min=0)
         for name, tower in grid.items()
@@ -44,7 +45,6 @@ def latency_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, 
     return {name: table.cummax(dim=0).values.cummax(dim=1).values for name, table in tables.items()}
 
 
-@torch.no_grad()
 def measured_latency(
     config: PretrainedConfig, budget: Budget, towers: tuple[str, ...] | list[str] = ("vision", "text")
 ) -> dict[str, float]:
@@ -60,15 +60,7 @@ def measured_latency(
     times = torch.zeros(len(towers), dtype=torch.float64)
     if process_index() == 0:
         model = AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32).eval().to(budget.device)
-        image, texts = config.vision_config, config.text_config
-        size = (budget.batch_size, image.num_channels, image.image_size, image.image_size)
-        ids = torch.zeros(budget.batch_size, texts.max_position_embeddings, dtype=torch.long, device=budget.device)
-        passes = {
-            "vision": ("model.get_image_features(pixel_values=batch)", torch.randn(size, device=budget.device)),
-            "text": ("model.get_text_features(input_ids=batch)", ids),
-        }
-        for index, (statement, batch) in enumerate(passes[name] for name in towers):
-            timer = Timer(statement, globals={"model": model, "batch": batch}, num_threads=torch.get_num_threads())
-            times[index] = timer.blocked_autorange(min_run_time=_SECONDS).median * 1000
+        passes = Towers.of_model(model).passes(random_inputs(config, budget.batch_size))
+        times[:] = torch.tensor([milliseconds(passes[name], _SECONDS) for name in towers], dtype=torch.float64)
     broadcast([times], join_processes().device)
     return dict(zip(towers, times.tolist(), strict=True))

@@ -16,10 +16,10 @@ from clipmap_hf.budget import Budget
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.loader import PairDataset, PairStream, end_with_parent
+from clipmap_hf.data.evaluation_pairs import evaluation_pairs
+from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.data.teacher_cache import TeacherCache
-from clipmap_hf.distributed import process_count, process_index
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments, StudentArguments
 from clipmap_hf.training.stages import Stage
@@ -142,17 +142,15 @@ def evaluation_batches(
     """
     if data.eval_data is None:
         return None
-    pairs = load_pairs(
+    return evaluation_pairs(
         data.eval_data,
+        processor,
         split=data.eval_split,
         image_column=data.image_column,
-        caption_columns=data.caption_column[:1],
+        caption_column=data.caption_column[0],
+        batch_size=batch_size,
+        num_workers=num_workers,
     )
-    collator = PairCollator(processor.tokenizer, processor.image_processor, data.caption_column[:1])
-    if len(pairs) < process_count():
-        raise ValueError(f"{data.eval_data!r} has {len(pairs)} pairs, fewer than the {process_count()} processes.")
-    pairs = pairs.shard(process_count(), process_index(), contiguous=True)
-    return DataLoader(pairs, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
 
 
 def evaluation_function(

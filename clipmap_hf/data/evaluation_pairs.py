@@ -1,0 +1,46 @@
+"""Image–text pairs for evaluation: all of them, in order, with all captions."""
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from clipmap_hf.data.collate import PairCollator
+from clipmap_hf.data.loader import end_with_parent
+from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.distributed import process_count, process_index
+
+
+__all__ = ["evaluation_pairs"]
+
+
+def evaluation_pairs(
+    source: str,
+    processor: Any,
+    *,
+    split: str = "train",
+    image_column: str = "image",
+    caption_column: str = "caption",
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> DataLoader:
+    """
+    The pairs of `source`, preprocessed; of several processes, each has its share of them.
+
+    Args:
+        source: Hub id, image folder, or path or glob of parquet files or webdataset tars.
+        processor: Tokenizer and image processor of the model.
+        split: Of the data set; plain files have only `train`.
+        image_column: Column of the images.
+        caption_column: Column of the captions, strings or lists.
+        batch_size: Images at a time.
+        num_workers: Worker processes that decode.
+
+    Raises:
+        ValueError: If there are fewer pairs than processes.
+    """
+    pairs = load_pairs(source, split=split, image_column=image_column, caption_columns=[caption_column])
+    collator = PairCollator(processor.tokenizer, processor.image_processor, [caption_column])
+    if len(pairs) < process_count():
+        raise ValueError(f"{source!r} has {len(pairs)} pairs, fewer than the {process_count()} processes.")
+    pairs = pairs.shard(process_count(), process_index(), contiguous=True)
+    return DataLoader(pairs, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
