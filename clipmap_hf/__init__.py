@@ -1,10 +1,14 @@
 """clipmap_hf: compress a CLIP model into a smaller, standard `transformers.CLIPModel`."""
 
 import importlib
+import importlib.abc
+import importlib.util
+import sys
 
 
 __version__ = "0.1.0.dev0"
 
+_QUANTIZERS = "transformers.quantizers.auto"
 # Public names, imported on first use: a recipe's `--help` must not wait for torch.
 _PUBLIC = {
     "Budget": "clipmap_hf.budget",
@@ -25,3 +29,34 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+class _WhenQuantizersAreImported(importlib.abc.MetaPathFinder):
+    """
+    Adds the quantizer of ternary models to transformers' as soon as these are imported, so that any `from_pretrained`
+    loads such a model after `import clipmap_hf`, which imports neither library by itself.
+    """
+
+    def find_spec(self, name, path, target=None):
+        if name != _QUANTIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def _register() -> None:
+    importlib.import_module("clipmap_hf.ternary.integration").register()
+
+
+if _QUANTIZERS in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _WhenQuantizersAreImported())

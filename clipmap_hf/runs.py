@@ -9,15 +9,12 @@ from transformers import CLIPProcessor, PreTrainedModel
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.distributed import join_processes
+from clipmap_hf.distillation import distill, evaluated, frozen
 from clipmap_hf.evaluation.cost import CostReport, model_cost
-from clipmap_hf.families import family_for
-from clipmap_hf.hub.card import hub_dataset, render_card
+from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import write_student_folder
-from clipmap_hf.hub.results import SetResults
 from clipmap_hf.losses import PAIR_LOSSES
-from clipmap_hf.models import config_values
-from clipmap_hf.teachers import Teacher, check_same_preprocessing, make_teacher_cache
+from clipmap_hf.teachers import Teacher, check_same_preprocessing
 from clipmap_hf.training.arguments import (
     DataArguments,
     DistillationArguments,
@@ -67,7 +64,7 @@ def run_mapping(
     stage = MappingStage(compressor.mapper, *numbers, teachers, arguments.losses)
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
-        compressor.save_pretrained(folder, results=_results(data, metrics), recipe=recipe)
+        compressor.save_pretrained(folder, results=evaluated(data, metrics), recipe=recipe)
 
     processor = compressor.processor
     callbacks = {"evaluate": evaluation_function(data, processor, run), "save": save}
@@ -110,55 +107,20 @@ def run_distillation(
     Raises:
         ValueError: If a teacher preprocesses images or texts in another way than the student.
     """
-    check_same_preprocessing(processor, teachers)
-    cached = _is_cached(cache, arguments)
-    pairs = training_pairs(data) if pairs is None else pairs
-    numbers = {"seed": run.seed, "num_workers": run.num_workers}
-    teacher_cache = make_teacher_cache(teachers, processor, data, cache, pairs=pairs, **numbers) if cached else None
-    evaluate = evaluation_function(data, processor, run)
-    teacher_metrics = None if evaluate is None else evaluate(teachers[0].model.to(join_processes().device))
-    if cached:  # the stage moves those that it uses
-        for teacher in teachers:
-            teacher.model.cpu()
-    stage = DistillationStage(
-        _frozen(student, arguments.freeze),
-        [teacher.model for teacher in teachers] if teacher_cache is None else [],
-        arguments.logit_scale,
-        arguments.learn_logit_scale,
-        arguments.losses,
-        teacher_cache.summary["dims"] if teacher_cache else (),
-    )
-    costs = CostReport(teacher=model_cost(teachers[0].model.config), student=model_cost(student.config))
-
-    def save(folder: Path, metrics: dict[str, float]) -> None:
-        results = _results(data, metrics, teacher_metrics)
-        card = render_card(
-            teachers[0].id,
-            str(costs),
-            model_class=type(student).__name__,
-            method=f"Its weights were distilled from {_names(teachers)} (losses: {', '.join(arguments.losses)}).",
-            revision=teachers[0].revision,
-            results=results,
-            recipe=recipe,
-        )
-        write_student_folder(folder, student, processor, card, results)
-
-    return run_stage(
-        stage,
+    return distill(
+        student,
+        teachers,
+        processor,
         arguments,
         run,
         data,
-        processor,
-        name="distillation",
-        pairs=pairs,
-        evaluate=evaluate,
-        save=save,
-        config={
-            "teachers": [[teacher.id, teacher.revision] for teacher in teachers],
-            "student": config_values(student.config),
-        },
-        teacher_cache=teacher_cache,
+        cache=cache,
         recipe=recipe,
+        pairs=pairs,
+        name="distillation",
+        make_stage=DistillationStage,
+        export=lambda stage: stage.trained,
+        method=f"Its weights were distilled from {_names(teachers)} (losses: {', '.join(arguments.losses)}).",
     )
 
 
@@ -166,32 +128,6 @@ def _names(teachers: Sequence[Teacher]) -> str:
     """What a card calls them; the first has been named."""
     names = [Path(one.id).name if Path(one.id).is_dir() else one.id for one in teachers[1:]]
     return " and ".join(["the teacher", *(f"`{name}`" for name in names)])
-
-
-def _results(
-    data: DataArguments, student: dict[str, float], teacher: dict[str, float] | None = None
-) -> list[SetResults]:
-    """What an evaluation on `data.eval_data` gave, if there was one."""
-    if not student:
-        return []
-    dataset_id = hub_dataset(data.eval_data)
-    name = dataset_id or Path(data.eval_data).name
-    return [SetResults(name, student, teacher, dataset_id, split=data.eval_split)]
-
-
-def _is_cached(cache: TeacherCacheArguments | None, arguments: DistillationArguments) -> bool:
-    cached = cache is not None and cache.teacher_cache is not None
-    if cached and "hidden" in arguments.losses:
-        raise ValueError("The hidden loss asks the teacher itself; leave out teacher_cache, or the loss.")
-    return cached
-
-
-def _frozen(student: PreTrainedModel, tower: str | None) -> PreTrainedModel:
-    """The student, with a tower and its projection left out of training."""
-    family = family_for(student.config)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(tower is None or family.match(name).tower != tower)
-    return student
 
 
 def run_masking(
@@ -221,7 +157,7 @@ def run_masking(
     check_same_preprocessing(source.processor, teachers)
     steps, ramp = step_count(arguments, pairs), arguments.ramp_steps
     stage = MaskingStage(
-        _frozen(copy.deepcopy(source.model), arguments.freeze),
+        frozen(copy.deepcopy(source.model), arguments.freeze),
         [teacher.model for teacher in teachers],
         arguments.logit_scale,
         arguments.learn_logit_scale,
@@ -231,7 +167,7 @@ def run_masking(
     )
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
-        model, results = stage.student(), _results(data, metrics)
+        model, results = stage.student(), evaluated(data, metrics)
         costs = CostReport(teacher=model_cost(source.model.config), student=model_cost(model.config))
         card = render_card(
             source.id,

@@ -26,7 +26,8 @@ ORDER = (
     ("hub",),
     ("compressor",),
     ("teachers",),
-    ("runs", "starts"),
+    ("distillation",),
+    ("runs", "starts", "ternarization"),
     ("compression",),
     ("demo",),
 )

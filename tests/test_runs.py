@@ -12,7 +12,7 @@ import torch
 from conftest import randomize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig, compressor, runs, starts
+from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig, compressor, distillation, starts
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.families import CLIP
@@ -41,14 +41,14 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 @pytest.fixture(autouse=True, scope="module")
 def counted_once():
     """Counting multiplications takes longer than a tiny run, and gives the same for the same sizes."""
-    known, count = {}, runs.model_cost
+    known, count = {}, distillation.model_cost
 
     def model_cost(config):
         key = config.to_json_string()
         return known[key] if key in known else known.setdefault(key, count(config))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "model_cost", model_cost)
+        patch.setattr(distillation, "model_cost", model_cost)
         yield
 
 

@@ -33,6 +33,7 @@ def render_card(
     license: Mapping[str, str] | None = None,
     status: str | None = None,
     figures: str | None = None,
+    packed: bool = False,
 ) -> ModelCard:
     """
     Renders the card; nothing of it is looked up on the Hub.
@@ -49,6 +50,7 @@ def render_card(
         license: The teacher's, as metadata; by default what `teacher_license` finds.
         status: What a reader must know before anything else.
         figures: Figures that others published, as Markdown with their source.
+        packed: Whether the weights are packed trits, which only this package lets transformers load.
     """
     is_local = os.path.isdir(teacher)
     license = teacher_license(teacher, revision) if license is None else license
@@ -58,10 +60,10 @@ def render_card(
     with_projection = model_class.replace("Model", "VisionModelWithProjection")  # SigLIP has none
     data = ModelCardData(
         base_model=None if is_local else teacher,
-        base_model_relation=None if is_local else "finetune",
+        base_model_relation=None if is_local else ("quantized" if packed else "finetune"),
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        tags=["clip", "clipmap_hf", "model-compression"],
+        tags=["clip", "clipmap_hf", "model-compression", *(["ternary", "1.58-bit"] if packed else [])],
         datasets=_training_sets(arguments) or None,
         **license,
         **index,
@@ -79,6 +81,7 @@ def render_card(
         license=license,
         status=status,
         figures=figures,
+        packed=packed,
     )
 
 

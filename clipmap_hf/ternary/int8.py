@@ -1,0 +1,39 @@
+"""A linear layer of ternary weights in 8-bit arithmetic: every token is rounded to 255 steps of its own."""
+
+import torch
+
+
+__all__ = ["int8_linear", "int8_works"]
+
+_STEPS = 127
+
+
+def int8_linear(
+    tokens: torch.Tensor, trits: torch.Tensor, levels: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    The product is exact, in int32; what is lost is what rounding the tokens loses, half a 127th of a token's largest
+    value at most.
+
+    Args:
+        tokens: `(…, columns)`, float.
+        trits: The weight's, transposed: int8, `(columns, rows)`.
+        levels: One for each row, or one for all: `(rows,)` or `(1,)`.
+        bias: `(rows,)`.
+
+    Returns:
+        `(…, rows)`, in the dtype of `tokens`.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    steps = flat.abs().amax(dim=1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / _STEPS
+    whole = (flat / steps).round_().to(torch.int8)
+    product = torch._int_mm(whole, trits).float().mul_(steps).mul_(levels.float())  # (tokens, rows)
+    if bias is not None:
+        product += bias
+    return product.to(tokens.dtype).view(*tokens.shape[:-1], -1)
+
+
+def int8_works(tokens: torch.Tensor, levels: torch.Tensor) -> bool:
+    """Whether these are tokens and levels `(rows, groups)` for `int8_linear`: one level a row, and no gradient."""
+    wants_gradient = torch.is_grad_enabled() and tokens.requires_grad
+    return levels.shape[1] == 1 and not wants_gradient and tokens.device.type in ("cpu", "cuda")

@@ -1,0 +1,161 @@
+"""Modules whose weight is packed trits: linear layers, embeddings and convolutions, run in one of several ways."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clipmap_hf.ternary.config import TernaryConfig
+from clipmap_hf.ternary.int8 import int8_linear, int8_works
+from clipmap_hf.ternary.packing import check_packed, pack, packed_columns, unpack
+from clipmap_hf.ternary.quantizers import dequantized, grouped
+
+
+__all__ = ["TERNARY", "TernaryConv2d", "TernaryEmbedding", "TernaryLinear", "TernaryModule"]
+
+
+class TernaryModule(nn.Module):
+    """
+    What ternary modules have in common: `weight`, trits in bytes `(rows, bytes)`, `weight_scale`, the levels
+    `(rows, groups)` in fp16, and a float `bias`. As `weight` is the name of the float tensor as well, a library that
+    does not know this package fails to load it, instead of making a random one.
+
+    Args:
+        module: The float module, whose place this takes; on the meta device, only shapes are.
+        config: The options.
+    """
+
+    def __init__(self, module: nn.Module, config: TernaryConfig):
+        super().__init__()
+        self.shape, self.encoding, self.backend = tuple(module.weight.shape), config.encoding, "auto"
+        self.columns = module.weight[0].numel()
+        levels = grouped(module.weight.detach(), config.granularity, config.block_size).shape[:2]
+        bytes_of_row = packed_columns(self.columns, config.encoding)
+        device = module.weight.device
+        self.register_buffer("weight", torch.empty(self.shape[0], bytes_of_row, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.empty(levels, dtype=torch.float16, device=device))
+        self.register_parameter("bias", getattr(module, "bias", None))
+
+    def store(self, trits: torch.Tensor, levels: torch.Tensor) -> None:
+        """Takes trits in the float weight's shape, and their levels `(rows, groups)`."""
+        if not levels.isfinite().all():
+            raise ValueError("A level is no finite fp16 number; the weights are too large, or not finite.")
+        self.weight = pack(trits.flatten(1), self.encoding)
+        self.weight_scale = levels
+
+    def ready(self, dtype: torch.dtype) -> None:
+        """
+        Looks whether a weight that was loaded is one, once before it is used; `dtype` is that of the model.
+
+        Raises:
+            ValueError: If its bytes hold no trits, or a level is not finite.
+        """
+        check_packed(self.weight, self.columns, self.encoding)
+        if not self.weight_scale.isfinite().all():
+            raise ValueError("A level in the file is not finite; the file is corrupt.")
+
+    def trits(self) -> torch.Tensor:
+        """int8, in the float weight's shape."""
+        return unpack(self.weight, self.columns, self.encoding).view(self.shape)
+
+    def float_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight that the trits stand for."""
+        return dequantized(self.trits(), self.weight_scale, dtype)
+
+    def set_backend(self, backend: str) -> None:
+        """One of `BACKENDS`; what another has kept is dropped."""
+        self.backend = backend
+        self.__dict__.pop("kept", None)
+
+    def float_module(self, dtype: torch.dtype) -> nn.Module:
+        """The module of transformers' model whose place this has taken."""
+        raise NotImplementedError
+
+    def _fill(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        module.weight = nn.Parameter(self.float_weight(dtype))
+        if self.bias is not None:
+            module.bias = self.bias
+        return module.train(self.training)
+
+    def _float(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.backend == "packed":
+            return self.float_weight(dtype)
+        return self._kept(dtype, lambda: self.float_weight(dtype))
+
+    def _kept(self, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor of the weight that is made once for a dtype and device, and is no part of the state dict."""
+        kept = self.__dict__.get("kept")
+        if kept is None or kept.dtype != dtype or kept.device != self.weight.device:
+            kept = self.__dict__["kept"] = make()
+        return kept
+
+
+class TernaryLinear(TernaryModule):
+    """A linear layer; all of `BACKENDS` run it."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.backend in ("auto", "int8") and int8_works(tokens, self.weight_scale):
+            trits = self._kept(torch.int8, lambda: self.trits().T.contiguous())
+            return int8_linear(tokens, trits, self.weight_scale.squeeze(1), self.bias)
+        return F.linear(tokens, self._float(tokens.dtype), self.bias)
+
+    def float_module(self, dtype: torch.dtype) -> nn.Linear:
+        rows, columns = self.shape
+        return self._fill(nn.Linear(columns, rows, self.bias is not None, device="meta"), dtype)
+
+
+class TernaryEmbedding(TernaryModule):
+    """An embedding; only the rows that are looked up are unpacked, whatever the backend."""
+
+    def __init__(self, module: nn.Embedding, config: TernaryConfig):
+        super().__init__(module, config)
+        self.padding_idx, self.dtype = module.padding_idx, torch.float32
+
+    def ready(self, dtype: torch.dtype) -> None:
+        super().ready(dtype)
+        self.dtype = dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        flat = ids.flatten()
+        levels = self.weight_scale[flat] if len(self.weight_scale) > 1 else self.weight_scale.expand(len(flat), 1)
+        rows = dequantized(unpack(self.weight[flat], self.columns, self.encoding), levels, self.dtype)
+        return rows.view(*ids.shape, self.columns)
+
+    def float_module(self, dtype: torch.dtype) -> nn.Embedding:
+        return self._fill(nn.Embedding(*self.shape, padding_idx=self.padding_idx, device="meta"), dtype)
+
+
+class TernaryConv2d(TernaryModule):
+    """
+    A convolution, whose weight is float from `ready` on: transformers casts images to what it finds there. It is
+    small, and packed in the state dict.
+    """
+
+    def __init__(self, module: nn.Conv2d, config: TernaryConfig):
+        super().__init__(module, config)
+        self.options = {"stride": module.stride, "padding": module.padding}
+
+    def ready(self, dtype: torch.dtype) -> None:
+        super().ready(dtype)
+        self.__dict__["packed"], self.weight = self.weight, self.float_weight(dtype)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(images, self.weight, self.bias, **self.options)
+
+    def trits(self) -> torch.Tensor:
+        packed = self.__dict__.get("packed", self.weight)
+        return unpack(packed.to(self.weight.device), self.columns, self.encoding).view(self.shape)
+
+    def float_module(self, dtype: torch.dtype) -> nn.Conv2d:
+        rows, channels, *size = self.shape
+        bias = self.bias is not None
+        return self._fill(nn.Conv2d(channels, rows, size, bias=bias, device="meta", **self.options), dtype)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if "packed" in self.__dict__:
+            destination[f"{prefix}weight"] = self.__dict__["packed"]
+
+
+TERNARY = {nn.Linear: TernaryLinear, nn.Embedding: TernaryEmbedding, nn.Conv2d: TernaryConv2d}

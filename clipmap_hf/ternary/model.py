@@ -1,0 +1,91 @@
+"""A whole model, made ternary: weights replaced by what trits stand for, packed, or made float again."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from clipmap_hf.ternary.config import BACKENDS, TernaryConfig
+from clipmap_hf.ternary.integration import TernaryQuantizer, mark, swap
+from clipmap_hf.ternary.layers import TERNARY, TernaryModule
+from clipmap_hf.ternary.quantizers import ternarized
+
+
+__all__ = ["pack_model", "set_backend", "sparsity", "ternary_modules"]
+
+
+def ternary_modules(model: nn.Module, config: TernaryConfig) -> list[str]:
+    """
+    The names of the modules that `config` asks for.
+
+    Raises:
+        ValueError: If there are none, or one is no module that can be ternary.
+    """
+    names = config.modules or config.select(
+        name for name, module in model.named_modules() if hasattr(module, "weight")
+    )
+    if not names:
+        raise ValueError(f"The model has no modules of the parts {config.parts}.")
+    for name in names:
+        if type(model.get_submodule(name)) not in TERNARY:
+            raise ValueError(f"{name} is a {type(model.get_submodule(name)).__name__}, which cannot be ternary.")
+    return names
+
+
+@torch.no_grad()
+def pack_model(
+    model: PreTrainedModel,
+    config: TernaryConfig,
+    levels: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """
+    A copy of a model with packed ternary weights, which `save_pretrained` writes and `from_pretrained` loads.
+
+    Args:
+        model: A float model; weights that are ternary already keep their trits if `levels` say theirs.
+        config: The options; `modules` are filled in.
+        levels: Learned levels `(rows, groups)` by module name, instead of those that the quantizer finds.
+        dtype: Of all that is not ternary.
+    """
+    names = ternary_modules(model, config)
+    config = dataclasses.replace(config, modules=names)
+    packed = copy.deepcopy(model).to(dtype)
+    sources = {name: model.get_submodule(name).weight.detach().float() for name in names}
+    swap(packed, config)
+    for name, weight in sources.items():
+        module, level = packed.get_submodule(name), (levels or {}).get(name)
+        module.store(*ternarized(weight, config.quantizer, config.granularity, config.block_size, level))
+        module.ready(dtype)
+    mark(packed, TernaryQuantizer(config))
+    return packed
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """
+    Says how a packed model's linear layers are run, all of them: `float`, exactly, with the float weights in memory;
+    `packed`, exactly, unpacked at every call; `int8`, with tokens rounded to 8 bits; or `auto`: `int8` where every row
+    has one level and no gradient is asked for, else `float`.
+
+    Raises:
+        ValueError: If the backend is unknown, the model has nothing ternary, or its levels are those of blocks, of
+            which there is no `int8`.
+    """
+    modules = [module for module in model.modules() if isinstance(module, TernaryModule)]
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; it must be one of {BACKENDS}.")
+    if not modules:
+        raise ValueError(f"A {type(model).__name__} without ternary modules has no backends; load a packed folder.")
+    if backend == "int8" and any(module.weight_scale.shape[1] > 1 for module in modules):
+        raise ValueError("backend='int8' needs one level a row or tensor, not blocks; take 'float' or 'packed'.")
+    for module in modules:
+        module.set_backend(backend)
+
+
+def sparsity(model: nn.Module) -> float:
+    """The share of zeros among a packed model's ternary weights."""
+    trits = [module.trits() for module in model.modules() if isinstance(module, TernaryModule)]
+    return sum(int((one == 0).sum()) for one in trits) / sum(one.numel() for one in trits)

@@ -1,0 +1,139 @@
+"""What ternary weights cost: bytes in a file, memory of a process, and time, of random models of given shapes."""
+
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from math import prod
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from clipmap_hf.config import PRESETS, student_config
+from clipmap_hf.evaluation.latency import milliseconds_by_turns, random_inputs, speedups, spread
+from clipmap_hf.features import Towers
+from clipmap_hf.ternary.config import PARTS, TernaryConfig
+from clipmap_hf.ternary.layers import TernaryModule
+from clipmap_hf.ternary.model import pack_model, set_backend, sparsity
+
+
+TEACHER = "ViT-B/16"
+SHAPES = (TEACHER, *PRESETS)
+BITS = 1.58  # of a trit, ideally: what the paper counts with
+LAYERS, DEFAULT, ALL = ["layers"], ["layers", "token_embedding"], list(PARTS)
+FILES = {
+    "fp32": (None, torch.float32),
+    "layers": (TernaryConfig(parts=LAYERS), torch.float32),
+    "and token embedding": (TernaryConfig(parts=DEFAULT), torch.float32),
+    "the same, 2 bits": (TernaryConfig(parts=DEFAULT, encoding="planar"), torch.float32),
+    "the same, rest fp16": (TernaryConfig(parts=DEFAULT), torch.float16),
+    "all parts": (TernaryConfig(parts=ALL), torch.float32),
+    "all parts, rest fp16": (TernaryConfig(parts=ALL), torch.float16),
+}
+BACKENDS = ("fp32", "float", "packed", "int8")  # the first is the stock model
+
+
+def shape_config(name: str) -> CLIPConfig:
+    """The config of a ViT-B/16, or of a preset's student of it."""
+    teacher = CLIPConfig(vision_config={"patch_size": 16})
+    return teacher if name == TEACHER else student_config(teacher, PRESETS[name])
+
+
+def size_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
+    """Bytes of a shape's files, the share of its parameters that is ternary, and what the paper's formula says."""
+    model, whole = CLIPModel(shape_config(name)), None
+    for kind, (config, dtype) in FILES.items():
+        written = model if config is None else pack_model(model, config, dtype=dtype)
+        written.save_pretrained(_place(folder, name, kind))
+        size = (_place(folder, name, kind) / "model.safetensors").stat().st_size
+        whole = whole or size
+        trits = sum(prod(module.shape) for module in written.modules() if isinstance(module, TernaryModule))
+        share = trits / model.num_parameters()
+        yield {
+            "shape": name,
+            "ternary": kind,
+            "weights ternary": f"{share:.2%}",
+            "zeros": f"{sparsity(written):.1%}" if trits else "",
+            "MB": f"{size / 1e6:.2f}",
+            "of fp32": f"{whole / size:.2f}×",
+            "of fp16": f"{whole / 2 / size:.2f}×",
+            "by formula": f"{32 / (32 * (1 - share) + BITS * share):.2f}×",
+        }
+
+
+def memory_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
+    """Memory of processes that load the files of `size_rows` and run a pair, beyond that of the libraries."""
+    whole = None
+    for backend in BACKENDS:
+        kind = "fp32" if backend == "fp32" else "and token embedding"
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            found = process.submit(_memory, _place(folder, name, kind), backend).result()
+        whole = whole or found
+        yield {
+            "shape": name,
+            "backend": backend,
+            **{f"{when} (MB)": f"{bytes_ / 1e6:.0f}" for when, bytes_ in found.items()},
+            "after a pair, of fp32": f"{whole['after a pair'] / found['after a pair']:.1f}×",
+        }
+
+
+def latency_rows(name: str, batch_sizes: list[int], rounds: int, compiled: bool) -> Iterator[dict[str, str]]:
+    """Times of both towers by backend, all by turns."""
+    model = CLIPModel(shape_config(name)).eval()
+    models = {backend: model if backend == "fp32" else pack_model(model, TernaryConfig()) for backend in BACKENDS}
+    for backend, one in models.items():
+        if one is not model:
+            set_backend(one, backend)
+    towers = {backend: Towers.of_model(one) for backend, one in models.items()}
+    if compiled:
+        towers |= {f"{backend}, compiled": _compiled(towers[backend]) for backend in ("fp32", "int8")}
+    runs = {
+        (size, tower, backend): run
+        for size in batch_sizes
+        for backend, one in towers.items()
+        for tower, run in one.passes(random_inputs(model.config, size)).items()
+    }
+    times = milliseconds_by_turns(runs, rounds)
+    for size in batch_sizes:
+        for backend in towers:
+            yield {"shape": name, "batch": str(size), "backend": backend} | _tower_times(times, size, backend)
+
+
+def _tower_times(times: Mapping, size: int, backend: str) -> dict[str, str]:
+    row = {}
+    for tower in ("vision", "text"):
+        ratio = spread(speedups(times[size, tower, "fp32"], times[size, tower, backend]))
+        row[f"{tower} (ms)"] = f"{spread(times[size, tower, backend]).median:.1f}"
+        row[f"{tower}, of fp32"] = f"{ratio.median:.2f}× ({ratio.lower:.2f} – {ratio.upper:.2f})"
+    return row
+
+
+def _compiled(towers: Towers) -> Towers:
+    return Towers(torch.compile(towers.images), torch.compile(towers.texts), towers.device)
+
+
+def _place(folder: Path, name: str, kind: str) -> Path:
+    return folder / name.replace("/", "") / kind.replace(" ", "-")
+
+
+def _memory(folder: Path, backend: str) -> dict[str, int]:
+    """In a process of its own."""
+    before = _resident()
+    model = CLIPModel.from_pretrained(folder).eval()
+    if backend != "fp32":
+        set_backend(model, backend)
+    loaded = _resident()
+    with torch.no_grad():
+        for run in Towers.of_model(model).passes(random_inputs(model.config, 1)).values():
+            run()
+    return {
+        "after loading": loaded - before,
+        "after a pair": _resident() - before,
+        "at most": _resident("VmHWM") - before,
+        "weights": sum(one.nbytes for one in model.state_dict().values()),
+    }
+
+
+def _resident(field: str = "VmRSS") -> int:
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])

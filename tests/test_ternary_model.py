@@ -1,0 +1,284 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    pipeline,
+)
+
+from clipmap_hf.features import ClipFeatures
+from clipmap_hf.ternary.config import BACKENDS, METHOD, PARTS, TernaryConfig
+from clipmap_hf.ternary.integration import TernaryQuantizer, mark, register, swap
+from clipmap_hf.ternary.layers import TERNARY, TernaryConv2d, TernaryEmbedding, TernaryLinear, TernaryModule
+from clipmap_hf.ternary.model import pack_model, set_backend, sparsity, ternary_modules
+from clipmap_hf.ternary.packing import ENCODINGS
+from clipmap_hf.ternary.quantizers import GRANULARITIES, dequantized, ternarized
+
+
+ALL = list(PARTS)
+CONFIGS = [
+    TernaryConfig(parts=ALL, encoding=encoding, granularity=granularity, block_size=16)
+    for encoding in ENCODINGS
+    for granularity in GRANULARITIES
+]
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda one: f"{one.encoding}-{one.granularity}")
+
+
+@torch.no_grad()
+def embeds(model, batch) -> torch.Tensor:
+    return torch.cat(ClipFeatures.embeds(model(**batch)))
+
+
+@pytest.fixture
+def packed(tiny_teacher) -> CLIPModel:
+    return pack_model(tiny_teacher, TernaryConfig(parts=ALL))
+
+
+@pytest.fixture
+def folder(packed, tiny_processor, tmp_path):
+    packed.save_pretrained(tmp_path / "packed")
+    tiny_processor.save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize(
+    ("part", "modules"),
+    [("layers", 6 * (4 + 3)), ("token_embedding", 1), ("projections", 2), ("patch_embedding", 1)],
+)
+def test_parts_are_these_modules(tiny_teacher, part, modules):
+    names = ternary_modules(tiny_teacher, TernaryConfig(parts=[part]))
+    assert len(names) == modules
+    assert all(type(tiny_teacher.get_submodule(name)) in TERNARY for name in names)
+
+
+@each_config
+def test_a_packed_model_is_the_model_of_its_trits(tiny_teacher, tiny_batch, config):
+    weights = [tiny_teacher.get_submodule(name).weight for name in ternary_modules(tiny_teacher, config)]
+    packed = pack_model(tiny_teacher, config)
+    for weight in weights:
+        weight.data = dequantized(*ternarized(weight.data, config.quantizer, config.granularity, config.block_size))
+    for backend in ("float", "packed"):
+        set_backend(packed, backend)
+        torch.testing.assert_close(embeds(packed, tiny_batch), embeds(tiny_teacher, tiny_batch), rtol=0, atol=0)
+
+
+@each_config
+def test_saved_is_loaded_bit_for_bit(tiny_teacher, tiny_batch, tmp_path, config):
+    packed = pack_model(tiny_teacher, config)
+    packed.save_pretrained(tmp_path)
+    loaded, info = CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    ours, theirs = packed.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    torch.testing.assert_close(embeds(loaded, tiny_batch), embeds(packed, tiny_batch), rtol=0, atol=0)
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == ours.keys()
+
+
+def test_rounding_tokens_to_8_bits_changes_little(packed, tiny_batch):
+    found = {}
+    for backend in BACKENDS:
+        set_backend(packed, backend)
+        found[backend] = embeds(packed, tiny_batch)
+    assert torch.equal(found["auto"], found["int8"]) and not torch.equal(found["int8"], found["float"])
+    assert (found["int8"] * found["float"]).sum(-1).min() > 0.9995
+
+
+def test_int8_needs_one_level_a_row(tiny_teacher, tiny_batch):
+    packed = pack_model(tiny_teacher, TernaryConfig(granularity="block", block_size=16))
+    exact = embeds(packed, tiny_batch)
+    set_backend(packed, "float")
+    torch.testing.assert_close(exact, embeds(packed, tiny_batch), rtol=0, atol=0)  # which `auto` took
+    with pytest.raises(ValueError, match="not blocks"):
+        set_backend(packed, "int8")
+
+
+def test_gradients_reach_the_pixels_of_a_packed_model(packed, tiny_batch):
+    pixels = tiny_batch["pixel_values"].requires_grad_()
+    packed.get_image_features(pixel_values=pixels).pooler_output.sum().backward()
+    assert pixels.grad.abs().sum() > 0
+
+
+def test_unknown_backends_and_float_models_are_refused(packed, tiny_teacher):
+    with pytest.raises(ValueError, match="'int4' is unknown.*'auto'"):
+        set_backend(packed, "int4")
+    with pytest.raises(ValueError, match="no backends"):
+        set_backend(tiny_teacher, "float")
+
+
+def test_dequantized_models_are_stock_and_give_the_same(folder, tiny_batch, tmp_path):
+    packed = CLIPModel.from_pretrained(folder)
+    set_backend(packed, "float")
+    before = embeds(packed, tiny_batch)
+    stock = packed.dequantize()
+    assert not any(isinstance(module, TernaryModule) for module in stock.modules())
+    torch.testing.assert_close(embeds(stock, tiny_batch), before, rtol=0, atol=0)
+    stock.save_pretrained(tmp_path / "float")
+    assert "quantization" not in (tmp_path / "float" / "config.json").read_text()
+    loaded, info = CLIPModel.from_pretrained(tmp_path / "float", output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(embeds(loaded, tiny_batch), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "tower", [CLIPVisionModelWithProjection, CLIPVisionModel, CLIPTextModelWithProjection, CLIPTextModel]
+)
+def test_single_towers_load_from_the_folder_of_both(folder, tiny_batch, tower):
+    loaded, info = tower.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    whole = CLIPModel.from_pretrained(folder)
+    with torch.no_grad():
+        if "Vision" in tower.__name__:
+            inputs, whole = {"pixel_values": tiny_batch["pixel_values"]}, whole.vision_model
+        else:
+            inputs, whole = {name: tiny_batch[name] for name in ("input_ids", "attention_mask")}, whole.text_model
+        found, expected = loaded(**inputs), whole(**inputs)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=0)
+
+
+def test_auto_classes_and_pipelines_load_the_folder(folder, tiny_pairs):
+    assert isinstance(AutoModel.from_pretrained(folder).visual_projection, TernaryLinear)
+    classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
+    found = classify(tiny_pairs[0]["image"], candidate_labels=["red", "blue"], hypothesis_template="{}")
+    assert {one["label"] for one in found} == {"red", "blue"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_float_rest_can_have_half_the_bytes(tiny_teacher, tiny_batch, tmp_path, dtype):
+    pack_model(tiny_teacher, TernaryConfig(), dtype=dtype).save_pretrained(tmp_path)
+    half, exact = CLIPModel.from_pretrained(tmp_path), CLIPModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert half.dtype == dtype and exact.dtype == torch.float32
+    batch = {**tiny_batch, "pixel_values": tiny_batch["pixel_values"].to(dtype)}
+    assert (embeds(half, batch) * embeds(exact, tiny_batch)).sum(-1).min() > 0.99
+
+
+LOAD = """
+import sys
+{imported}
+from transformers import CLIPModel
+model = CLIPModel.from_pretrained(sys.argv[1])
+print(type(model.visual_projection).__name__)
+"""
+
+
+def load_in_a_process(folder, imported: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", LOAD.format(imported=imported), folder]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", ["import clipmap_hf", "import transformers.quantizers.auto, clipmap_hf"])
+def test_a_fresh_process_loads_the_folder_after_the_import(folder, imported):
+    done = load_in_a_process(folder, imported)
+    assert done.stdout.strip() == "TernaryLinear", done.stderr
+
+
+@pytest.mark.slow
+def test_without_the_import_loading_is_an_error(folder):
+    done = load_in_a_process(folder, "")
+    assert done.returncode != 0 and not done.stdout and "mismatch" in done.stderr.lower()
+
+
+def test_importing_the_package_does_not_wait_for_torch():
+    code = "import sys, clipmap_hf; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def corrupted(tensors: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    changes = {
+        "bytes": {name: torch.full_like(tensors[name], 255)},
+        "levels": {f"{name}_scale": torch.full_like(tensors[f"{name}_scale"], float("nan"))},
+        "shape": {name: tensors[name][:, 1:].contiguous()},
+    }
+    return {**tensors, **changes[what]}
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "match"),
+    [
+        ("bytes", ValueError, "layers.0.mlp.fc1.*corrupt"),
+        ("levels", ValueError, "layers.0.mlp.fc1.*finite"),
+        ("shape", RuntimeError, "mismatch"),
+    ],
+)
+def test_corrupt_files_are_refused(folder, what, error, match):
+    path = folder / "model.safetensors"
+    save_file(corrupted(load_file(path), what), path, metadata={"format": "pt"})
+    with pytest.raises(error, match=match):
+        CLIPModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"quantizer": "best"}, ValueError, "quantizer='best' is unknown"),
+        ({"format": 2}, ValueError, "format=2"),
+        ({"encoding": "zip"}, ValueError, "encoding='zip'"),
+        ({"parts": ["head"]}, ValueError, "parts="),
+        ({"block_size": 0}, ValueError, "block_size=0"),
+        ({"colour": "red"}, TypeError, "colour"),
+        ({"modules": []}, ValueError, "names no modules"),
+        ({"modules": ["vision_model.head"]}, ValueError, "vision_model.head, which the model does not have"),
+        ({"modules": ["vision_model.post_layernorm"]}, ValueError, "LayerNorm, which cannot be ternary"),
+    ],
+)
+def test_foreign_configs_are_refused(folder, change, error, match):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"] |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(error, match=match):
+        CLIPModel.from_pretrained(folder)
+
+
+def test_a_float_model_is_not_made_ternary_on_loading(teacher_folder):
+    with pytest.raises(ValueError, match="pre-quantized"):
+        CLIPModel.from_pretrained(teacher_folder, quantization_config=TernaryConfig())
+
+
+def test_weights_too_large_for_a_level_are_refused(tiny_teacher):
+    tiny_teacher.visual_projection.weight.data *= 1e7
+    with pytest.raises(ValueError, match="fp16"):
+        pack_model(tiny_teacher, TernaryConfig(parts=["projections"]))
+
+
+def test_models_without_such_parts_are_refused():
+    with pytest.raises(ValueError, match="no modules of the parts"):
+        ternary_modules(torch.nn.Linear(2, 2), TernaryConfig())
+
+
+def test_sparsity_is_the_share_of_zeros(packed):
+    trits = [module.trits().flatten() for module in packed.modules() if isinstance(module, TernaryModule)]
+    torch.testing.assert_close(sparsity(packed), (torch.cat(trits) == 0).float().mean().item())
+
+
+def test_only_looked_up_rows_of_an_embedding_are_unpacked(packed):
+    table = packed.text_model.embeddings.token_embedding
+    ids = torch.tensor([[3, 0], [3, 5]])
+    assert isinstance(table, TernaryEmbedding)
+    torch.testing.assert_close(table(ids), table.float_weight()[ids], rtol=0, atol=0)
+
+
+def test_a_convolution_is_packed_in_the_state_dict_only(packed):
+    patches = packed.vision_model.embeddings.patch_embedding
+    assert isinstance(patches, TernaryConv2d) and patches.weight.dtype == torch.float32
+    assert packed.state_dict()["vision_model.embeddings.patch_embedding.weight"].dtype == torch.uint8
+
+
+def test_registering_twice_is_registering_once(tiny_teacher):
+    register()
+    register()
+    swap(tiny_teacher, TernaryConfig(modules=["visual_projection"]))
+    mark(tiny_teacher, TernaryQuantizer(TernaryConfig(modules=["visual_projection"])))
+    assert tiny_teacher.config.vision_config.quantization_config["quant_method"] == METHOD
