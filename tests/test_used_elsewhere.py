@@ -15,7 +15,7 @@ from clipmap_hf.features import project_images, project_texts
 def student_folder(teacher_folder, tmp_path_factory) -> Path:
     """As a compressor writes it."""
     folder = tmp_path_factory.mktemp("student")
-    config = ClipMapConfig(vision=TowerConfig(32, 2), text=TowerConfig(32, 2))
+    config = ClipMapConfig(vision=TowerConfig(32), text=TowerConfig(32))
     ClipMapCompressor.from_pretrained(teacher_folder, config).save_pretrained(folder, include_map=False)
     return folder
 
