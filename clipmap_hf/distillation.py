@@ -1,7 +1,8 @@
 """Distillation of a student, whatever of it is trained: from models and arguments to a written student folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPProcessor, PreTrainedModel
 
@@ -34,8 +35,7 @@ def distill(
     name: str,
     make_stage: Callable[..., DistillationStage],
     export: Callable[[DistillationStage], PreTrainedModel],
-    method: str,
-    packed: bool = False,
+    said: Mapping[str, Any],
     cache: TeacherCacheArguments | None = None,
     recipe: str | None = None,
     pairs: PairDataset | PairStream | None = None,
@@ -54,8 +54,7 @@ def distill(
         name: Of the stage.
         make_stage: `DistillationStage`, or what takes the same arguments.
         export: The model to write, from the stage.
-        method: One sentence on how the weights came to be, for the card.
-        packed: Whether what is exported is a packed ternary model, for the card.
+        said: What else `render_card` is told: `method`, and of a ternary model that it is `packed`.
         cache: Where to keep the teachers' embeddings, which are computed first if they are not there.
         recipe: The resolved arguments as YAML, for the card and `arguments.yaml`.
         pairs: The training pairs, if they are loaded already.
@@ -89,11 +88,10 @@ def distill(
             teachers[0].id,
             str(costs),
             model_class=type(student).__name__,
-            method=method,
             revision=teachers[0].revision,
             results=results,
             recipe=recipe,
-            packed=packed,
+            **said,
         )
         write_student_folder(folder, export(stage), processor, card, results)
 

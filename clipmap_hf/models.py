@@ -28,6 +28,7 @@ __all__ = ["config_values", "load_config", "load_model", "load_processor"]
 
 _PROVENANCE = {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "architectures"}
 _FILE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
+_TRITS = 5  # in a byte of packed ternary weights, at most
 _PROCESSORS = {"chinese_clip": ChineseCLIPProcessor, "siglip": SiglipProcessor}  # others have CLIP's
 
 
@@ -187,9 +188,9 @@ def _check_size(source: str, config: PretrainedConfig, files: list[Path]) -> Non
     tensors = elements = 0
     for path in files:
         with safe_open(path, "pt") as opened:
-            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118, no mapping
-        tensors += len(shapes)
-        elements += sum(map(prod, shapes))
+            slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118, no mapping
+            tensors += len(slices)
+            elements += sum(prod(one.get_shape()) * (_TRITS if one.get_dtype() == "U8" else 1) for one in slices)
     for name in ("vision_config", "text_config"):
         tower = getattr(config, name, None)
         layers = getattr(tower, "num_hidden_layers", 0)

@@ -120,7 +120,9 @@ def run_distillation(
         name="distillation",
         make_stage=DistillationStage,
         export=lambda stage: stage.trained,
-        method=f"Its weights were distilled from {_names(teachers)} (losses: {', '.join(arguments.losses)}).",
+        said={
+            "method": f"Its weights were distilled from {_names(teachers)} (losses: {', '.join(arguments.losses)})."
+        },
     )
 
 

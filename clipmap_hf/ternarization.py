@@ -74,6 +74,8 @@ def run_ternarization(
             ramp_steps=round(ramp if ramp >= 1 else ramp * steps),
         ),
         export=lambda stage: stage.packed(getattr(torch, arguments.float_dtype)),
-        packed=True,
-        method="Its weights are -1, 0 or 1 times a level, trained as such to give the teacher's embeddings.",
+        said={
+            "method": "Its weights are -1, 0 or 1 times a level, trained as such to give the teacher's embeddings.",
+            "packed": True,
+        },
     )

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from clipmap_hf.features import ClipFeatures
+from clipmap_hf.models import load_model
 from clipmap_hf.ternary.config import BACKENDS, METHOD, PARTS, TernaryConfig
 from clipmap_hf.ternary.integration import TernaryQuantizer, mark, register, swap
 from clipmap_hf.ternary.layers import TERNARY, TernaryConv2d, TernaryEmbedding, TernaryLinear, TernaryModule
@@ -282,3 +283,13 @@ def test_registering_twice_is_registering_once(tiny_teacher):
     swap(tiny_teacher, TernaryConfig(modules=["visual_projection"]))
     mark(tiny_teacher, TernaryQuantizer(TernaryConfig(modules=["visual_projection"])))
     assert tiny_teacher.config.vision_config.quantization_config["quant_method"] == METHOD
+
+
+def test_strict_loading_takes_packed_folders(folder, packed, tiny_batch):
+    loaded = load_model(str(folder))
+    torch.testing.assert_close(embeds(loaded, tiny_batch), embeds(packed, tiny_batch), rtol=0, atol=0)
+
+
+def test_a_model_that_was_saved_can_be_dequantized(packed, tmp_path):
+    packed.save_pretrained(tmp_path)  # which leaves the config's dtype a string
+    assert packed.dequantize().dtype == torch.float32

@@ -195,7 +195,7 @@ def test_distillation_writes_what_is_exported(shared_teacher, tiny_processor, pa
         name="distillation",
         make_stage=DistillationStage,
         export=lambda stage: copy.deepcopy(stage.trained).half(),
-        method="It was halved.",
+        said={"method": "It was halved."},
     )
     assert "It was halved." in (tmp_path / "README.md").read_text()
     assert CLIPModel.from_pretrained(tmp_path).dtype == torch.float16

@@ -38,7 +38,8 @@ class TernaryQuantizer(HfQuantizer):
                     raise ValueError(f"{name}: {error}") from error
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as a config says it that was saved
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, TernaryModule)]
         for name, module in found:
             model.set_submodule(name, module.float_module(dtype or model.dtype))
