@@ -34,14 +34,16 @@ INSTALL_REQUIRES = [
     "transformers>=5.23,<6",
 ]
 
+SIGLIP = ["protobuf>=5.0", "sentencepiece>=0.2"]  # SiglipTokenizer reads its vocabulary with them
+
 EXTRAS = {
-    "test": ["pytest>=9.0", "pytest-xdist>=3.8", "protobuf>=5.0", "sentencepiece>=0.2"],  # the last two: see siglip
+    "test": ["pytest>=9.0", "pytest-xdist>=3.8", *SIGLIP],
     "quality": ["ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
-    "siglip": ["protobuf>=5.0", "sentencepiece>=0.2"],  # what SiglipTokenizer reads its vocabulary with
+    "siglip": SIGLIP,
     "plots": ["matplotlib>=3.10"],
     "benchmarks": ["webdataset>=1.0"],  # what recipes/benchmarks/data.py compares with
 }
-EXTRAS["dev"] = sorted(requirement for extra in EXTRAS.values() for requirement in extra)
+EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 
 setup(

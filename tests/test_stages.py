@@ -16,7 +16,7 @@ from clipmap_hf.data.collate import PairCollator, normalized_pixels
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.data.teacher_cache import TeacherCache, cache_manifest, model_fingerprint
 from clipmap_hf.features import ClipFeatures
-from clipmap_hf.losses import LOSSES, affinity_loss, contrastive_loss
+from clipmap_hf.losses import LOSSES, PAIR_LOSSES, affinity_loss, contrastive_loss
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.operators import Operator
 from clipmap_hf.training import stages
@@ -190,7 +190,7 @@ def test_embeddings_from_a_cache_are_compared_like_their_teachers(student, tiny_
     torch.testing.assert_close(step(cached, [brought]), live, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"contrastive"}))
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - set(PAIR_LOSSES)))
 def test_a_loss_that_no_teacher_is_there_for_is_an_error(student, tiny_batch, name):
     losses = {"contrastive": 1.0, name: 1.0}
     with pytest.raises(ValueError, match="needs the (features of at least one teacher|teacher itself)"):
