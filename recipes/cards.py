@@ -51,7 +51,8 @@ def card(name: str) -> str:
     from transformers import CLIPConfig
 
     from clipmap_hf.config import PRESETS, student_config
-    from clipmap_hf.evaluation.cost import CostReport, markdown_table, model_cost
+    from clipmap_hf.evaluation.cost import CostReport, model_cost
+    from clipmap_hf.evaluation.tables import markdown_table
     from clipmap_hf.hub.card import render_card
 
     teacher = CLIPConfig(vision_config={"patch_size": 16})  # ViT-B/16

@@ -24,7 +24,7 @@ class ExportArguments:
 
 def main() -> None:
     (arguments,) = parse_arguments(ExportArguments, description=__doc__)
-    from clipmap_hf.evaluation.cost import markdown_table
+    from clipmap_hf.evaluation.tables import markdown_table
     from clipmap_hf.hub.onnx import GRAPHS, onnx_parity, write_onnx
     from clipmap_hf.models import load_model, load_processor
 

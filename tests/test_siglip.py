@@ -30,7 +30,13 @@ from clipmap_hf.runs import run_distillation, run_mapping
 from clipmap_hf.selection.masks import Masks
 from clipmap_hf.selection.start import start_from_selection
 from clipmap_hf.teachers import Teacher
-from clipmap_hf.training.arguments import DataArguments, DistillationArguments, MappingArguments, RunArguments
+from clipmap_hf.training.arguments import (
+    DataArguments,
+    DistillationArguments,
+    MappingArguments,
+    RunArguments,
+    TeacherCacheArguments,
+)
 from clipmap_hf.training.logits import clamp_scale, learn_bias, logit_parameters, set_scale
 from clipmap_hf.training.optimization import parameter_groups
 from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage
@@ -232,9 +238,9 @@ def test_a_siglip_is_compressed_from_end_to_end(folder, pairs_parquet, tiny_pair
 
     run = RunArguments(output_dir=str(tmp_path / "distilled"))
     teacher = Teacher.load(str(folder))
-    run_distillation(
-        mapped, [teacher], compressor.processor, DistillationArguments(losses=MIXED, **numbers), run, data
-    )
+    cache = TeacherCacheArguments(teacher_cache=str(tmp_path / "cache"), views=1)
+    distillation = DistillationArguments(losses=MIXED, **numbers)
+    run_distillation(mapped, [teacher], compressor.processor, distillation, run, data, cache=cache)
     student, processor = SiglipModel.from_pretrained(run.output_dir), load_processor(run.output_dir)
     collator = PairCollator(processor.tokenizer, processor.image_processor)
     metrics = evaluate_retrieval(student, [collator(list(load_pairs(str(pairs_parquet))))])

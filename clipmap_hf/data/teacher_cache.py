@@ -191,7 +191,10 @@ class TeacherCache:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 of a tokenizer: its vocabulary and rules, and its special tokens."""
-    # Every call writes its padding and truncation into the backend, which says nothing about the vocabulary.
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    if hasattr(tokenizer, "sp_model"):  # SentencePiece, which SigLIP's has in place of a backend
+        state = hashlib.sha256(tokenizer.sp_model.serialized_model_proto()).hexdigest()
+    else:
+        # Every call writes its padding and truncation into the backend, which says nothing about the vocabulary.
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     content = json.dumps([state, tokenizer.special_tokens_map], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -25,10 +25,10 @@ from clipmap_hf.data.loader import end_with_parent
 from clipmap_hf.data.teacher_cache import model_fingerprint, tokenizer_fingerprint
 from clipmap_hf.distributed import join_processes, process_count, process_index
 from clipmap_hf.evaluation.average_precision import mean_average_precision
-from clipmap_hf.evaluation.cost import markdown_table
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.evaluation.set_files import SetFiles, SetRows, find_set
 from clipmap_hf.evaluation.sets import EvalSet
+from clipmap_hf.evaluation.tables import markdown_table
 from clipmap_hf.evaluation.zero_shot import zero_shot_classifier, zero_shot_logits, zero_shot_metrics
 from clipmap_hf.models import config_values
 

@@ -24,9 +24,9 @@ from sklearn.datasets import load_digits
 
 from clipmap_hf.demo import TEACHER
 from clipmap_hf.distributed import join_processes
-from clipmap_hf.evaluation.cost import markdown_table
 from clipmap_hf.evaluation.sets import EvalSet
 from clipmap_hf.evaluation.suite import evaluate_sets
+from clipmap_hf.evaluation.tables import markdown_table
 from clipmap_hf.models import load_model, load_processor
 
 

@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from clipmap_hf.data.collate import decoded
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.demo import TEACHER, TEST_PAIRS
-from clipmap_hf.evaluation.cost import markdown_table
+from clipmap_hf.evaluation.tables import markdown_table
 from clipmap_hf.features import encode_images, encode_texts
 from clipmap_hf.hub.onnx import write_onnx
 from clipmap_hf.models import load_model, load_processor
