@@ -38,6 +38,7 @@ EXTRAS = {
     "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"],
     "sentence-transformers": ["sentence-transformers>=6.2"],
     "quality": ["ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
+    "gguf": ["gguf>=0.19"],
     "siglip": ["protobuf>=5.0", "sentencepiece>=0.2"],  # what SiglipTokenizer reads its vocabulary with
     "plots": ["matplotlib>=3.10"],
     # What recipes/benchmarks/data.py compares with, and packaged_sets.py finds images in.
@@ -49,6 +50,7 @@ EXTRAS["test"] = [
     *EXTRAS["onnx"],
     *EXTRAS["plots"],
     *EXTRAS["sentence-transformers"],
+    *EXTRAS["gguf"],
     *EXTRAS["siglip"],
 ]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

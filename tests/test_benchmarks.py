@@ -50,6 +50,16 @@ RUNS = {
         "--student tiny --batch_size 2 --rounds 1",
         ["| cached teacher |", "| live teacher |", "| no teacher |", "live / cached: median ", "by multiply-adds, "],
     ),
+    "ternary.py": (
+        "--output_dir {folder} --shapes tiny --batch_sizes 1 --rounds 1 --seeds 0 --steps 2",
+        [
+            "| tiny | and token embedding |",
+            "| tiny | packed |",
+            "| tiny | 1 | int8 |",
+            "| teacher | trained, learned, row |",
+            "| student | trained, twn, row |",
+        ],
+    ),
     "throughput.py": ("--batch_size 1 --rounds 1", ["| ViT-B/16 |", "| base     |", "| small    |", "| tiny     |"]),
 }
 # Packages that a benchmark needs beside ours, all in extras.

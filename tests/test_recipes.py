@@ -23,6 +23,7 @@ from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.evaluation.sets import EVAL_SETS
 from clipmap_hf.models import load_processor
+from clipmap_hf.ternary.model import sparsity
 
 
 REPOSITORY = Path(clipmap_hf.__file__).parents[1]
@@ -258,6 +259,21 @@ def test_a_mapping_can_be_distilled(finish, steps, mapped_folder, teacher_folder
     assert [line["loss"] for line in lines] == [line["affinity"] for line in lines]
     assert lines[0]["contrastive"] == pytest.approx(others[0]["loss"], rel=1e-4)  # the same start
     check_student(tmp_path, vision_width=32)
+
+
+@pytest.mark.recipes
+def test_ternarize_trains_and_packs_a_teacher_or_a_student(
+    finish, steps, mapped_folder, teacher_folder, pairs_parquet, tmp_path
+):
+    shared = ("ternarize.py", "--teacher", teacher_folder, "--train_data", pairs_parquet, *steps("ternary"))
+    cache = ("--teacher_cache", tmp_path / "cache", "--views", 1)
+    finish(*shared, *cache, "--ternary_quantizer", "learned", "--output_dir", tmp_path / "teacher")
+    finish(*shared, *cache, "--student_model", mapped_folder, "--output_dir", tmp_path / "student")
+    for name, width in (("teacher", 64), ("student", 32)):
+        model = CLIPModel.from_pretrained(tmp_path / name)
+        assert model.config.vision_config.hidden_size == width and sparsity(model) > 0.1
+        config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert config["quantizer"] == ("learned" if name == "teacher" else "twn")
 
 
 @pytest.mark.recipes
