@@ -226,7 +226,7 @@ def test_distill_takes_several_teachers_and_keeps_their_embeddings(
     check_student(tmp_path / "out", vision_width=32)
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())["manifest"]
     assert [one["id"] for one in manifest["teachers"]] == [teacher_folder.name, mapped_folder.name]
-    assert ", with mapped" in (tmp_path / "out" / "README.md").read_text()
+    assert "the teacher and `mapped`" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.recipes
