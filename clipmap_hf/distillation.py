@@ -32,7 +32,6 @@ def distill(
     run: RunArguments,
     data: DataArguments,
     *,
-    name: str,
     make_stage: Callable[..., DistillationStage],
     export: Callable[[DistillationStage], PreTrainedModel],
     said: Mapping[str, Any],
@@ -51,8 +50,8 @@ def distill(
         arguments: The stage's numbers.
         run: Where and how to run.
         data: Training and evaluation pairs.
-        name: Of the stage.
-        make_stage: `DistillationStage`, or what takes the same arguments.
+        make_stage: `DistillationStage`, or what takes the same arguments. Whatever it is, its batches are those of the
+            stage `distillation`, whose views a teacher cache holds.
         export: The model to write, from the stage.
         said: What else `render_card` is told: `method`, and of a ternary model that it is `packed`.
         cache: Where to keep the teachers' embeddings, which are computed first if they are not there.
@@ -101,7 +100,7 @@ def distill(
         run,
         data,
         processor,
-        name=name,
+        name="distillation",
         pairs=pairs,
         evaluate=evaluate,
         save=save,

@@ -117,7 +117,6 @@ def run_distillation(
         cache=cache,
         recipe=recipe,
         pairs=pairs,
-        name="distillation",
         make_stage=DistillationStage,
         export=lambda stage: stage.trained,
         said={

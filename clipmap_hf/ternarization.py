@@ -67,7 +67,6 @@ def run_ternarization(
         cache=cache,
         recipe=recipe,
         pairs=pairs,
-        name="ternarization",
         make_stage=partial(
             TernaryStage,
             config=arguments.config(),

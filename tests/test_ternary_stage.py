@@ -16,7 +16,7 @@ from clipmap_hf.ternary.config import TernaryConfig
 from clipmap_hf.ternary.layers import TernaryModule
 from clipmap_hf.ternary.model import set_backend
 from clipmap_hf.ternary.stage import TernaryStage
-from clipmap_hf.training.arguments import DataArguments, RunArguments
+from clipmap_hf.training.arguments import DataArguments, RunArguments, TeacherCacheArguments
 from clipmap_hf.training.stages import DistillationStage
 
 
@@ -138,14 +138,13 @@ def test_arguments_are_the_words_of_the_config():
 def run(shared_teacher, tiny_processor, pairs_parquet, tmp_path):
     """A function that ternarizes the tiny teacher: `run(steps=2)` returns the folder."""
 
-    def start(folder: str = "out", **options):
+    def start(folder: str = "out", cache: TeacherCacheArguments | None = None, **options):
         teacher = Teacher(copy.deepcopy(shared_teacher), tiny_processor, "me/teacher")
         arguments = TernaryArguments(batch_size=8, learning_rate=1e-3, losses=FEATURE, **options)
-        data = DataArguments(str(pairs_parquet), eval_data=str(pairs_parquet))
-        output = RunArguments(str(tmp_path / folder), checkpoint_every=1)
-        run_ternarization(
-            copy.deepcopy(shared_teacher), [teacher], tiny_processor, arguments, output, data, recipe="a: 1\n"
-        )
+        data = DataArguments(str(pairs_parquet), eval_data=str(pairs_parquet), crop_scale=[0.3, 1.0])
+        output = RunArguments(str(tmp_path / folder), checkpoint_every=1, log_every=1)
+        student, said = copy.deepcopy(shared_teacher), {"cache": cache, "recipe": "a: 1\n"}
+        run_ternarization(student, [teacher], tiny_processor, arguments, output, data, **said)
         return tmp_path / folder
 
     return start
@@ -159,7 +158,7 @@ def test_a_run_writes_a_packed_folder_with_a_card(run, tiny_batch):
     card = (folder / "README.md").read_text()
     assert "ternary" in card and "import clipmap_hf" in card and "base_model_relation: quantized" in card
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["stage"] == "ternarization" and "eval_mean_recall" in lines[-1]
+    assert "eval_mean_recall" in lines[-1]
     assert torch.isfinite(torch.cat(ClipFeatures.embeds(model(**tiny_batch)))).all()
 
 
@@ -183,6 +182,19 @@ def test_a_run_that_is_repeated_writes_the_same(run):
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_a_teacher_cache_holds_the_views_that_are_trained_on(run, tmp_path):
+    folders = {
+        "live": run("live", steps=6),
+        "cached": run("cached", TeacherCacheArguments(str(tmp_path / "cache"), 2), steps=6),
+    }
+    losses = {}
+    for name, folder in folders.items():
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+    assert losses["live"]
+    torch.testing.assert_close(losses["cached"], losses["live"], rtol=0.02, atol=0)  # embeddings are kept in fp16
+
+
 def test_distillation_writes_what_is_exported(shared_teacher, tiny_processor, pairs_parquet, tmp_path):
     teacher = Teacher(copy.deepcopy(shared_teacher), tiny_processor, "me/teacher")
     distill(
@@ -192,7 +204,6 @@ def test_distillation_writes_what_is_exported(shared_teacher, tiny_processor, pa
         TernaryArguments(steps=1, batch_size=8),
         RunArguments(str(tmp_path)),
         DataArguments(str(pairs_parquet)),
-        name="distillation",
         make_stage=DistillationStage,
         export=lambda stage: copy.deepcopy(stage.trained).half(),
         said={"method": "It was halved."},

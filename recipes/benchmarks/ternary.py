@@ -20,7 +20,7 @@ import datasets
 import torch
 from initializer_study.report import markdown
 from ternary_bench.costs import SHAPES, latency_rows, memory_rows, size_rows
-from ternary_bench.quality import quality_rows
+from ternary_bench.quality import ROWS, quality_rows
 from transformers.utils import logging
 
 from clipmap_hf.atomic import write_atomically
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each time")
     parser.add_argument("--compile", action="store_true", help="time compiled towers as well")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of trained rows")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="of the table of quality")
     parser.add_argument("--steps", type=int, default=250, help="of 128 pairs")
     parser.add_argument("--teacher_rate", type=float, default=1e-3, help="learning rate of a ternary teacher")
     parser.add_argument("--student_rate", type=float, default=2e-3, help="learning rate of a ternary student")
@@ -52,7 +53,7 @@ def main() -> None:
         "latency": lambda: chain(
             *(latency_rows(name, arguments.batch_sizes, arguments.rounds, arguments.compile) for name in shapes)
         ),
-        "quality": lambda: quality_rows(folder, arguments.steps, rates, arguments.seeds),
+        "quality": lambda: quality_rows(folder, arguments.rows, arguments.steps, rates, arguments.seeds),
     }
     print(f"{arguments}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     for part in arguments.parts:

@@ -59,7 +59,7 @@ def _trained(quantizer: str, granularity: str, model: str = "teacher") -> Row:
     return Row(f"trained, {quantizer}, {granularity}", model, options=options)
 
 
-ROWS = (
+_ROWS = (
     *(_rounded(quantizer, one) for quantizer in ("twn", "absmean2", "absmean") for one in GRANULARITIES),
     *(_trained(quantizer, "row") for quantizer in ("twn", "absmean2", "absmean", "learned")),
     *(_trained("twn", granularity) for granularity in ("tensor", "block")),
@@ -70,14 +70,17 @@ ROWS = (
     _trained("twn", "row", "student"),
     _trained("learned", "row", "student"),
 )
+ROWS = {f"{row.model}: {row.name}": row for row in _ROWS}
 
 
-def quality_rows(folder: Path, steps: int, rates: dict[str, float], seeds: list[int]) -> Iterator[dict[str, str]]:
-    """Recall of every row, mean ± standard deviation over seeds; what was measured once is read from `cells/`."""
+def quality_rows(
+    folder: Path, names: list[str], steps: int, rates: dict[str, float], seeds: list[int]
+) -> Iterator[dict[str, str]]:
+    """Recall of these rows, mean ± standard deviation over seeds; what was measured once is read from `cells/`."""
     yield _table_row("teacher", "float", [_recall(TEACHER)])
     students = [_student(folder, seed, steps) for seed in seeds]
     yield _table_row("student, a tenth", "float", [_recall(one) for one in students])
-    for row in ROWS:
+    for row in map(ROWS.get, names):
         of_seeds = seeds if row.losses or row.model == "student" else seeds[:1]
         sources = {"teacher": [TEACHER] * len(seeds), "student": students}[row.model]
         found = [
