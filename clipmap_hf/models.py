@@ -1,5 +1,6 @@
 """Loading CLIP models, configs and processors, strictly: what is missing or does not fit is an error, never random."""
 
+import copy
 import json
 import os
 from math import prod
@@ -193,6 +194,8 @@ def _check_size(source: str, config: PretrainedConfig, files: list[Path]) -> Non
             elements += sum(prod(one.get_shape()) * (_TRITS if one.get_dtype() == "U8" else 1) for one in slices)
     for name in ("vision_config", "text_config"):
         tower = getattr(config, name, None)
+        if tower is None:
+            raise ValueError(f"{source!r} holds a model of type {config.model_type!r}, which has no {name}: no CLIP.")
         layers = getattr(tower, "num_hidden_layers", 0)
         least = _least_parameters(tower, getattr(config, "projection_dim", 0))
         if layers > tensors or least > 2 * elements:
@@ -201,6 +204,13 @@ def _check_size(source: str, config: PretrainedConfig, files: list[Path]) -> Non
                 f"layers and at least {least:,} parameters, the weights hold {tensors:,} tensors of {elements:,} "
                 "values in all."
             )
+    with torch.device("meta"):  # exact, now that its layers are few enough to be listed
+        described = sum(one.numel() for one in AutoModel.from_config(copy.deepcopy(config)).parameters())
+    if described > 2 * elements:
+        raise ValueError(
+            f"The config.json in {source!r} and its weights do not belong together: it describes {described:,} "
+            f"parameters, the weights hold {elements:,} values."
+        )
 
 
 def _least_parameters(tower: PretrainedConfig | None, projection_dim: int) -> int:

@@ -91,6 +91,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
         r"at least .* parameters, the weights hold",
     ),
     "a huge embedding, said once": (edit_config(projection_dim=10**12), r"at least .* parameters, the weights hold"),
+    "many token types": (
+        edit_config(text__type_vocab_size=10**12, model_type="chinese_clip"),
+        "parameters, the weights hold",
+    ),
+    "no towers": (edit_config(model_type="bert", vision_config=None, text_config=None, vocab_size=10**12), "no CLIP"),
     "no number": (edit_config(text__num_hidden_layers="three"), "is not valid"),
     "negative layers": (edit_config(text__num_hidden_layers=-1), "not part of the model"),
     "own code": (own_code, "names code of its own"),

@@ -115,10 +115,16 @@ def test_a_pushed_student_comes_back_bit_for_bit(hub, compressor, cache):
 
 
 def test_a_push_is_one_commit_of_what_a_user_of_the_student_needs(hub, folder):
-    for name in ("checkpoints/step-1/optimizer.bin", "start/model.safetensors", "mapped/config.json", "1/config.json"):
+    for name in (
+        "checkpoints/step-1/optimizer.bin",
+        "start/model.safetensors",
+        "mapped/config.json",
+        "1/config.json",
+        "best/config.json",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"of the run")
-    for name in ("arguments.yaml", "metrics.jsonl", "choice.json"):
+    for name in ("arguments.yaml", "metrics.jsonl", "choice.json", "events.out.tfevents.1"):
         (folder / name).write_bytes(b"of the run")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"an export")
@@ -180,6 +186,22 @@ def test_a_map_goes_with_its_weights_or_not_at_all(hub, folder, cache):
     push_folder(folder, "me/clip", token=TOKEN)
     files = hub.repos["me/clip"].commits[hub.repos["me/clip"].branches["main"]]
     assert "model.safetensors" in files and not [name for name in files if name.startswith("map/")]
+
+
+def test_what_belongs_to_other_weights_goes_with_them(hub, folder):
+    for name in ("onnx/model.onnx", ".eval_results/set.yaml", "model-00001-of-00002.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"of the first weights")
+    push_folder(folder, "me/clip", token=TOKEN)
+    changed(folder)
+    for name in ("onnx/model.onnx", ".eval_results/set.yaml", "model-00001-of-00002.safetensors"):
+        (folder / name).unlink()
+    push_folder(folder, "me/clip", token=TOKEN)
+    repo = hub.repos["me/clip"]
+    assert {"onnx/model.onnx", ".eval_results/set.yaml"} <= repo.commits[list(repo.commits)[-2]].keys()
+    files = repo.commits[repo.branches["main"]]
+    assert not [name for name in files if name.startswith(("onnx", ".eval", "model-"))]
+    assert {"model.safetensors", "tokenizer.json"} <= files.keys()
 
 
 def test_a_private_student_is_for_its_owner(hub, folder, cache):

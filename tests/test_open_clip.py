@@ -174,6 +174,14 @@ def test_preprocessing_and_other_details_come_back(tiny_config):
         assert getattr(processor, name) == getattr(images, name)
 
 
+@pytest.mark.parametrize(("width", "intermediate_size"), [(704, 960), (448, 488), (768, 3072), (192, 500)])
+def test_ffn_widths_come_back_though_open_clip_stores_ratios(tiny_config, width, intermediate_size):
+    sizes = {"hidden_size": width, "intermediate_size": intermediate_size, "num_attention_heads": width // 64}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
+    values = open_clip_config(tiny_config(vision=sizes), images, "me/x")
+    assert clip_config(values).vision_config.intermediate_size == intermediate_size
+
+
 @pytest.fixture(scope="module")
 def open_clip():
     try:

@@ -52,6 +52,17 @@ def test_a_perfect_model_is_perfect_by_every_metric(evaluate):
         assert {name: result["metrics"][name] for name in expected} == expected
 
 
+def test_of_two_classes_of_one_name_the_first_is_taken(evaluate, sets_dir):
+    """As argmax does; two pairs of ImageNet's classes have one name."""
+    path = next((sets_dir / SETS["classes"].folder).rglob("classnames.txt"))
+    names = path.read_text().splitlines()
+    path.write_text("\n".join([names[0], names[0], *names[2:]]) + "\n")
+    metrics = evaluate("classes")["classes"]["metrics"]
+    labels = [row["label"] for row in rows_for(SETS["classes"].task)]
+    torch.testing.assert_close(metrics["accuracy@1"], 1 - labels.count(1) / len(labels))
+    assert metrics["accuracy@5"] == 1.0
+
+
 def test_a_model_with_shuffled_labels_scores_by_chance(model, tiny_processor, tmp_path):
     sets = {"classes": SETS["classes"], "labels": SETS["labels"]}
     for name, column in (("classes", "cls"), ("labels", "npy")):

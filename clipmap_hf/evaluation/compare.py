@@ -141,4 +141,4 @@ def _folder(model: str) -> Path:
     load_config(model)  # says what is wrong with a name
     if Path(model).is_dir():
         return Path(model)
-    return Path(snapshot_download(model, allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]))

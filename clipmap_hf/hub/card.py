@@ -18,6 +18,8 @@ from clipmap_hf.hub.results import SetResults, model_index, results_table
 __all__ = ["add_to_card", "config_yaml", "hub_dataset", "render_card"]
 
 _BEGIN, _END = "<!-- results on sets -->", "<!-- end of results on sets -->"  # stand in the template
+# It was trained on texts of the full length, without a mask.
+_SIGLIP_PADDING = 'padding="max_length", return_attention_mask=False'
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
@@ -82,6 +84,7 @@ def render_card(
         status=status,
         figures=figures,
         packed=packed,
+        padding=_SIGLIP_PADDING if model_class == "SiglipModel" else "padding=True",
     )
 
 
@@ -97,13 +100,18 @@ def add_to_card(card: ModelCard, results: Sequence[SetResults]) -> None:
         ValueError: If the card has no place for them.
     """
     before, begin, rest = card.text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    replaced, end, after = rest.partition(_END)
     if not end:
         raise ValueError(f"The card has no place for results: the lines {_BEGIN!r} and {_END!r} are not there.")
     card.text = f"{before}{begin}\n## Zero-shot evaluation\n\nIn percent:\n\n{results_table(results)}\n\n{end}{after}"
     new = model_index(results)
     measured = {(one.dataset_type, one.metric_type) for one in new}
-    old = [one for one in card.data.eval_results or () if (one.dataset_type, one.metric_type) not in measured]
+    old = [
+        one
+        for one in card.data.eval_results or ()
+        if (one.dataset_type, one.metric_type) not in measured
+        and f"| {one.dataset_name}: {one.metric_type} " not in replaced
+    ]
     card.data.eval_results = [*old, *new]
     card.data.model_name = card.data.model_name or "compressed CLIP"
 

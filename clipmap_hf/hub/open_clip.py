@@ -1,5 +1,6 @@
 """Between transformers' `CLIPModel` and open_clip: names of tensors, config, preprocessing."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -126,7 +127,7 @@ def open_clip_config(config: PretrainedConfig, image_processor: Any, tokenizer_n
         name: {
             "layers": tower.num_hidden_layers,
             "width": tower.hidden_size,
-            "mlp_ratio": tower.intermediate_size / tower.hidden_size,
+            "mlp_ratio": _ratio(tower.intermediate_size, tower.hidden_size),
             **({} if tower.layer_norm_eps == _EPSILON else {"norm_kwargs": {"eps": tower.layer_norm_eps}}),
         }
         for name, tower in (("vision", vision), ("text", text))
@@ -257,3 +258,9 @@ def _known(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _refuse(refused: bool, what: str, allowed: str) -> None:
     if refused:
         raise ValueError(f"{what} cannot be converted between CLIPModel and open_clip; it must be {allowed}.")
+
+
+def _ratio(size: int, width: int) -> float:
+    """What open_clip multiplies with the width, and rounds down, to have the size."""
+    ratio = size / width
+    return ratio if int(width * ratio) == size else math.nextafter(ratio, math.inf)

@@ -84,6 +84,6 @@ def read_open_clip_folder(
     model.load_state_dict(tensors, strict=True)
     if tokenizer is None and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise OSError(f"{source!r} holds no tokenizer; name one. That of openai/clip-vit-base-patch16 is the default.")
-    words = AutoTokenizer.from_pretrained(tokenizer or source)
+    words = AutoTokenizer.from_pretrained(tokenizer or source, trust_remote_code=False)
     words.model_max_length = min(words.model_max_length, config.text_config.max_position_embeddings)
     return model.eval(), CLIPProcessor(image_processor=clip_image_processor(values), tokenizer=words)

@@ -16,8 +16,10 @@ __all__ = ["push_folder"]
 _OF_THE_RUN = (
     *("checkpoints/*", "*/checkpoints/*", ".*.tmp/*", "*/.*.tmp/*"),
     *("start/*", "mapped/*", "masked/*", "[0-9]/*"),
-    *("arguments.yaml", "metrics.jsonl", "choice.json", "origin.json"),
+    *("best/*", "*.tfevents.*", "arguments.yaml", "metrics.jsonl", "choice.json", "origin.json"),
 )
+# Of other weights, if a repository has them and the folder does not.
+_OF_WEIGHTS = ("model*.safetensors*", "onnx/*", ".eval_results/*")
 
 
 def push_folder(
@@ -38,7 +40,8 @@ def push_folder(
     Args:
         folder: What to upload; left as it is.
         repo_id: `user/name`.
-        include_map: Upload `map/` too. Without, the repository's is deleted: it belongs to other weights.
+        include_map: Upload `map/` too. What the repository holds of other weights, a map, ONNX files, benchmark
+            results or shards, is deleted in the same commit.
         private: Whether a new repository is private; the account's default if `None`.
         revision: Branch to commit to; made if needed.
         create_pr: Open a pull request instead of committing to the branch.
@@ -63,7 +66,7 @@ def push_folder(
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,
-            delete_patterns=None if include_map else map_files,
+            delete_patterns=[*_OF_WEIGHTS, *map_files],  # but for what is uploaded anew
             ignore_patterns=[*_OF_THE_RUN, *([] if include_map else map_files)],
         )
     except (OSError, HTTPError, RuntimeError) as error:  # the last is what failed uploads raise
