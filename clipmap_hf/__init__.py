@@ -53,7 +53,9 @@ class _WhenQuantizersAreImported(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    importlib.import_module("clipmap_hf.ternary.integration").register()
+    module = importlib.import_module("clipmap_hf.ternary.integration")
+    if hasattr(module, "register"):  # or it is what imports the quantizers, and registers when it is done
+        module.register()
 
 
 if _QUANTIZERS in sys.modules:

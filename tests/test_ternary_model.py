@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -107,6 +108,30 @@ def test_gradients_reach_the_pixels_of_a_packed_model(packed, tiny_batch):
     pixels = tiny_batch["pixel_values"].requires_grad_()
     packed.get_image_features(pixel_values=pixels).pooler_output.sum().backward()
     assert pixels.grad.abs().sum() > 0
+
+
+def test_loaded_models_need_no_gradient_so_that_int8_runs(folder, tiny_batch):
+    model = CLIPModel.from_pretrained(folder)
+    model(**tiny_batch)
+    assert model.vision_model.encoder.layers[0].mlp.fc1.__dict__["kept"].dtype == torch.int8
+
+
+def test_what_was_kept_goes_with_new_weights(tiny_teacher, tiny_batch):
+    config = TernaryConfig(parts=["layers"])
+    packed, other = pack_model(tiny_teacher, config), copy.deepcopy(tiny_teacher)
+    embeds(packed, tiny_batch)
+    for parameter in other.parameters():
+        parameter.data *= 1.5
+    other = pack_model(other, config)
+    packed.load_state_dict(other.state_dict())
+    torch.testing.assert_close(embeds(packed, tiny_batch), embeds(other, tiny_batch), rtol=0, atol=0)
+
+
+def test_half_precision_checkpoints_are_packed_and_dequantized_in_fp32(tiny_teacher, tiny_batch, tmp_path):
+    tiny_teacher.half().save_pretrained(tmp_path)
+    stock = pack_model(CLIPModel.from_pretrained(tmp_path), TernaryConfig()).dequantize()
+    assert {one.dtype for one in stock.parameters()} == {torch.float32}
+    assert embeds(stock, tiny_batch).isfinite().all()
 
 
 def test_unknown_backends_and_float_models_are_refused(packed, tiny_teacher):
@@ -230,6 +255,7 @@ def test_corrupt_files_are_refused(folder, what, error, match):
         ({"block_size": 0}, ValueError, "block_size=0"),
         ({"colour": "red"}, TypeError, "colour"),
         ({"modules": []}, ValueError, "names no modules"),
+        ({"modules": ["visoin_model.head"]}, ValueError, "visoin_model.head, which the model does not have"),
         ({"modules": ["vision_model.head"]}, ValueError, "vision_model.head, which the model does not have"),
         ({"modules": ["vision_model.post_layernorm"]}, ValueError, "LayerNorm, which cannot be ternary"),
     ],

@@ -1,8 +1,10 @@
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
@@ -17,6 +19,7 @@ from clipmap_hf.ternary.layers import TernaryModule
 from clipmap_hf.ternary.model import set_backend
 from clipmap_hf.ternary.stage import TernaryStage
 from clipmap_hf.training.arguments import DataArguments, RunArguments, TeacherCacheArguments
+from clipmap_hf.training.sharding import prepare_stage
 from clipmap_hf.training.stages import DistillationStage
 
 
@@ -104,6 +107,26 @@ def test_weights_go_from_float_to_ternary_in_the_ramp(build, tiny_batch):
         seen = stage._student_model([tiny_batch])[1][f"{NAME}.weight"].detach()
         torch.testing.assert_close(seen, latent.lerp(ternary, share), rtol=0, atol=1e-6)
         stage.after_step()
+
+
+def test_rows_of_zeros_learn_levels_too(build, tiny_batch):
+    stage = build(quantizer="learned")
+    stage.trained.text_model.embeddings.token_embedding.weight.data[tiny_batch["input_ids"][0, 1]] = 0
+    config = TernaryConfig(quantizer="learned")
+    stage = TernaryStage(stage.trained, stage._teachers, 50.0, False, FEATURE, config=config)
+    stage([tiny_batch])["loss"].backward()
+    assert all(one.grad.isfinite().all() for one in stage.parameters() if one.grad is not None)
+
+
+def test_nothing_but_frozen_parts_is_an_error(build):
+    with pytest.raises(ValueError, match="are frozen"):
+        build(frozen="text_model", parts=["token_embedding"])
+
+
+def test_fsdp_is_refused(build):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match="which FSDP would put back"):
+        prepare_stage(build(), accelerator, TernaryArguments(), 8)
 
 
 def test_a_frozen_tower_stays_float(build):

@@ -1,11 +1,13 @@
 """A linear layer of ternary weights in 8-bit arithmetic: every token is rounded to 255 steps of its own."""
 
 import torch
+from torch.nn import functional as F
 
 
 __all__ = ["int8_linear", "int8_works"]
 
 _STEPS = 127
+_CUDA_TOKENS, _CUDA_MULTIPLE = 32, 8  # what its product of integers asks for, at least
 
 
 def int8_linear(
@@ -27,13 +29,23 @@ def int8_linear(
     flat = tokens.reshape(-1, tokens.shape[-1])
     steps = flat.abs().amax(dim=1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / _STEPS
     whole = (flat / steps).round_().to(torch.int8)
-    product = torch._int_mm(whole, trits).float().mul_(steps).mul_(levels.float())  # (tokens, rows)
+    if whole.is_cuda and len(whole) < _CUDA_TOKENS:
+        whole = F.pad(whole, (0, 0, 0, _CUDA_TOKENS - len(whole)))
+    product = torch._int_mm(whole, trits)[: len(flat)].float().mul_(steps).mul_(levels.float())  # (tokens, rows)
     if bias is not None:
         product += bias
     return product.to(tokens.dtype).view(*tokens.shape[:-1], -1)
 
 
-def int8_works(tokens: torch.Tensor, levels: torch.Tensor) -> bool:
-    """Whether these are tokens and levels `(rows, groups)` for `int8_linear`: one level a row, and no gradient."""
+def int8_works(tokens: torch.Tensor, shape: tuple[int, int], levels: torch.Tensor) -> bool:
+    """
+    Whether `int8_linear` can do it: one level a row, no gradient, a CPU, or a GPU and sizes that it can multiply.
+
+    Args:
+        tokens: `(…, columns)`.
+        shape: Of the weight, `(rows, columns)`.
+        levels: `(rows, groups)`.
+    """
     wants_gradient = torch.is_grad_enabled() and tokens.requires_grad
-    return levels.shape[1] == 1 and not wants_gradient and tokens.device.type in ("cpu", "cuda")
+    fits = tokens.device.type == "cpu" or (tokens.is_cuda and not any(size % _CUDA_MULTIPLE for size in shape))
+    return levels.shape[1] == 1 and not wants_gradient and fits

@@ -11,9 +11,10 @@ from clipmap_hf.ternary.config import METHOD, TernaryConfig
 from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 
 
-__all__ = ["TernaryQuantizer", "mark", "register", "swap"]
+__all__ = ["TernaryQuantizer", "configs", "mark", "register", "swap"]
 
 _TOWERS = ("vision_config", "text_config")
+_PLACES = ("vision_model", "text_model", "visual_projection", "text_projection")  # that one tower does not have
 
 
 class TernaryQuantizer(HfQuantizer):
@@ -29,7 +30,7 @@ class TernaryQuantizer(HfQuantizer):
             swap(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        dtype = model.dtype
+        dtype = model.requires_grad_(False).dtype  # trits cannot be trained, and `int8` has no gradient
         for name, module in model.named_modules():
             if isinstance(module, TernaryModule):
                 try:
@@ -43,12 +44,12 @@ class TernaryQuantizer(HfQuantizer):
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, TernaryModule)]
         for name, module in found:
             model.set_submodule(name, module.float_module(dtype or model.dtype))
-        return model
+        return model.requires_grad_(True)
 
     def remove_quantization_config(self, model: nn.Module) -> None:
         super().remove_quantization_config(model)
         # Towers have a config of their own, where transformers would find that there is something to load.
-        for config in _configs(model.config):
+        for config in configs(model.config):
             config.__dict__.pop("quantization_config", None)
             config.__dict__.pop("_is_quantized", None)
 
@@ -75,6 +76,8 @@ def swap(model: nn.Module, config: TernaryConfig) -> None:
         is_bare = tower not in children and model.config.model_type.endswith(tower)
         place = inner if is_bare else name
         if place.partition(".")[0] not in children:
+            if tower not in _PLACES:
+                raise ValueError(f"The quantization_config names {name}, which the model does not have.")
             continue
         try:
             module = model.get_submodule(place)
@@ -88,7 +91,7 @@ def swap(model: nn.Module, config: TernaryConfig) -> None:
 def mark(model: nn.Module, quantizer: TernaryQuantizer) -> None:
     """Lets transformers know that a model is packed, and how: in its config and in that of each tower."""
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
-    for config in _configs(model.config):
+    for config in configs(model.config):
         config.quantization_config = quantizer.quantization_config.to_dict()
         config._is_quantized = True
     model.config.quantization_config = quantizer.quantization_config
@@ -101,6 +104,9 @@ def register() -> None:
         register_quantizer(METHOD)(TernaryQuantizer)
 
 
-def _configs(config: Any) -> list[Any]:
+def configs(config: Any) -> list[Any]:
     """A model's config, and those of its towers."""
     return [config, *(inner for name in _TOWERS if (inner := getattr(config, name, None)) is not None)]
+
+
+register()  # again, if this module was imported before any model was

@@ -87,15 +87,20 @@ class TernaryModule(nn.Module):
         """A tensor of the weight that is made once for a dtype and device, and is no part of the state dict."""
         kept = self.__dict__.get("kept")
         if kept is None or kept.dtype != dtype or kept.device != self.weight.device:
-            kept = self.__dict__["kept"] = make()
+            with torch.inference_mode(False):  # or it could not be used where gradients are asked for
+                kept = self.__dict__["kept"] = make()
         return kept
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.__dict__.pop("kept", None)
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class TernaryLinear(TernaryModule):
     """A linear layer; all of `BACKENDS` run it."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.backend in ("auto", "int8") and int8_works(tokens, self.weight_scale):
+        if self.backend in ("auto", "int8") and int8_works(tokens, self.shape, self.weight_scale):
             trits = self._kept(torch.int8, lambda: self.trits().T.contiguous())
             return int8_linear(tokens, trits, self.weight_scale.squeeze(1), self.bias)
         return F.linear(tokens, self._float(tokens.dtype), self.bias)

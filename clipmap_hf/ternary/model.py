@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from clipmap_hf.ternary.config import BACKENDS, TernaryConfig
-from clipmap_hf.ternary.integration import TernaryQuantizer, mark, swap
+from clipmap_hf.ternary.integration import TernaryQuantizer, configs, mark, swap
 from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 from clipmap_hf.ternary.quantizers import ternarized
 
@@ -60,7 +60,9 @@ def pack_model(
         module, level = packed.get_submodule(name), (levels or {}).get(name)
         module.store(*ternarized(weight, config.quantizer, config.granularity, config.block_size, level))
         module.ready(dtype)
-    mark(packed, TernaryQuantizer(config))
+    mark(packed.requires_grad_(False), TernaryQuantizer(config))
+    for part in configs(packed.config):
+        part.dtype = dtype
     return packed
 
 

@@ -35,6 +35,8 @@ class TernaryStage(DistillationStage):
         ramp_steps: Steps in which weights go from float to ternary; none by default.
     """
 
+    swaps_weights = True
+
     def __init__(
         self,
         trained: PreTrainedModel,
@@ -51,12 +53,15 @@ class TernaryStage(DistillationStage):
         self._options = (config.quantizer, config.granularity, config.block_size)
         names = ternary_modules(trained, config)
         self.names = [name for name in names if trained.get_submodule(name).weight.requires_grad]
+        if not self.names:
+            raise ValueError(f"All of the parts {config.parts} are frozen; freeze another tower, or name other parts.")
         self.config, self.ramp_steps = dataclasses.replace(config, modules=self.names), ramp_steps
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         learned = self.names if config.quantizer == "learned" else []
         found = [ternarized(trained.get_submodule(name).weight.detach(), *self._options)[1] for name in learned]
         self._shapes = [level.shape for level in found]
-        self.levels = nn.ParameterList(level.float().flatten() for level in found)  # vectors do not decay
+        starts = [level.float().clamp(min=_LOWEST_LEVEL).flatten() for level in found]  # vectors do not decay
+        self.levels = nn.ParameterList(starts)
 
     def after_step(self) -> None:
         super().after_step()

@@ -30,7 +30,7 @@ def prepare_stage(
         local_size: Pairs of a process in a step.
 
     Raises:
-        ValueError: If the stage exchanges gradients itself, and the backend would too.
+        ValueError: If the stage exchanges gradients itself, and the backend would too, or swaps weights under FSDP.
     """
     kind = accelerator.distributed_type
     if stage.averages_gradients:
@@ -41,6 +41,11 @@ def prepare_stage(
             )
         optimizer = adamw(stage, arguments)
         return stage, accelerator.prepare_model(stage, evaluation_mode=True), accelerator.prepare(optimizer)
+    if stage.swaps_weights and kind == DistributedType.FSDP:
+        raise ValueError(
+            f"The {type(stage).__name__} computes with other weights than it trains, which FSDP would put back; "
+            "launch it with recipes/accelerate_configs/multi_gpu.yaml."
+        )
     if kind == DistributedType.DEEPSPEED:
         _tell_deepspeed(stage, accelerator, arguments, local_size)
     trained = _copy_to_shard(stage, accelerator) if kind == DistributedType.FSDP else stage

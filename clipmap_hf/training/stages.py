@@ -43,6 +43,7 @@ class Stage(nn.Module):
     """
 
     averages_gradients = False  # whether backward leaves the mean of all processes, so that no wrapper has to
+    swaps_weights = False  # whether the forward pass has others in their place, which FSDP would put back
 
     def __init__(self, trained: nn.Module, logit_scale: float, learn_logit_scale: bool):
         super().__init__()
