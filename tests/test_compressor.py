@@ -585,7 +585,6 @@ def test_a_map_of_a_hub_teacher_is_pushed_when_asked(shared_compressor, hub, tmp
     shared_compressor.push_to_hub("clip-small", include_map=True)
     pushed = tmp_path / "hub" / "me" / "clip-small"
     assert {path.name for path in (pushed / "map").iterdir()} == MAP_FILES
-    assert hub[-1][1]["delete_patterns"] is None
     content = json.loads((pushed / "map" / "clipmap_config.json").read_text())
     assert content["teacher"] == "openai/clip"
     content["teacher"] = str(teacher_folder)  # what the Hub would give for that id
@@ -601,7 +600,7 @@ def test_a_map_of_a_local_teacher_is_not_pushed(shared_compressor, hub):
 
 def test_a_push_without_map_deletes_the_map_of_other_weights(shared_compressor, hub):
     shared_compressor.push_to_hub("clip-small")
-    assert hub[-1][1]["delete_patterns"] == ["map/*"]
+    assert "map/*" in hub[-1][1]["delete_patterns"]
 
 
 def test_saving_without_map_removes_the_map_of_other_weights(shared_compressor, tmp_path):
