@@ -35,14 +35,17 @@ class PushArguments:
 
 def main() -> None:
     (arguments,) = parse_arguments(PushArguments, description=__doc__)
+    from clipmap_hf.data.teacher_cache import model_fingerprint
     from clipmap_hf.hub.folder import add_results
     from clipmap_hf.hub.push import push_folder
     from clipmap_hf.hub.results import read_results
+    from clipmap_hf.models import load_model
 
     options = dict(vars(arguments))
     results, teacher_results = options.pop("results"), options.pop("teacher_results")
     if results is not None:
-        add_results(arguments.folder, read_results(results, teacher_results))
+        weights = model_fingerprint(load_model(arguments.folder))
+        add_results(arguments.folder, read_results(results, teacher_results, weights=weights))
     print(push_folder(**options))
 
 

@@ -194,7 +194,7 @@ def test_a_student_of_a_student_inherits_through_its_card(cost_table, tmp_path):
 # Results on sets, measured later
 
 
-def write_results(folder: Path, **accuracies: float) -> Path:
+def write_results(folder: Path, weights: str = "of a student", **accuracies: float) -> Path:
     """What recipes/evaluate.py writes."""
     folder.mkdir()
     for name, accuracy in accuracies.items():
@@ -203,7 +203,7 @@ def write_results(folder: Path, **accuracies: float) -> Path:
             "metrics": {"accuracy@5": 2 * accuracy, "accuracy@1": accuracy},
             "reported": ["accuracy@1"],
             "commit": "c0ffee",
-            "settings": {"set": of_set, "files": {"0.tar": 3}, "names": "n", "templates": "t", "weights": str(folder)},
+            "settings": {"set": of_set, "files": {"0.tar": 3}, "names": "n", "templates": "t", "weights": weights},
         }
         (folder / f"{name}.json").write_text(json.dumps(result))
     (folder / "summary.json").write_text("{}")
@@ -216,6 +216,9 @@ def test_results_on_sets_are_read_with_the_teachers(tmp_path):
     expected = ("cars", {"accuracy@1": 0.25}, {"accuracy@1": 0.5}, "me/wds_cars", "c0ffee", "test")
     assert dataclasses.astuple(cars) == (*expected, "zero-shot-image-classification", None)
     assert pets.teacher is None
+    assert len(read_results(student, teacher, weights="of a student")) == 2
+    with pytest.raises(ValueError, match="'cars' .* was measured with other weights"):
+        read_results(student, teacher, weights="of another")
     path = teacher / "cars.json"
     path.write_text(path.read_text().replace('"templates": "t"', '"templates": "other"'))
     with pytest.raises(ValueError, match="'cars' was measured on other images or prompts"):

@@ -26,6 +26,7 @@ from transformers import CLIPModel
 
 import clipmap_hf
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
+from clipmap_hf.data.teacher_cache import model_fingerprint
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
 from clipmap_hf.models import load_model, load_processor
@@ -213,7 +214,8 @@ def test_a_private_student_is_for_its_owner(hub, folder, cache):
 
 
 def test_the_recipe_puts_scores_on_sets_into_the_card_and_pushes(hub, folder, tmp_path, monkeypatch, capsys):
-    student, teacher = (write_results(tmp_path / name, cars=score) for name, score in (("s", 0.25), ("t", 0.5)))
+    weights = model_fingerprint(load_model(str(folder)))
+    student, teacher = write_results(tmp_path / "s", weights, cars=0.25), write_results(tmp_path / "t", cars=0.5)
     options = ["--folder", folder, "--repo_id", "me/clip", "--results", student, "--teacher_results", teacher]
     monkeypatch.setattr(sys, "argv", ["push.py", *map(str, options)])
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -104,22 +104,27 @@ def benchmark_files(results: Sequence[SetResults]) -> dict[str, str]:
     return files
 
 
-def read_results(folder: str | Path, teacher: str | Path | None = None) -> list[SetResults]:
+def read_results(
+    folder: str | Path, teacher: str | Path | None = None, *, weights: str | None = None
+) -> list[SetResults]:
     """
     What `recipes/evaluate.py --sets` wrote about a student.
 
     Args:
         folder: Holds a JSON file for each set.
         teacher: The same of the teacher; sets that it lacks are shown without.
+        weights: The `model_fingerprint` of the student, if it is to be checked.
 
     Raises:
-        ValueError: If there is no result, or the teacher's is of other images or prompts.
+        ValueError: If there is no result, it is one of other weights, or the teacher's is of other images or prompts.
     """
     students = _by_set(Path(folder))
     teachers = {} if teacher is None else _by_set(Path(teacher))
     results = []
     for name, one in students.items():
         other, of_set = teachers.get(name), one["settings"]["set"]
+        if weights is not None and one["settings"]["weights"] != weights:
+            raise ValueError(f"{name!r} in {folder} was measured with other weights than these; evaluate them again.")
         if other is not None and any(one["settings"][key] != other["settings"][key] for key in _OF_SET):
             raise ValueError(f"{name!r} was measured on other images or prompts in {folder} than in {teacher}.")
         results.append(
