@@ -24,7 +24,7 @@ from clipmap_hf.training.arguments import (
     TeacherCacheArguments,
 )
 from clipmap_hf.training.masking import MaskingStage
-from clipmap_hf.training.optimization import step_count
+from clipmap_hf.training.optimization import step_count, steps_or_share
 from clipmap_hf.training.setup import (
     evaluation_function,
     run_stage,
@@ -156,14 +156,14 @@ def run_masking(
     """
     pairs = training_pairs(data)
     check_same_preprocessing(source.processor, teachers)
-    steps, ramp = step_count(arguments, pairs), arguments.ramp_steps
+    ramp = steps_or_share(arguments.ramp_steps, step_count(arguments, pairs))
     stage = MaskingStage(
         frozen(copy.deepcopy(source.model), arguments.freeze),
         [teacher.model for teacher in teachers],
         arguments.logit_scale,
         arguments.learn_logit_scale,
         student,
-        max(1, round(ramp if ramp >= 1 else ramp * steps)),
+        max(1, round(ramp)),
         arguments.losses,
     )
 

@@ -13,7 +13,7 @@ from clipmap_hf.teachers import Teacher
 from clipmap_hf.ternary.arguments import TernaryArguments
 from clipmap_hf.ternary.stage import TernaryStage
 from clipmap_hf.training.arguments import DataArguments, RunArguments, TeacherCacheArguments
-from clipmap_hf.training.optimization import step_count
+from clipmap_hf.training.optimization import step_count, steps_or_share
 from clipmap_hf.training.setup import training_pairs
 from clipmap_hf.training.trainer import TrainResult
 
@@ -54,7 +54,7 @@ def run_ternarization(
         ValueError: If a teacher preprocesses images or texts in another way than the student.
     """
     pairs = training_pairs(data) if pairs is None else pairs
-    steps, ramp = step_count(arguments, pairs), arguments.ramp_steps
+    steps = step_count(arguments, pairs)
     if not steps:
         logger.warning("Weights are made ternary without training, which leaves little of most models; give steps.")
     return distill(
@@ -70,7 +70,7 @@ def run_ternarization(
         make_stage=partial(
             TernaryStage,
             config=arguments.config(),
-            ramp_steps=round(ramp if ramp >= 1 else ramp * steps),
+            ramp_steps=round(steps_or_share(arguments.ramp_steps, steps)),
         ),
         export=lambda stage: stage.packed(getattr(torch, arguments.float_dtype)),
         said={

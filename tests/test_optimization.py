@@ -13,7 +13,7 @@ from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.training.arguments import StageArguments
-from clipmap_hf.training.optimization import adamw, learning_rate_at, parameter_groups, step_count
+from clipmap_hf.training.optimization import adamw, learning_rate_at, parameter_groups, step_count, steps_or_share
 from clipmap_hf.training.stages import ContrastiveStage, MappingStage
 
 
@@ -169,3 +169,8 @@ def test_a_batch_larger_than_the_data_is_an_error(steps):
 def test_less_than_one_step_of_epochs_is_an_error():
     with pytest.raises(ValueError, match=r"epochs=0\.1 of 24 pairs is less than one step"):
         step_count(StageArguments(epochs=0.1, batch_size=8), pairs(24))
+
+
+@pytest.mark.parametrize(("number", "steps"), [(0.25, 50.0), (1, 1), (30, 30), (0, 0)])
+def test_numbers_below_one_are_shares_of_all_steps(number, steps):
+    assert steps_or_share(number, 200) == steps

@@ -10,7 +10,7 @@ from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.training.arguments import StageArguments
 
 
-__all__ = ["adamw", "learning_rate_at", "parameter_groups", "step_count"]
+__all__ = ["adamw", "learning_rate_at", "parameter_groups", "step_count", "steps_or_share"]
 
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -65,10 +65,15 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
         peak: The highest rate.
         warmup: Steps of warm-up, or a share of all if below 1.
     """
-    warmup = math.ceil(min(warmup if warmup >= 1 else warmup * steps, steps))
+    warmup = math.ceil(min(steps_or_share(warmup, steps), steps))
     if step < warmup:
         return peak * step / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def steps_or_share(number: float, steps: int) -> float:
+    """As many steps, or below 1 that share of all `steps`; not rounded."""
+    return number if number >= 1 else number * steps
 
 
 def step_count(arguments: StageArguments, pairs: PairDataset | PairStream) -> int:
