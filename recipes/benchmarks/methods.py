@@ -7,10 +7,10 @@ count), tested on a style that no model was trained on.
     python recipes/benchmarks/methods.py --output_dir quick --quick    # a rough table in ten minutes
 
 A cell, a student by a method with a seed, is made by `clipmap_hf.compression` and lies in `cells/`, not to be made
-again. The learning rate of a method and size, which its stages share, is the best of four trials of one seed, by mean
-recall on EmojiOne's drawings, which are held out of the training pairs then; it is kept in `tuned.json`. Several
-processes may work on one bench, on sizes of their own; `--report_only` puts them together. `--quick` is one size, one
-seed, a fifth of the steps, no MoPE, and rates that were found before.
+again. The learning rate of a method and size, which its stages share, is the best of a few trials, of one seed and as
+many for each method, by mean recall on EmojiOne's drawings, which are held out of the training pairs then; it is kept
+in `tuned.json`. Several processes may work on one bench, on sizes of their own; `--report_only` puts them together.
+`--quick` is one size, one seed, a fifth of the steps, no MoPE, and rates that were found before.
 
 Writes `results.json`, `results.md` and PNGs. Recall is in percent, image to text / text to image, mean ± standard
 deviation over seeds. `seconds` are those of training and of a start from data, evaluation left out.
@@ -31,10 +31,23 @@ from clipmap_hf.atomic import write_atomically
 
 # Width, depth and, where it is not four times the width, FFN width of the vision and of the text tower, and those of
 # what a progressive compression goes through. Of the teacher's parameters in blocks, students have 50, 7, 1.1 percent.
+# Learning rates to try, for methods whose loss is that of embeddings themselves and for the others: as many for each.
 SIZES = {
-    "50 %": {"towers": ((160, 5, 512), (128, 2)), "via": [((192, 6), (128, 3))]},
-    "10 %": {"towers": ((64, 3), (64, 2)), "via": [((128, 5), (96, 3))]},
-    "1 %": {"towers": ((32, 2), (32, 1)), "via": [((96, 4), (64, 2))]},
+    "50 %": {
+        "towers": ((160, 5, 512), (128, 2)),
+        "via": [((192, 6), (128, 3))],
+        "rates": {"feature": (1e-3, 2e-3, 4e-3), "others": (5e-4, 1e-3, 2e-3)},
+    },
+    "10 %": {
+        "towers": ((64, 3), (64, 2)),
+        "via": [((128, 5), (96, 3))],
+        "rates": {"feature": (1e-3, 2e-3, 4e-3, 8e-3), "others": (5e-4, 1e-3, 2e-3, 4e-3)},
+    },
+    "1 %": {
+        "towers": ((32, 2), (32, 1)),
+        "via": [((96, 4), (64, 2))],
+        "rates": {"feature": (2e-3, 4e-3, 8e-3, 1.6e-2), "others": (5e-4, 1e-3, 2e-3, 4e-3)},
+    },
 }
 AFFINITY, FEATURE = {"affinity": 1.0}, {"feature": 2000.0}
 CLIP_KD = {"contrastive": 1.0, "relational": 1.0, "feature": 2000.0, "interactive": 1.0}
@@ -57,8 +70,6 @@ METHODS = {
     PAPER: {"initializer": "diagonal", "losses": AFFINITY, "stages": {"mapping": 0.32}},
     "calibrated": {"initializer": "calibrated", "losses": FEATURE},
 }
-# The best rate is larger where the loss is that of embeddings themselves.
-TRIALS, FEATURE_TRIALS = (5e-4, 1e-3, 2e-3, 4e-3), (1e-3, 2e-3, 4e-3, 8e-3)
 # A mapping's own rate, as a share of that of distillation: what most of its trials ended with in initializers.py.
 MAPPING_SHARE = 0.25
 SLOW = ("MoPE", "MoPE-CLIP")  # a minute for the start alone
@@ -119,7 +130,7 @@ def best_rate(arguments: argparse.Namespace, size: str, name: str) -> float:
     path = arguments.output_dir / "tuned.json"
     tuned = json.loads(path.read_text()) if path.exists() else {}
     if name not in tuned.get(size, {}):
-        rates = FEATURE_TRIALS if "feature" in METHODS[name]["losses"] else TRIALS
+        rates = SIZES[size]["rates"]["feature" if "feature" in METHODS[name]["losses"] else "others"]
         trials = {rate: make_cell(arguments, size, name, rate, seed=0, validation=True) for rate in rates}
         recalls = {
             rate: finished(arguments.output_dir, cell)["recall"]["mean_recall"] for rate, cell in trials.items()
