@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
-__all__ = ["config_values", "load_config", "load_model", "load_processor"]
+__all__ = ["check_float", "config_values", "load_config", "load_model", "load_processor"]
 
 _PROVENANCE = {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "architectures"}
 _FILE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
@@ -99,6 +99,20 @@ def load_model(
     if found:
         raise ValueError(f"The weights in {source!r} do not fit its config.json. Tensors {found}.")
     return model.eval()
+
+
+def check_float(model: PreTrainedModel, what: str) -> None:
+    """
+    Looks whether a model's weights are float, which `what`, a noun, works with.
+
+    Raises:
+        ValueError: If they are packed.
+    """
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{what} works with float weights, and those of this {type(model).__name__} are packed; give it "
+            "`model.dequantize()`, or the folder to which that was saved."
+        )
 
 
 def load_processor(source: str, *, revision: str | None = None, backend: str = "pil", **kwargs) -> ProcessorMixin:

@@ -14,6 +14,7 @@ from clipmap_hf.evaluation.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import write_student_folder
 from clipmap_hf.losses import PAIR_LOSSES
+from clipmap_hf.models import check_float
 from clipmap_hf.teachers import Teacher, check_same_preprocessing
 from clipmap_hf.training.arguments import (
     DataArguments,
@@ -105,8 +106,10 @@ def run_distillation(
         pairs: The training pairs, if they are loaded already.
 
     Raises:
-        ValueError: If a teacher preprocesses images or texts in another way than the student.
+        ValueError: If a teacher preprocesses images or texts in another way than the student, or the student's weights
+            are packed.
     """
+    check_float(student, "Training")
     return distill(
         student,
         teachers,

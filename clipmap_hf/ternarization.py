@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.distillation import distill
+from clipmap_hf.models import check_float
 from clipmap_hf.teachers import Teacher
 from clipmap_hf.ternary.arguments import TernaryArguments
 from clipmap_hf.ternary.stage import TernaryStage
@@ -51,10 +52,15 @@ def run_ternarization(
         pairs: The training pairs, if they are loaded already.
 
     Raises:
-        ValueError: If a teacher preprocesses images or texts in another way than the student.
+        ValueError: If a teacher preprocesses images or texts in another way than the student, the ramp is longer than
+            the training, or the student's weights are packed.
     """
+    check_float(student, "Training")
     pairs = training_pairs(data) if pairs is None else pairs
     steps = step_count(arguments, pairs)
+    ramp_steps = round(steps_or_share(arguments.ramp_steps, steps))
+    if ramp_steps > steps:
+        raise ValueError(f"ramp_steps={ramp_steps} are more than the {steps} of the training; a share is below 1.")
     if not steps:
         logger.warning("Weights are made ternary without training, which leaves little of most models; give steps.")
     return distill(
@@ -70,7 +76,7 @@ def run_ternarization(
         make_stage=partial(
             TernaryStage,
             config=arguments.config(),
-            ramp_steps=round(steps_or_share(arguments.ramp_steps, steps)),
+            ramp_steps=ramp_steps,
         ),
         export=lambda stage: stage.packed(getattr(torch, arguments.float_dtype)),
         said={

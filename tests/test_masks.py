@@ -2,9 +2,11 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from calibrated_starts import TOWERS
 from torch import nn
 from torch.func import functional_call
@@ -14,8 +16,10 @@ from clipmap_hf.families import CLIP
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.selection.masks import MaskedLayerNorm, Masks, expected, sampled, settled
 from clipmap_hf.selection.start import start_from_scores
+from clipmap_hf.training.arguments import MaskingArguments
 from clipmap_hf.training.masking import MaskingStage
 from clipmap_hf.training.optimization import parameter_groups
+from clipmap_hf.training.sharding import prepare_stage
 
 
 NARROW = ClipMapConfig(TowerConfig(32), TowerConfig(32), initializer="manual")
@@ -179,3 +183,9 @@ def test_masks_and_multipliers_have_a_rate_of_their_own(shared_teacher):
     assert fixed == {id(p) for p in (*stage.masks.parameters(), stage.multipliers)}
     others = [p for group in parameter_groups(stage, 0.2) if "fixed_rate" not in group for p in group["params"]]
     assert not fixed & {id(p) for p in others} and len(others) == len(list(stage.trained.parameters())) - 1
+
+
+def test_fsdp_is_refused(shared_teacher, fresh_accelerator):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match="which FSDP would put back"):
+        prepare_stage(masking(shared_teacher, 2), accelerator, MaskingArguments(), 8)

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -8,16 +9,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
+    ChineseCLIPVisionModel,
     CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    SiglipTextModel,
+    SiglipVisionModel,
     pipeline,
 )
 
+from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.features import ClipFeatures
-from clipmap_hf.models import load_model
+from clipmap_hf.hub.onnx import write_onnx
+from clipmap_hf.hub.open_clip_folder import write_open_clip_folder
+from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.models import check_float, load_model
 from clipmap_hf.ternary.config import BACKENDS, METHOD, PARTS, TernaryConfig
 from clipmap_hf.ternary.integration import TernaryQuantizer, mark, register, swap
 from clipmap_hf.ternary.layers import TERNARY, TernaryConv2d, TernaryEmbedding, TernaryLinear, TernaryModule
@@ -117,7 +125,7 @@ def test_loaded_models_need_no_gradient_so_that_int8_runs(folder, tiny_batch):
 
 
 def test_what_was_kept_goes_with_new_weights(tiny_teacher, tiny_batch):
-    config = TernaryConfig(parts=["layers"])
+    config = TernaryConfig(parts=ALL)
     packed, other = pack_model(tiny_teacher, config), copy.deepcopy(tiny_teacher)
     embeds(packed, tiny_batch)
     for parameter in other.parameters():
@@ -280,9 +288,72 @@ def test_weights_too_large_for_a_level_are_refused(tiny_teacher):
         pack_model(tiny_teacher, TernaryConfig(parts=["projections"]))
 
 
-def test_models_without_such_parts_are_refused():
-    with pytest.raises(ValueError, match="no modules of the parts"):
-        ternary_modules(torch.nn.Linear(2, 2), TernaryConfig())
+def test_what_works_with_float_weights_refuses_packed_ones(packed, tiny_processor, tmp_path):
+    small = ClipMapConfig(vision=TowerConfig(32, 2), text=TowerConfig(32, 2), initializer="diagonal")
+    for work in (
+        lambda: WeightMapper(packed, small),
+        lambda: write_onnx(tmp_path, packed, tiny_processor),
+        lambda: write_open_clip_folder(tmp_path, packed, tiny_processor),
+    ):
+        with pytest.raises(ValueError, match="works with float weights.*dequantize"):
+            work()
+    check_float(packed.dequantize(), "Mapping")
+
+
+def test_each_part_must_be_there(tiny_teacher):
+    del tiny_teacher.text_model.embeddings.token_embedding
+    with pytest.raises(ValueError, match="of the part 'token_embedding'"):
+        ternary_modules(tiny_teacher, TernaryConfig())
+
+
+@pytest.mark.parametrize("tower", [SiglipVisionModel, SiglipTextModel, ChineseCLIPVisionModel])
+def test_single_towers_of_other_families_load_too(tower, tiny_batch, tmp_path, request):
+    whole = copy.deepcopy(request.getfixturevalue("siglip" if "Siglip" in tower.__name__ else "chinese_clip"))
+    whole = pack_model(whole, TernaryConfig())
+    whole.save_pretrained(tmp_path)
+    loaded, info = tower.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    name, part = ("input_ids", whole.text_model) if "Text" in tower.__name__ else ("pixel_values", whole.vision_model)
+    with torch.no_grad():
+        found, expected = loaded(tiny_batch[name]), part(tiny_batch[name])
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", ["siglip", "chinese_clip"])
+def test_other_families_have_the_same_parts(model_type, tiny_batch, tmp_path, request):
+    model = copy.deepcopy(request.getfixturevalue(model_type))
+    packed = pack_model(model, TernaryConfig(parts=ALL))
+    left = [name for name, module in packed.named_modules() if type(module) in TERNARY]
+    assert all(re.search("position_embedding|token_type_embeddings|pooler", name) for name in left)
+    packed.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(embeds(loaded, tiny_batch), embeds(packed, tiny_batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_levels_stay_as_they_are_when_a_model_is_cast(packed, folder, tiny_batch, dtype):
+    before = packed.state_dict()
+    cast = packed.to(dtype)
+    for name, tensor in cast.state_dict().items():
+        if name.endswith("weight_scale") or before[name].dtype == torch.uint8:
+            torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    batch = {**tiny_batch, "pixel_values": tiny_batch["pixel_values"].to(dtype)}
+    loaded = CLIPModel.from_pretrained(folder, dtype=dtype)
+    torch.testing.assert_close(embeds(cast, batch), embeds(loaded, batch), rtol=0, atol=0)
+
+
+def test_copies_leave_out_what_was_kept(packed, tiny_batch):
+    before = embeds(packed, tiny_batch)
+    copied = copy.deepcopy(packed)
+    assert not any("kept" in module.__dict__ for module in copied.modules())
+    torch.testing.assert_close(embeds(copied, tiny_batch), before, rtol=0, atol=0)
+
+
+def test_int8_that_was_asked_for_is_never_replaced(packed, tiny_batch):
+    set_backend(packed, "int8")
+    with pytest.raises(ValueError, match="'int8' has no gradient"):
+        packed.get_image_features(pixel_values=tiny_batch["pixel_values"].requires_grad_())
 
 
 def test_sparsity_is_the_share_of_zeros(packed):

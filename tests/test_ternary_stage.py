@@ -11,14 +11,15 @@ from transformers import CLIPModel
 from clipmap_hf import ternarization
 from clipmap_hf.distillation import distill
 from clipmap_hf.features import ClipFeatures
+from clipmap_hf.runs import run_distillation
 from clipmap_hf.teachers import Teacher
 from clipmap_hf.ternarization import run_ternarization
 from clipmap_hf.ternary.arguments import TernaryArguments
 from clipmap_hf.ternary.config import TernaryConfig
 from clipmap_hf.ternary.layers import TernaryModule
-from clipmap_hf.ternary.model import set_backend
+from clipmap_hf.ternary.model import pack_model, set_backend
 from clipmap_hf.ternary.stage import TernaryStage
-from clipmap_hf.training.arguments import DataArguments, RunArguments, TeacherCacheArguments
+from clipmap_hf.training.arguments import DataArguments, DistillationArguments, RunArguments, TeacherCacheArguments
 from clipmap_hf.training.sharding import prepare_stage
 from clipmap_hf.training.stages import DistillationStage
 
@@ -127,6 +128,23 @@ def test_fsdp_is_refused(build):
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
     with pytest.raises(ValueError, match="which FSDP would put back"):
         prepare_stage(build(), accelerator, TernaryArguments(), 8)
+
+
+def test_packed_students_are_refused(tiny_teacher, tiny_processor):
+    packed, arguments = pack_model(tiny_teacher, TernaryConfig()), (RunArguments("unused"), DataArguments("unused"))
+    for train, numbers in ((run_ternarization, TernaryArguments()), (run_distillation, DistillationArguments())):
+        with pytest.raises(ValueError, match="Training works with float weights.*dequantize"):
+            train(packed, [], tiny_processor, numbers, *arguments, pairs=[{}])
+
+
+def test_a_ramp_longer_than_the_training_is_refused(tiny_teacher, tiny_processor):
+    arguments = (
+        TernaryArguments(steps=4, ramp_steps=5, batch_size=1),
+        RunArguments("unused"),
+        DataArguments("unused"),
+    )
+    with pytest.raises(ValueError, match="ramp_steps=5 are more than the 4"):
+        run_ternarization(tiny_teacher, [], tiny_processor, *arguments, pairs=[{}])
 
 
 def test_a_frozen_tower_stays_float(build):

@@ -13,6 +13,7 @@ from transformers import CLIPProcessor, PreTrainedModel
 from clipmap_hf.atomic import atomic_files
 from clipmap_hf.features import ClipFeatures, project_images, project_texts
 from clipmap_hf.hub.folder import ONNX_FOLDER
+from clipmap_hf.models import check_float
 
 
 __all__ = ["GRAPHS", "onnx_parity", "write_onnx"]
@@ -67,7 +68,9 @@ def write_onnx(folder: str | Path, model: PreTrainedModel, processor: CLIPProces
 
     Raises:
         ImportError: If the packages of the extra `onnx` are not installed.
+        ValueError: If the model's weights are packed.
     """
+    check_float(model, "The export to ONNX")
     from transformers.exporters import OnnxExporter
 
     exporter = OnnxExporter()

@@ -16,6 +16,7 @@ from clipmap_hf.hub.open_clip import (
     open_clip_config,
     open_clip_tensors,
 )
+from clipmap_hf.models import check_float
 
 
 __all__ = ["read_open_clip_folder", "write_open_clip_folder"]
@@ -38,8 +39,9 @@ def write_open_clip_folder(
             which does for the folder.
 
     Raises:
-        ValueError: If open_clip cannot express the model.
+        ValueError: If open_clip cannot express the model, or its weights are packed.
     """
+    check_float(model, "open_clip")
     folder = Path(folder)
     config = open_clip_config(model.config, processor.image_processor, repo_id or folder.resolve().name)
     tensors = open_clip_tensors(model.state_dict(), model.config)

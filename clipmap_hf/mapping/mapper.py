@@ -15,6 +15,7 @@ from clipmap_hf.mapping.depth import DEPTH_RULES, one_hot_depth
 from clipmap_hf.mapping.fold import fold
 from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, INITIALIZERS, SELECTIONS, check_start
 from clipmap_hf.mapping.operators import Operator, mix_depth, project_axes
+from clipmap_hf.models import check_float
 
 
 __all__ = ["WeightMapper", "operator_shapes", "operator_ties"]
@@ -38,11 +39,13 @@ class WeightMapper(nn.Module):
             is loaded.
 
     Raises:
-        ValueError: If the teacher is of no known family, the sizes do not fit it, or a name in `config` is unknown.
+        ValueError: If the teacher is of no known family or packed, the sizes do not fit it, or a name in `config` is
+            unknown.
     """
 
     def __init__(self, teacher: PreTrainedModel, config: ClipMapConfig):
         super().__init__()
+        check_float(teacher, "Mapping")
         self.config = config
         self.family = family_for(teacher.config)
         self.student_config = student_config(teacher.config, config)

@@ -14,10 +14,11 @@ from clipmap_hf.ternary.quantizers import GRANULARITIES, QUANTIZERS
 __all__ = ["BACKENDS", "METHOD", "PARTS", "TernaryConfig"]
 
 METHOD, FORMAT = "clipmap_ternary", 1
+# The names of modules, in all families; those of other kinds that match, as LayerNorms, are never meant.
 PARTS = {
-    "layers": r".+\.layers\.\d+\.(self_attn|mlp)\.\w+",
-    "token_embedding": r".+\.token_embedding",
-    "projections": r"(visual|text)_projection",
+    "layers": r".+\.layers?\.\d+\..+",
+    "token_embedding": r".+\.(token_embedding|word_embeddings)",
+    "projections": r"(visual|text)_projection|text_model\.head|vision_model\.head\.mlp\.fc[12]",
     "patch_embedding": r".+\.patch_embedding",
 }
 BACKENDS = ("auto", "float", "int8", "packed")
@@ -71,6 +72,16 @@ class TernaryConfig(QuantizationConfigMixin):
         return asdict(self)
 
     def select(self, names: Iterable[str]) -> list[str]:
-        """Those of a model's module names that `parts` ask for."""
-        patterns = [PARTS[part] for part in self.parts]
-        return [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
+        """
+        Those of a model's module names that `parts` ask for.
+
+        Raises:
+            ValueError: If there are none of a part.
+        """
+        names, found = list(names), []
+        for part in self.parts:
+            of_part = [name for name in names if re.fullmatch(PARTS[part], name)]
+            if not of_part:
+                raise ValueError(f"The model has nothing that could be ternary of the part {part!r}; leave it out.")
+            found += of_part
+        return found

@@ -95,12 +95,28 @@ class TernaryModule(nn.Module):
         self.__dict__.pop("kept", None)
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _apply(self, fn, *args, **kwargs):
+        levels = self.weight_scale
+        super()._apply(fn, *args, **kwargs)
+        if not levels.is_meta:  # levels are in fp16 whatever the model is in
+            self.weight_scale = levels.to(self.weight_scale.device)
+        return self
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "kept"}
+
 
 class TernaryLinear(TernaryModule):
     """A linear layer; all of `BACKENDS` run it."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.backend in ("auto", "int8") and int8_works(tokens, self.shape, self.weight_scale):
+        works = self.backend in ("auto", "int8") and int8_works(tokens, self.shape, self.weight_scale)
+        if self.backend == "int8" and not works:
+            raise ValueError(
+                "backend='int8' has no gradient and, on a GPU, takes layers whose sizes are multiples of 8; "
+                "take 'auto'."
+            )
+        if works:
             trits = self._kept(torch.int8, lambda: self.trits().T.contiguous())
             return int8_linear(tokens, trits, self.weight_scale.squeeze(1), self.bias)
         return F.linear(tokens, self._float(tokens.dtype), self.bias)
@@ -115,11 +131,16 @@ class TernaryEmbedding(TernaryModule):
 
     def __init__(self, module: nn.Embedding, config: TernaryConfig):
         super().__init__(module, config)
-        self.padding_idx, self.dtype = module.padding_idx, torch.float32
+        self.padding, self.dtype = module.padding_idx, torch.float32
+        self.padding_idx = None  # the row that transformers sets to zeros on loading Chinese-CLIP, which is no trit
 
     def ready(self, dtype: torch.dtype) -> None:
         super().ready(dtype)
         self.dtype = dtype
+
+    def _apply(self, fn, *args, **kwargs):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, *args, **kwargs)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.flatten()
@@ -128,7 +149,7 @@ class TernaryEmbedding(TernaryModule):
         return rows.view(*ids.shape, self.columns)
 
     def float_module(self, dtype: torch.dtype) -> nn.Embedding:
-        return self._fill(nn.Embedding(*self.shape, padding_idx=self.padding_idx, device="meta"), dtype)
+        return self._fill(nn.Embedding(*self.shape, padding_idx=self.padding, device="meta"), dtype)
 
 
 class TernaryConv2d(TernaryModule):
@@ -161,6 +182,14 @@ class TernaryConv2d(TernaryModule):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if "packed" in self.__dict__:
             destination[f"{prefix}weight"] = self.__dict__["packed"]
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        dtype, packed = self.weight.dtype, self.__dict__.pop("packed", None)
+        if packed is not None:
+            self.weight = packed.to(self.weight.device)
+        super()._load_from_state_dict(*args, **kwargs)
+        if packed is not None:
+            self.ready(dtype)
 
 
 TERNARY = {nn.Linear: TernaryLinear, nn.Embedding: TernaryEmbedding, nn.Conv2d: TernaryConv2d}

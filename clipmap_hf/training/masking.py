@@ -41,6 +41,7 @@ class MaskingStage(DistillationStage):
         teacher_dims: As in `DistillationStage`.
     """
 
+    swaps_weights = True
     fixed_rates = {"masks.": _RATE, "multipliers": _RATE}
 
     def __init__(
