@@ -8,7 +8,7 @@ from transformers import CLIPProcessor, PreTrainedModel
 
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.distributed import join_processes
-from clipmap_hf.evaluation.cost import CostReport, model_cost
+from clipmap_hf.evaluation.cost import CostReport, model_cost, with_bytes_of
 from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import hub_dataset, render_card
 from clipmap_hf.hub.folder import write_student_folder
@@ -79,20 +79,20 @@ def distill(
         arguments.losses,
         teacher_cache.summary["dims"] if teacher_cache else (),
     )
-    costs = CostReport(teacher=model_cost(teachers[0].model.config), student=model_cost(student.config))
+    teacher_cost, student_cost = model_cost(teachers[0].model.config), model_cost(student.config)
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
-        results = evaluated(data, metrics, teacher_metrics)
+        results, written = evaluated(data, metrics, teacher_metrics), export(stage)
         card = render_card(
             teachers[0].id,
-            str(costs),
+            str(CostReport(teacher=teacher_cost, student=with_bytes_of(student_cost, written))),
             model_class=type(student).__name__,
             revision=teachers[0].revision,
             results=results,
             recipe=recipe,
             **said,
         )
-        write_student_folder(folder, export(stage), processor, card, results)
+        write_student_folder(folder, written, processor, card, results)
 
     return run_stage(
         stage,

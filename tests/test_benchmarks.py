@@ -51,7 +51,7 @@ RUNS = {
         ["| cached teacher |", "| live teacher |", "| no teacher |", "live / cached: median ", "by multiply-adds, "],
     ),
     "ternary.py": (
-        "--output_dir {folder} --shapes tiny --batch_sizes 1 --rounds 1 --seeds 0 --steps 2 --rows "
+        "--output_dir {folder} --shapes tiny --batch_sizes 1 --rounds 1 --seeds 0 --steps 2 --rates 1e-3 --rows "
         "'teacher: trained, learned, row' 'student: trained, twn, row'",
         [
             "| tiny | and token embedding |",

@@ -5,7 +5,9 @@ import torch
 from safetensors import safe_open
 from transformers import CLIPConfig, CLIPModel
 
-from clipmap_hf.evaluation.cost import Cost, cost_table, model_cost
+from clipmap_hf.evaluation.cost import Cost, cost_table, model_cost, with_bytes_of
+from clipmap_hf.ternary.config import TernaryConfig
+from clipmap_hf.ternary.model import pack_model
 
 
 def vit_b_16(vision: tuple[int, int] = (768, 12), text: tuple[int, int] = (512, 12)) -> CLIPConfig:
@@ -73,6 +75,16 @@ def test_bytes_are_those_of_the_tensors_in_the_file(tiny_config, teacher_folder)
         written = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 (not a dict)
     assert model_cost(tiny_config()).bytes == written
     assert model_cost(tiny_config(), torch.float16).bytes == written // 2
+
+
+def test_packed_models_cost_the_bytes_of_their_file(tiny_teacher, tmp_path):
+    packed = pack_model(tiny_teacher, TernaryConfig())
+    packed.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        written = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 (not a dict)
+    cost = with_bytes_of(model_cost(packed.config), packed)
+    assert cost == dataclasses.replace(model_cost(tiny_teacher.config), bytes=written)
+    assert cost.bytes < model_cost(tiny_teacher.config).bytes / 2
 
 
 def test_cost_leaves_the_config_as_it_is(tiny_config):

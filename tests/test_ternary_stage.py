@@ -10,6 +10,7 @@ from transformers import CLIPModel
 
 from clipmap_hf import ternarization
 from clipmap_hf.distillation import distill
+from clipmap_hf.evaluation.cost import CostReport, model_cost, with_bytes_of
 from clipmap_hf.features import ClipFeatures
 from clipmap_hf.runs import run_distillation
 from clipmap_hf.teachers import Teacher
@@ -198,6 +199,8 @@ def test_a_run_writes_a_packed_folder_with_a_card(run, tiny_batch):
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["parts"] == ["layers"]
     card = (folder / "README.md").read_text()
     assert "ternary" in card and "import clipmap_hf" in card and "base_model_relation: quantized" in card
+    costs = model_cost(CLIPModel.from_pretrained(folder).config), with_bytes_of(model_cost(model.config), model)
+    assert str(CostReport(teacher=costs[0], student=costs[1])) in card
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert "eval_mean_recall" in lines[-1]
     assert torch.isfinite(torch.cat(ClipFeatures.embeds(model(**tiny_batch)))).all()

@@ -10,7 +10,7 @@ from torch import nn
 
 from clipmap_hf.data.images import decode_image, image_bytes
 from clipmap_hf.demo.page import retrieval_page
-from clipmap_hf.evaluation.cost import model_cost
+from clipmap_hf.evaluation.cost import model_cost, with_bytes_of
 from clipmap_hf.evaluation.retrieval import embed_pairs, recall_at_k, recall_columns
 from clipmap_hf.evaluation.tables import markdown_table
 from clipmap_hf.training.arguments import DataArguments
@@ -70,7 +70,7 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
 
 
 def _measure(contestant: Contestant, image_embeds, text_embeds) -> dict[str, float | int | None]:
-    cost = model_cost(contestant.model.config)
+    cost = with_bytes_of(model_cost(contestant.model.config), contestant.model)
     return {
         **recall_at_k(image_embeds, text_embeds),
         "parameters": cost.parameters,
@@ -93,7 +93,7 @@ def _columns(results: Mapping[str, Mapping[str, float | int | None]]) -> list[li
         *recall_columns(rows),
         ["parameters (M)", *(f"{row['parameters'] / 1e6:.2f}" for row in rows)],
         ["MACs (M)", *(f"{row['vision_macs'] / 1e6:.2f} + {row['text_macs'] / 1e6:.2f}" for row in rows)],
-        ["fp32 weights (MB)", *(f"{row['bytes'] / 1e6:.2f}" for row in rows)],
+        ["weights (MB)", *(f"{row['bytes'] / 1e6:.2f}" for row in rows)],
         ["training pairs", *pairs],
         ["seconds", *seconds],
     ]

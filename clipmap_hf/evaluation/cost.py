@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +11,7 @@ from transformers import AutoModel, CLIPConfig, PreTrainedModel
 from clipmap_hf.evaluation.tables import markdown_table, scaled_column
 
 
-__all__ = ["Cost", "CostReport", "cost_columns", "cost_table", "model_cost", "parameter_count"]
+__all__ = ["Cost", "CostReport", "cost_columns", "cost_table", "model_cost", "parameter_count", "with_bytes_of"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def parameter_count(config: CLIPConfig) -> int:
     """All parameters of the model that `config` describes: those of `model_cost`, in a tenth of its time."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoModel.from_config(copy.deepcopy(config)).parameters())
+
+
+def with_bytes_of(cost: Cost, model: PreTrainedModel) -> Cost:
+    """The cost with the bytes that a model's tensors have, packed ones among them."""
+    return replace(cost, bytes=sum(tensor.nbytes for tensor in model.state_dict().values()))
 
 
 def cost_table(costs: Mapping[str, Cost]) -> str:

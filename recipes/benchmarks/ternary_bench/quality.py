@@ -1,16 +1,17 @@
 """What ternary weights keep: retrieval of the embedded teacher and of a student of it, by quantizer and training."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 
 from initializer_study.pairs import embedded_data
 from initializer_study.report import spread
 
+from clipmap_hf.atomic import read_json, write_json
 from clipmap_hf.compression import compress_in_steps
 from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.demo import TEACHER
@@ -23,6 +24,7 @@ from clipmap_hf.ternary.config import PARTS
 from clipmap_hf.ternary.quantizers import GRANULARITIES
 from clipmap_hf.training.arguments import (
     CalibrationArguments,
+    DataArguments,
     DistillationArguments,
     MappingArguments,
     MaskingArguments,
@@ -37,11 +39,12 @@ STUDENT = ClipMapConfig(
 )
 FEATURE, CONTRASTIVE = {"feature": 2000.0}, {"contrastive": 1.0}
 KS = (1, 5, 10)
+STUDENT_RATE = 2e-3  # of the float student, as in recipes/configs/demo.yaml
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way to ternary weights; rounding alone needs no seeds."""
+    """A way to ternary weights; rounding alone needs no seeds and no rate."""
 
     name: str
     model: str = "teacher"
@@ -74,76 +77,97 @@ ROWS = {f"{row.model}: {row.name}": row for row in _ROWS}
 
 
 def quality_rows(
-    folder: Path, names: list[str], steps: int, rates: dict[str, float], seeds: list[int]
+    folder: Path, names: list[str], steps: int, rates: list[float], seeds: list[int]
 ) -> Iterator[dict[str, str]]:
-    """Recall of these rows, mean ± standard deviation over seeds; what was measured once is read from `cells/`."""
-    yield _table_row("teacher", "float", [_recall(TEACHER)])
-    students = [_student(folder, seed, steps) for seed in seeds]
-    yield _table_row("student, a tenth", "float", [_recall(one) for one in students])
+    """
+    Recall of these rows, mean ± standard deviation over seeds; what was measured once is read from `cells/`. The
+    learning rate of a row is the best of `rates`, by mean recall on a style that is held out of the training pairs.
+    """
+    yield _table_row("teacher", "float", [_recall(TEACHER, embedded_data(folder, False))])
+    students = [_student(folder, seed, steps, False) for seed in seeds]
+    yield _table_row("student, a tenth", "float", [_recall(one, embedded_data(folder, False)) for one in students])
     for row in map(ROWS.get, names):
+        rate = _best_rate(folder, row, steps, rates) if row.losses else rates[0]
         of_seeds = seeds if row.losses or row.model == "student" else seeds[:1]
-        sources = {"teacher": [TEACHER] * len(seeds), "student": students}[row.model]
-        found = [
-            _cell(folder, row, source, seed, steps, rates) for seed, source in zip(of_seeds, sources, strict=False)
-        ]
-        yield _table_row(row.model, row.name, found)
+        found = [_cell(folder, row, seed, steps, rate) for seed in of_seeds]
+        yield _table_row(row.model, row.name, found, rate if row.losses else None)
 
 
-def _table_row(model: str, name: str, recalls: list[dict[str, float]]) -> dict[str, str]:
+def _best_rate(folder: Path, row: Row, steps: int, rates: list[float]) -> float:
+    if len(rates) == 1:
+        return rates[0]
+    return max(rates, key=lambda rate: _cell(folder, row, 0, steps, rate, validation=True)["mean_recall"])
+
+
+def _table_row(model: str, name: str, recalls: list[dict[str, float]], rate: float | None = None) -> dict[str, str]:
     values = {
         f"R@{k}": " / ".join(
             spread([100 * one[f"{way}_recall@{k}"] for one in recalls]) for way in ("image_to_text", "text_to_image")
         )
         for k in KS
     }
-    return {"model": model, "weights": name, **values, "seeds": str(len(recalls))}
+    return {
+        "model": model,
+        "weights": name,
+        **values,
+        "learning rate": f"{rate:g}" if rate else "",
+        "seeds": str(len(recalls)),
+    }
 
 
-def _cell(folder: Path, row: Row, source: Path, seed: int, steps: int, rates: dict[str, float]) -> dict[str, float]:
-    name = f"{row.model}-{row.name}-{seed}-{steps}".replace(", ", "-").replace(" ", "-")
+def _cell(folder: Path, row: Row, seed: int, steps: int, rate: float, validation: bool = False) -> dict[str, float]:
+    arguments = TernaryArguments(
+        steps=steps if row.losses else 0,
+        batch_size=128,
+        weight_decay=0.0,
+        learning_rate=rate,
+        losses=row.losses or FEATURE,
+        **row.options,
+    )
+    settings = sha256(repr((arguments, seed, steps, validation)).encode()).hexdigest()[:8]
+    words = f"{row.model} {row.name} {'validation' if validation else seed} {settings}"
+    name = words.replace(",", "").replace(" ", "-")
     path, work = folder / "cells" / f"{name}.json", folder / "work" / name
     if not path.exists():
-        arguments = TernaryArguments(
-            steps=steps if row.losses else 0,
-            batch_size=128,
-            weight_decay=0.0,
-            learning_rate=rates[row.model],
-            losses=row.losses or FEATURE,
-            **row.options,
-        )
+        source = TEACHER if row.model == "teacher" else _student(folder, seed, steps, validation)
         student, teacher = load_model(str(source)), Teacher.load(str(TEACHER), None)
-        run, data = RunArguments(str(work), seed=seed, checkpoint_every=steps), embedded_data(folder, False)
-        cache = TeacherCacheArguments(str(folder / f"cache-{seed}"), 4)
+        run, data = RunArguments(str(work), seed=seed, checkpoint_every=steps), embedded_data(folder, validation)
         with redirect_stdout(StringIO()):
-            run_ternarization(student, [teacher], teacher.processor, arguments, run, data, cache=cache)
+            run_ternarization(
+                student, [teacher], teacher.processor, arguments, run, data, cache=_cache(folder, seed, validation)
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_recall(work)))
+        write_json(path, _recall(work, data))
         shutil.rmtree(work)
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
-def _student(folder: Path, seed: int, steps: int) -> Path:
+def _cache(folder: Path, seed: int, validation: bool) -> TeacherCacheArguments:
+    return TeacherCacheArguments(str(folder / f"cache-{'validation' if validation else seed}"), 4)
+
+
+def _student(folder: Path, seed: int, steps: int, validation: bool) -> Path:
     """The embedded teacher's student of the README: a calibrated start, distilled."""
-    work, source = folder / f"student-{seed}", (str(TEACHER), None)
+    kind = "validation" if validation else seed
+    work, source = folder / f"student-{kind}-{steps}", (str(TEACHER), None)
     if not (work / "model.safetensors").exists():
-        numbers = {"batch_size": 128, "learning_rate": 2e-3, "losses": FEATURE}
+        numbers = {"batch_size": 128, "learning_rate": STUDENT_RATE, "losses": FEATURE}
         with redirect_stdout(StringIO()):
             compress_in_steps(
                 source,
                 [source],
                 [STUDENT],
                 RunArguments(str(work), seed=seed),
-                embedded_data(folder, False),
+                embedded_data(folder, validation),
                 calibration=CalibrationArguments(),
                 masking=MaskingArguments(steps=0),
                 mapping=MappingArguments(steps=0),
                 distillation=DistillationArguments(steps=steps, **numbers),
-                cache=TeacherCacheArguments(str(folder / f"cache-{seed}"), 4),
+                cache=_cache(folder, seed, validation),
             )
     return work
 
 
-def _recall(source: Path) -> dict[str, float]:
+def _recall(source: Path, data: DataArguments) -> dict[str, float]:
     """Of what was written, with the backend that a user gets."""
-    processor = load_processor(str(TEACHER))
-    return evaluate_retrieval(load_model(str(source)), evaluation_batches(embedded_data(Path(), False), processor))
+    return evaluate_retrieval(load_model(str(source)), evaluation_batches(data, load_processor(str(TEACHER))))
