@@ -1,17 +1,18 @@
 """
-The whole story on two CPU cores: makes a small student of the embedded teacher in four ways, all on the same number of
-pairs, and evaluates them on an unseen style: calibrated start + distillation, CLIP-Map as in its paper, manual
-inheritance + distillation, and from scratch.
+The whole story on two CPU cores: makes a small student of the embedded teacher in five ways, all on the same number of
+pairs, and evaluates them on an unseen style: calibrated start + distillation, the same with ternary weights, CLIP-Map
+as in its paper, manual inheritance + distillation, and from scratch.
 
     python recipes/demo.py --config recipes/configs/demo.yaml --output_dir demo-output
 
-Writes `student/` (the first of them), `results.json`, `results.md` and `index.html` to the output folder.
+Writes `student/` and `ternary/` (the first two), `results.json`, `results.md` and `index.html` to the output folder.
 """
 
 import sys
 from pathlib import Path
 
 from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
+from clipmap_hf.ternary.arguments import TernaryArguments
 from clipmap_hf.training.arguments import (
     CalibrationArguments,
     DataArguments,
@@ -29,6 +30,7 @@ STAGES = {
     "mapping": MappingArguments,
     "distillation": DistillationArguments,
     "calibrated": DistillationArguments,
+    "ternary": TernaryArguments,
     "manual": DistillationArguments,
     "scratch": StageArguments,
 }

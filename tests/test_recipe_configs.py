@@ -240,7 +240,7 @@ def test_an_unknown_preset_is_an_error_that_lists_the_presets():
 
 def test_the_embedded_student_is_the_demo_s():
     student, demo = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("emoji_student.yaml", "demo.yaml"))
-    for key in demo.keys() - {"output_dir", "mapping", "distillation", "calibrated", "manual", "scratch"}:
+    for key in demo.keys() - {"output_dir", "mapping", "distillation", "calibrated", "ternary", "manual", "scratch"}:
         assert student[key] == demo[key], key
     batch, stages = demo["distillation"]["batch_size"], (demo["mapping"], demo["distillation"])
     pairs = sum(stage["steps"] * stage["batch_size"] for stage in stages) - student["calibration_pairs"]

@@ -551,13 +551,15 @@ def test_demo_compares_students_that_saw_the_same_number_of_pairs(
     finish, steps, teacher_folder, pairs_parquet, tmp_path
 ):
     data = ("--teacher", teacher_folder, "--train_data", pairs_parquet, "--eval_data", pairs_parquet)
-    batches = [word for name in ("calibrated", "manual", "scratch") for word in (f"--{name}_batch_size", 8)]
+    after = ("calibrated", "ternary", "manual", "scratch")
+    batches = [word for name in after for word in (f"--{name}_batch_size", 8)]
     batches += ["--calibration_pairs", 8]
     table = finish("demo.py", *data, *SMALL, *steps("mapping", "distillation"), *batches, "--output_dir", tmp_path)
-    assert len([line for line in table.splitlines() if line.startswith("|")]) == 8  # header, rule, six models
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 9  # header, rule, seven models
     assert {"results.json", "results.md", "index.html"} <= {path.name for path in tmp_path.iterdir()}
     check_student(tmp_path / "student", vision_width=32)
-    expected = {"mapped": 16, "clip-map": 16, "student": 24, "manual": 32, "scratch": 32}
+    assert "quantization_config" in json.loads((tmp_path / "ternary" / "config.json").read_text())
+    expected = {"mapped": 16, "clip-map": 16, "student": 24, "ternary": 24, "manual": 32, "scratch": 32}
     assert {name: log_of(tmp_path / name)[-1]["pairs"] for name in expected} == expected
 
 

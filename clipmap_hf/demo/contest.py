@@ -1,4 +1,4 @@
-"""Students of one size, made of a teacher in four ways on equally many pairs."""
+"""Students of one size, made of a teacher in five ways on equally many pairs."""
 
 import copy
 import dataclasses
@@ -12,9 +12,12 @@ from transformers import CLIPModel, PretrainedConfig, PreTrainedModel
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.demo.report import Contestant
+from clipmap_hf.models import load_model
 from clipmap_hf.runs import run_distillation, run_mapping
 from clipmap_hf.starts import start_compressor
 from clipmap_hf.teachers import Teacher
+from clipmap_hf.ternarization import run_ternarization
+from clipmap_hf.ternary.arguments import TernaryArguments
 from clipmap_hf.training.arguments import (
     CalibrationArguments,
     DataArguments,
@@ -61,8 +64,8 @@ class Contest:
         The teacher and its students by name.
 
         Args:
-            stages: Those of CLIP-Map, `mapping` and `distillation`; and `calibrated`, `manual` and `scratch`, which go
-                on for as many pairs as the two together, those of calibration among them.
+            stages: Those of CLIP-Map, `mapping` and `distillation`; and `calibrated`, `ternary`, `manual` and
+                `scratch`, which go on for as many pairs as the two together, those of calibration among them.
         """
         compressor = self._start("diagonal")
         inherited = compressor.export()
@@ -80,6 +83,7 @@ class Contest:
         return {
             "teacher": Contestant(self.teacher.model),
             "calibrated + distillation": self._distill(student, arguments, "student", started, self.data),
+            "the same, ternary": self._ternarize(started, for_as_many("ternary", started.pairs)),
             "calibrated, not trained": started,
             "CLIP-Map of the paper": clip_map,
             "manual inheritance + distillation": self._distill(inherited, for_as_many("manual"), "manual"),
@@ -113,6 +117,13 @@ class Contest:
         )
         before = (after.pairs, after.seconds) if after else (0, 0.0)
         return Contestant(model, before[0] + result.pairs, before[1] + result.seconds)
+
+    def _ternarize(self, start: Contestant, arguments: TernaryArguments) -> Contestant:
+        into, common = self._into("ternary"), {"recipe": self.recipe, "pairs": self.pairs}
+        model, processor = copy.deepcopy(start.model), self.teacher.processor
+        result = run_ternarization(model, [self.teacher], processor, arguments, into, self.data, **common)
+        packed = load_model(into.output_dir)
+        return Contestant(packed, start.pairs + result.pairs, start.seconds + result.seconds)
 
     def _train_anew(self, config: PretrainedConfig, arguments: StageArguments) -> Contestant:
         set_seed(self.run.seed)
