@@ -123,7 +123,7 @@ def draw(path: Path, title: str, label: str, lines: Mapping[str, Sequence[tuple]
     from matplotlib import colormaps  # not a dependency, and only pictures need it
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     axes, colors = figure.subplots(), colormaps["tab20"].colors
     for color, (name, points) in zip(colors, lines.items(), strict=False):
         ordered = sorted(points)
@@ -133,5 +133,5 @@ def draw(path: Path, title: str, label: str, lines: Mapping[str, Sequence[tuple]
     axes.set_xscale("log" if log else "linear")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=150)
