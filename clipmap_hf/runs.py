@@ -156,7 +156,12 @@ def run_masking(
         run: Where and how to run.
         data: Training and evaluation pairs.
         recipe: The resolved arguments as YAML, for the card and `arguments.yaml`.
+
+    Raises:
+        ValueError: If a teacher preprocesses images or texts in another way than the source, or the source's weights
+            are packed.
     """
+    check_float(source.model, "Masking")
     pairs = training_pairs(data)
     check_same_preprocessing(source.processor, teachers)
     ramp = steps_or_share(arguments.ramp_steps, step_count(arguments, pairs))

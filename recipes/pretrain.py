@@ -43,6 +43,7 @@ def main() -> None:
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.families import family_for
     from clipmap_hf.models import config_values, load_config, load_processor
+    from clipmap_hf.ternary.integration import forget
     from clipmap_hf.training.setup import evaluation_function, run_stage, training_pairs
     from clipmap_hf.training.stages import ContrastiveStage
 
@@ -51,7 +52,7 @@ def main() -> None:
     set_seed(run.seed)
     pairs = training_pairs(data)
     if architecture.config_from is not None:
-        config = load_config(architecture.config_from)
+        config = forget(load_config(architecture.config_from))
         processor = load_processor(architecture.config_from, backend=data.image_backend)
     else:
         config, processor = new_architecture(architecture, pairs.pairs, [*data.caption_column, *data.keyword_column])

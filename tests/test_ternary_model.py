@@ -121,7 +121,7 @@ def test_gradients_reach_the_pixels_of_a_packed_model(packed, tiny_batch):
 def test_loaded_models_need_no_gradient_so_that_int8_runs(folder, tiny_batch):
     model = CLIPModel.from_pretrained(folder)
     model(**tiny_batch)
-    assert model.vision_model.encoder.layers[0].mlp.fc1.__dict__["kept"].dtype == torch.int8
+    assert model.vision_model.encoder.layers[0].mlp.fc1.kept.dtype == torch.int8
 
 
 def test_what_was_kept_goes_with_new_weights(tiny_teacher, tiny_batch):
@@ -177,6 +177,12 @@ def test_single_towers_load_from_the_folder_of_both(folder, tiny_batch, tower):
             inputs, whole = {name: tiny_batch[name] for name in ("input_ids", "attention_mask")}, whole.text_model
         found, expected = loaded(**inputs), whole(**inputs)
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=0)
+    if "Projection" in tower.__name__:
+        kind = "image" if "Vision" in tower.__name__ else "text"
+        project = getattr(CLIPModel.from_pretrained(folder), f"get_{kind}_features")
+        with torch.no_grad():
+            embeds = getattr(found, f"{kind}_embeds")
+            torch.testing.assert_close(embeds, project(**inputs).pooler_output, rtol=0, atol=0)
 
 
 def test_auto_classes_and_pipelines_load_the_folder(folder, tiny_pairs):
@@ -228,8 +234,10 @@ def test_importing_the_package_does_not_wait_for_torch():
     assert done.stdout.split() == ["False", "False"]
 
 
-def corrupted(tensors: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
-    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+def corrupted(
+    tensors: dict[str, torch.Tensor], what: str, module: str = "vision_model.encoder.layers.0.mlp.fc1"
+) -> dict[str, torch.Tensor]:
+    name = f"{module}.weight"
     changes = {
         "bytes": {name: torch.full_like(tensors[name], 255)},
         "levels": {f"{name}_scale": torch.full_like(tensors[f"{name}_scale"], float("nan"))},
@@ -251,6 +259,23 @@ def test_corrupt_files_are_refused(folder, what, error, match):
     save_file(corrupted(load_file(path), what), path, metadata={"format": "pt"})
     with pytest.raises(error, match=match):
         CLIPModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("what", ["bytes", "levels"])
+def test_corrupt_state_dicts_are_refused(packed, part, what):
+    (name, *_) = ternary_modules(packed.dequantize(), TernaryConfig(parts=[part]))
+    packed = pack_model(packed, TernaryConfig(parts=ALL))
+    with pytest.raises(RuntimeError, match=f"{name}: .*(corrupt|finite)"):
+        packed.load_state_dict(corrupted(packed.state_dict(), what, name))
+
+
+def test_folders_of_several_files_are_loaded(packed, tiny_batch, tmp_path):
+    packed.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    torch.testing.assert_close(
+        embeds(CLIPModel.from_pretrained(tmp_path), tiny_batch), embeds(packed, tiny_batch), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -286,6 +311,39 @@ def test_weights_too_large_for_a_level_are_refused(tiny_teacher):
     tiny_teacher.visual_projection.weight.data *= 1e7
     with pytest.raises(ValueError, match="fp16"):
         pack_model(tiny_teacher, TernaryConfig(parts=["projections"]))
+
+
+def test_weights_too_small_for_a_level_are_refused(tiny_teacher):
+    tiny_teacher.visual_projection.weight.data *= 1e-8
+    with pytest.raises(ValueError, match="smallest fp16"):
+        pack_model(tiny_teacher, TernaryConfig(parts=["projections"]))
+
+
+def test_modules_that_are_not_there_are_refused(tiny_teacher):
+    with pytest.raises(ValueError, match="names foo.bar, which the model does not have"):
+        pack_model(tiny_teacher, TernaryConfig(modules=["foo.bar"]))
+
+
+def test_new_trits_are_those_that_run(packed, tiny_batch):
+    layer, before = packed.visual_projection, embeds(packed, tiny_batch)
+    layer.store(layer.trits().flip(0), layer.weight_scale)
+    assert not torch.equal(embeds(packed, tiny_batch), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_are_no_error(packed, backend):
+    set_backend(packed, backend)
+    assert packed.visual_projection(torch.empty(0, 64)).shape == (0, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["float", "int8"])
+def test_compiled_models_give_the_same(packed, tiny_batch, backend):
+    set_backend(packed, backend)
+    compiled = torch.compile(copy.deepcopy(packed))
+    found, again, expected = embeds(compiled, tiny_batch), embeds(compiled, tiny_batch), embeds(packed, tiny_batch)
+    assert (found * expected).sum(-1).min() > 0.9999 and (again * expected).sum(-1).min() > 0.9999
+    assert compiled.visual_projection.kept is not None  # made once, though nothing ran before
 
 
 def test_what_works_with_float_weights_refuses_packed_ones(packed, tiny_processor, tmp_path):
@@ -343,10 +401,36 @@ def test_levels_stay_as_they_are_when_a_model_is_cast(packed, folder, tiny_batch
     torch.testing.assert_close(embeds(cast, batch), embeds(loaded, batch), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("loaded", "cast", "asked"),
+    [
+        (None, torch.bfloat16, None),
+        (None, torch.float16, None),
+        (torch.float16, torch.float32, None),
+        (None, None, torch.float16),
+    ],
+    ids=str,
+)
+def test_models_are_dequantized_in_one_dtype(folder, tiny_batch, loaded, cast, asked):
+    model = CLIPModel.from_pretrained(folder, dtype=loaded or torch.float32)
+    model = model if cast is None else model.to(cast)
+    stock, dtype = model.dequantize(asked), asked or cast
+    assert {parameter.dtype for parameter in stock.parameters()} == {stock.config.dtype} == {dtype}
+    assert embeds(stock, {**tiny_batch, "pixel_values": tiny_batch["pixel_values"].to(dtype)}).isfinite().all()
+
+
+def test_a_cast_and_one_back_change_nothing(packed, tiny_batch):
+    set_backend(packed, "float")
+    casts = copy.deepcopy(packed).to(torch.float64).to(torch.float32)
+    torch.testing.assert_close(embeds(casts, tiny_batch), embeds(packed, tiny_batch), rtol=0, atol=0)
+    patches = packed.to(torch.bfloat16).to(torch.float32).vision_model.embeddings.patch_embedding
+    torch.testing.assert_close(patches.weight, patches.float_weight(), rtol=0, atol=0)
+
+
 def test_copies_leave_out_what_was_kept(packed, tiny_batch):
     before = embeds(packed, tiny_batch)
     copied = copy.deepcopy(packed)
-    assert not any("kept" in module.__dict__ for module in copied.modules())
+    assert all(module.kept is None for module in copied.modules() if isinstance(module, TernaryModule))
     torch.testing.assert_close(embeds(copied, tiny_batch), before, rtol=0, atol=0)
 
 
@@ -359,6 +443,8 @@ def test_int8_that_was_asked_for_is_never_replaced(packed, tiny_batch):
 def test_sparsity_is_the_share_of_zeros(packed):
     trits = [module.trits().flatten() for module in packed.modules() if isinstance(module, TernaryModule)]
     torch.testing.assert_close(sparsity(packed), (torch.cat(trits) == 0).float().mean().item())
+    with pytest.raises(ValueError, match="has no trits"):
+        sparsity(packed.dequantize())
 
 
 def test_only_looked_up_rows_of_an_embedding_are_unpacked(packed):

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from clipmap_hf import ternarization
+from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.distillation import distill
 from clipmap_hf.evaluation.cost import CostReport, model_cost, with_bytes_of
 from clipmap_hf.features import ClipFeatures
-from clipmap_hf.runs import run_distillation
+from clipmap_hf.runs import run_distillation, run_masking
 from clipmap_hf.teachers import Teacher
 from clipmap_hf.ternarization import run_ternarization
 from clipmap_hf.ternary.arguments import TernaryArguments
@@ -20,7 +21,13 @@ from clipmap_hf.ternary.config import TernaryConfig
 from clipmap_hf.ternary.layers import TernaryModule
 from clipmap_hf.ternary.model import pack_model, set_backend
 from clipmap_hf.ternary.stage import TernaryStage
-from clipmap_hf.training.arguments import DataArguments, DistillationArguments, RunArguments, TeacherCacheArguments
+from clipmap_hf.training.arguments import (
+    DataArguments,
+    DistillationArguments,
+    MaskingArguments,
+    RunArguments,
+    TeacherCacheArguments,
+)
 from clipmap_hf.training.sharding import prepare_stage
 from clipmap_hf.training.stages import DistillationStage
 
@@ -136,6 +143,12 @@ def test_packed_students_are_refused(tiny_teacher, tiny_processor):
     for train, numbers in ((run_ternarization, TernaryArguments()), (run_distillation, DistillationArguments())):
         with pytest.raises(ValueError, match="Training works with float weights.*dequantize"):
             train(packed, [], tiny_processor, numbers, *arguments, pairs=[{}])
+
+
+def test_packed_models_are_not_masked(tiny_teacher, tiny_processor):
+    source = Teacher(pack_model(tiny_teacher, TernaryConfig()), tiny_processor, "me/packed")
+    with pytest.raises(ValueError, match="Masking works with float weights"):
+        run_masking(source, [], ClipMapConfig(), MaskingArguments(), RunArguments("a"), DataArguments("b"))
 
 
 def test_a_ramp_longer_than_the_training_is_refused(tiny_teacher, tiny_processor):

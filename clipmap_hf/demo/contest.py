@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 from transformers import CLIPModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
@@ -122,8 +123,10 @@ class Contest:
         into, common = self._into("ternary"), {"recipe": self.recipe, "pairs": self.pairs}
         model, processor = copy.deepcopy(start.model), self.teacher.processor
         result = run_ternarization(model, [self.teacher], processor, arguments, into, self.data, **common)
-        packed = load_model(into.output_dir)
-        return Contestant(packed, start.pairs + result.pairs, start.seconds + result.seconds)
+        size = (Path(into.output_dir) / SAFE_WEIGHTS_NAME).stat().st_size
+        return Contestant(
+            load_model(into.output_dir), start.pairs + result.pairs, start.seconds + result.seconds, bytes=size
+        )
 
     def _train_anew(self, config: PretrainedConfig, arguments: StageArguments) -> Contestant:
         set_seed(self.run.seed)

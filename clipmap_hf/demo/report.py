@@ -10,7 +10,7 @@ from torch import nn
 
 from clipmap_hf.data.images import decode_image, image_bytes
 from clipmap_hf.demo.page import retrieval_page
-from clipmap_hf.evaluation.cost import model_cost, with_bytes_of
+from clipmap_hf.evaluation.cost import model_cost
 from clipmap_hf.evaluation.retrieval import embed_pairs, recall_at_k, recall_columns
 from clipmap_hf.evaluation.tables import markdown_table
 from clipmap_hf.training.arguments import DataArguments
@@ -31,11 +31,13 @@ class Contestant:
         model: A `CLIPModel`.
         pairs: Training pairs it saw, repetitions counted; `None` for a model that was given.
         seconds: Time of its training.
+        bytes: Of its weights in a file; by default in fp32.
     """
 
     model: nn.Module
     pairs: int | None = None
     seconds: float | None = None
+    bytes: int | None = None
 
 
 def write_report(folder: Path, contestants: Mapping[str, Contestant], data: DataArguments, processor: Any) -> str:
@@ -70,14 +72,14 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
 
 
 def _measure(contestant: Contestant, image_embeds, text_embeds) -> dict[str, float | int | None]:
-    cost = with_bytes_of(model_cost(contestant.model.config), contestant.model)
+    cost = model_cost(contestant.model.config)
     return {
         **recall_at_k(image_embeds, text_embeds),
         "parameters": cost.parameters,
         "parameters_without_token_embedding": cost.parameters_without_token_embedding,
         "vision_macs": cost.vision_macs,
         "text_macs": cost.text_macs,
-        "bytes": cost.bytes,
+        "bytes": contestant.bytes or cost.bytes,
         "training_pairs": contestant.pairs,
         "seconds": contestant.seconds,
     }

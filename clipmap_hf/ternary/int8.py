@@ -34,7 +34,7 @@ def int8_linear(
     product = torch._int_mm(whole, trits)[: len(flat)].float().mul_(steps).mul_(levels.float())  # (tokens, rows)
     if bias is not None:
         product += bias
-    return product.to(tokens.dtype).view(*tokens.shape[:-1], -1)
+    return product.to(tokens.dtype).view(*tokens.shape[:-1], trits.shape[1])
 
 
 def int8_works(tokens: torch.Tensor, shape: tuple[int, int], levels: torch.Tensor) -> bool:

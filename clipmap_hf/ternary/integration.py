@@ -11,7 +11,7 @@ from clipmap_hf.ternary.config import METHOD, TernaryConfig
 from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 
 
-__all__ = ["TernaryQuantizer", "configs", "mark", "register", "swap"]
+__all__ = ["TernaryQuantizer", "configs", "forget", "mark", "register", "swap"]
 
 _TOWERS = ("vision_config", "text_config")
 _PLACES = ("vision_model", "text_model", "visual_projection", "text_projection")  # that one tower does not have
@@ -39,19 +39,21 @@ class TernaryQuantizer(HfQuantizer):
                     raise ValueError(f"{name}: {error}") from error
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as a config says it that was saved
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Makes a model float; `dtype` is its own, whatever its config says of what was loaded."""
+        return super().dequantize(model, dtype or model.dtype)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, TernaryModule)]
         for name, module in found:
-            model.set_submodule(name, module.float_module(dtype or model.dtype))
-        return model.requires_grad_(True)
+            model.set_submodule(name, module.float_module(dtype))
+        for config in configs(model.config):
+            config.dtype = dtype
+        return model.to(dtype).requires_grad_(True)
 
     def remove_quantization_config(self, model: nn.Module) -> None:
         super().remove_quantization_config(model)
-        # Towers have a config of their own, where transformers would find that there is something to load.
-        for config in configs(model.config):
-            config.__dict__.pop("quantization_config", None)
-            config.__dict__.pop("_is_quantized", None)
+        forget(model.config)
 
     def is_serializable(self) -> bool:
         return True
@@ -95,6 +97,14 @@ def mark(model: nn.Module, quantizer: TernaryQuantizer) -> None:
         config.quantization_config = quantizer.quantization_config.to_dict()
         config._is_quantized = True
     model.config.quantization_config = quantizer.quantization_config
+
+
+def forget(config: Any) -> Any:
+    """A packed model's config, as that of a float one. Its towers' say that there is something to unpack, too."""
+    for part in configs(config):
+        part.__dict__.pop("quantization_config", None)
+        part.__dict__.pop("_is_quantized", None)
+    return config
 
 
 def register() -> None:

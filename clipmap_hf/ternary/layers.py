@@ -36,20 +36,25 @@ class TernaryModule(nn.Module):
         self.register_buffer("weight", torch.empty(self.shape[0], bytes_of_row, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.empty(levels, dtype=torch.float16, device=device))
         self.register_parameter("bias", getattr(module, "bias", None))
+        self.kept: torch.Tensor | None = None  # what a backend computes with, made once; not in the state dict
 
     def store(self, trits: torch.Tensor, levels: torch.Tensor) -> None:
         """Takes trits in the float weight's shape, and their levels `(rows, groups)`."""
         if not levels.isfinite().all():
             raise ValueError("A level is no finite fp16 number; the weights are too large, or not finite.")
+        if (levels == 0).logical_and(trits.reshape(*levels.shape, -1).any(dim=-1)).any():
+            raise ValueError("A level is less than the smallest fp16 number; the weights are too small.")
         self.weight = pack(trits.flatten(1), self.encoding)
-        self.weight_scale = levels
+        self.weight_scale, self.kept = levels, None
 
     def ready(self, dtype: torch.dtype) -> None:
-        """
-        Looks whether a weight that was loaded is one, once before it is used; `dtype` is that of the model.
+        """Checks a weight that was loaded, once before it is used; `dtype` is that of the model."""
+        self.check()
 
+    def check(self) -> None:
+        """
         Raises:
-            ValueError: If its bytes hold no trits, or a level is not finite.
+            ValueError: If the bytes of the weight hold no trits, or a level is not finite.
         """
         check_packed(self.weight, self.columns, self.encoding)
         if not self.weight_scale.isfinite().all():
@@ -65,8 +70,7 @@ class TernaryModule(nn.Module):
 
     def set_backend(self, backend: str) -> None:
         """One of `BACKENDS`; what another has kept is dropped."""
-        self.backend = backend
-        self.__dict__.pop("kept", None)
+        self.backend, self.kept = backend, None
 
     def float_module(self, dtype: torch.dtype) -> nn.Module:
         """The module of transformers' model whose place this has taken."""
@@ -85,15 +89,19 @@ class TernaryModule(nn.Module):
 
     def _kept(self, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A tensor of the weight that is made once for a dtype and device, and is no part of the state dict."""
-        kept = self.__dict__.get("kept")
-        if kept is None or kept.dtype != dtype or kept.device != self.weight.device:
+        if self.kept is None or self.kept.dtype != dtype or self.kept.device != self.weight.device:
             with torch.inference_mode(False):  # or it could not be used where gradients are asked for
-                kept = self.__dict__["kept"] = make()
-        return kept
+                self.kept = make()
+        return self.kept
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.__dict__.pop("kept", None)
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        self.kept = None
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if not self.weight.is_meta:
+            try:
+                self.check()
+            except ValueError as error:
+                errors.append(f"{prefix.removesuffix('.')}: {error}")
 
     def _apply(self, fn, *args, **kwargs):
         levels = self.weight_scale
@@ -103,7 +111,7 @@ class TernaryModule(nn.Module):
         return self
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "kept"}
+        return {**self.__dict__, "kept": None}
 
 
 class TernaryLinear(TernaryModule):
@@ -183,13 +191,20 @@ class TernaryConv2d(TernaryModule):
         if "packed" in self.__dict__:
             destination[f"{prefix}weight"] = self.__dict__["packed"]
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         dtype, packed = self.weight.dtype, self.__dict__.pop("packed", None)
         if packed is not None:
             self.weight = packed.to(self.weight.device)
-        super()._load_from_state_dict(*args, **kwargs)
-        if packed is not None:
+        found = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if packed is not None and len(errors) == found:
             self.ready(dtype)
+
+    def _apply(self, fn, *args, **kwargs):
+        super()._apply(fn, *args, **kwargs)
+        if "packed" in self.__dict__ and not self.weight.is_meta:  # a cast and one back would leave a rounded weight
+            self.weight = self.float_weight(self.weight.dtype)
+        return self
 
 
 TERNARY = {nn.Linear: TernaryLinear, nn.Embedding: TernaryEmbedding, nn.Conv2d: TernaryConv2d}

@@ -43,12 +43,11 @@ def pack_model(
         levels: Learned levels `(rows, groups)` by module name, instead of those that the quantizer finds.
         dtype: Of all that is not ternary.
     """
-    names = ternary_modules(model, config)
-    config = dataclasses.replace(config, modules=names)
+    config = dataclasses.replace(config, modules=ternary_modules(model, config))
     packed = copy.deepcopy(model).to(dtype)
-    sources = {name: model.get_submodule(name).weight.detach().float() for name in names}
     swap(packed, config)
-    for name, weight in sources.items():
+    for name in config.modules:
+        weight = model.get_submodule(name).weight.detach().float()
         module, level = packed.get_submodule(name), (levels or {}).get(name)
         module.store(*ternarized(weight, config.quantizer, config.granularity, config.block_size, level))
         module.ready(dtype)
@@ -80,6 +79,13 @@ def set_backend(model: nn.Module, backend: str) -> None:
 
 
 def sparsity(model: nn.Module) -> float:
-    """The share of zeros among a packed model's ternary weights."""
+    """
+    The share of zeros among a packed model's ternary weights.
+
+    Raises:
+        ValueError: If it has none.
+    """
     trits = [module.trits() for module in model.modules() if isinstance(module, TernaryModule)]
+    if not trits:
+        raise ValueError(f"A {type(model).__name__} without ternary modules has no trits; load a packed folder.")
     return sum(int((one == 0).sum()) for one in trits) / sum(one.numel() for one in trits)

@@ -32,6 +32,7 @@ FILES = {
     "all parts, rest fp16": (TernaryConfig(parts=ALL), torch.float16),
 }
 BACKENDS = ("fp32", "float", "packed", "int8")  # the first is the stock model
+_GRAPHS = 64  # two towers of two models at each batch size
 
 
 def shape_config(name: str) -> CLIPConfig:
@@ -79,7 +80,9 @@ def memory_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
 
 
 def latency_rows(name: str, batch_sizes: list[int], rounds: int, compiled: bool) -> Iterator[dict[str, str]]:
-    """Times of both towers by backend, all by turns."""
+    """Times of both towers by backend, all by turns; compiled ones for each batch size anew."""
+    torch._dynamo.reset()  # all shapes share its limit of graphs, beyond which it is eager without a word
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = _GRAPHS, True
     model = CLIPModel(shape_config(name)).eval()
     models = {backend: model if backend == "fp32" else pack_model(model, TernaryConfig()) for backend in BACKENDS}
     for backend, one in models.items():
@@ -110,7 +113,8 @@ def _tower_times(times: Mapping, size: int, backend: str) -> dict[str, str]:
 
 
 def _compiled(towers: Towers) -> Towers:
-    return Towers(torch.compile(towers.images), torch.compile(towers.texts), towers.device)
+    images, texts = (torch.compile(one, dynamic=False) for one in (towers.images, towers.texts))
+    return Towers(images, texts, towers.device)
 
 
 def _place(folder: Path, name: str, kind: str) -> Path:
@@ -120,6 +124,7 @@ def _place(folder: Path, name: str, kind: str) -> Path:
 def _memory(folder: Path, backend: str) -> dict[str, int]:
     """In a process of its own."""
     before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # what importing needed at most is not counted
     model = CLIPModel.from_pretrained(folder).eval()
     if backend != "fp32":
         set_backend(model, backend)
@@ -131,7 +136,7 @@ def _memory(folder: Path, backend: str) -> dict[str, int]:
         "after loading": loaded - before,
         "after a pair": _resident() - before,
         "at most": _resident("VmHWM") - before,
-        "weights": sum(one.nbytes for one in model.state_dict().values()),
+        "weights in the file": sum(one.nbytes for one in model.state_dict().values()),
     }
 
 

@@ -17,6 +17,7 @@ from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.demo import TEACHER
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.models import load_model, load_processor
+from clipmap_hf.runs import run_distillation
 from clipmap_hf.teachers import Teacher
 from clipmap_hf.ternarization import run_ternarization
 from clipmap_hf.ternary.arguments import TernaryArguments
@@ -39,6 +40,7 @@ STUDENT = ClipMapConfig(
 )
 FEATURE, CONTRASTIVE = {"feature": 2000.0}, {"contrastive": 1.0}
 KS = (1, 5, 10)
+LEARNED_SCALE = {"logit_scale": 14.3, "learn_logit_scale": True}  # CLIP's, which learns more than a fixed 50
 STUDENT_RATE = 2e-3  # of the float student, as in recipes/configs/demo.yaml
 
 
@@ -50,6 +52,7 @@ class Row:
     model: str = "teacher"
     losses: dict[str, float] | None = field(default_factory=lambda: dict(FEATURE))
     options: dict = field(default_factory=dict)
+    is_ternary: bool = True
 
 
 def _rounded(quantizer: str, granularity: str, model: str = "teacher") -> Row:
@@ -68,7 +71,8 @@ _ROWS = (
     *(_trained("twn", granularity) for granularity in ("tensor", "block")),
     Row("trained, twn, row, all parts", options={"parts": list(PARTS)}),
     Row("trained, twn, row, in a ramp", options={"ramp_steps": 0.5}),
-    Row("trained without the teacher, twn, row", losses=dict(CONTRASTIVE)),
+    Row("trained without the teacher, twn, row", losses=dict(CONTRASTIVE), options=LEARNED_SCALE),
+    Row("float, trained on", "student", is_ternary=False),
     _rounded("twn", "row", "student"),
     _trained("twn", "row", "student"),
     _trained("learned", "row", "student"),
@@ -116,7 +120,10 @@ def _table_row(model: str, name: str, recalls: list[dict[str, float]], rate: flo
 
 
 def _cell(folder: Path, row: Row, seed: int, steps: int, rate: float, validation: bool = False) -> dict[str, float]:
-    arguments = TernaryArguments(
+    kind, run_training = (
+        (TernaryArguments, run_ternarization) if row.is_ternary else (DistillationArguments, run_distillation)
+    )
+    arguments = kind(
         steps=steps if row.losses else 0,
         batch_size=128,
         weight_decay=0.0,
@@ -133,7 +140,7 @@ def _cell(folder: Path, row: Row, seed: int, steps: int, rate: float, validation
         student, teacher = load_model(str(source)), Teacher.load(str(TEACHER), None)
         run, data = RunArguments(str(work), seed=seed, checkpoint_every=steps), embedded_data(folder, validation)
         with redirect_stdout(StringIO()):
-            run_ternarization(
+            run_training(
                 student, [teacher], teacher.processor, arguments, run, data, cache=_cache(folder, seed, validation)
             )
         path.parent.mkdir(parents=True, exist_ok=True)
