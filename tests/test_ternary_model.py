@@ -340,7 +340,7 @@ def test_no_tokens_are_no_error(packed, backend):
 @pytest.mark.parametrize("backend", ["float", "int8"])
 def test_compiled_models_give_the_same(packed, tiny_batch, backend):
     set_backend(packed, backend)
-    compiled = torch.compile(copy.deepcopy(packed))
+    compiled = torch.compile(copy.deepcopy(packed), backend="aot_eager")
     found, again, expected = embeds(compiled, tiny_batch), embeds(compiled, tiny_batch), embeds(packed, tiny_batch)
     assert (found * expected).sum(-1).min() > 0.9999 and (again * expected).sum(-1).min() > 0.9999
     assert compiled.visual_projection.kept is not None  # made once, though nothing ran before
