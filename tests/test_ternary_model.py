@@ -27,7 +27,7 @@ from clipmap_hf.hub.open_clip_folder import write_open_clip_folder
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.models import check_float, load_model
 from clipmap_hf.ternary.config import BACKENDS, METHOD, PARTS, TernaryConfig
-from clipmap_hf.ternary.integration import TernaryQuantizer, mark, register, swap
+from clipmap_hf.ternary.integration import TernaryQuantizer, forget, mark, register, swap
 from clipmap_hf.ternary.layers import TERNARY, TernaryConv2d, TernaryEmbedding, TernaryLinear, TernaryModule
 from clipmap_hf.ternary.model import pack_model, set_backend, sparsity, ternary_modules
 from clipmap_hf.ternary.packing import ENCODINGS
@@ -458,6 +458,11 @@ def test_a_convolution_is_packed_in_the_state_dict_only(packed):
     patches = packed.vision_model.embeddings.patch_embedding
     assert isinstance(patches, TernaryConv2d) and patches.weight.dtype == torch.float32
     assert packed.state_dict()["vision_model.embeddings.patch_embedding.weight"].dtype == torch.uint8
+
+
+def test_a_model_of_a_packed_model_s_config_can_be_float(packed, tmp_path):
+    CLIPModel(forget(copy.deepcopy(packed.config))).save_pretrained(tmp_path)
+    assert not any(isinstance(module, TernaryModule) for module in load_model(str(tmp_path)).modules())
 
 
 def test_registering_twice_is_registering_once(tiny_teacher):
