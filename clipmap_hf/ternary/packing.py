@@ -1,13 +1,16 @@
 """Trits in bytes: four to a byte in two bits each, or five to a byte in base 3. Rows stay rows."""
 
-from functools import cache
-
 import torch
 
 
 __all__ = ["ENCODINGS", "check_packed", "pack", "packed_columns", "unpack"]
 
 ENCODINGS = {"planar": (4, 4), "base3": (5, 3)}  # trits in a byte, and what one is worth more than that before it
+_BYTES = torch.arange(256, device="cpu")
+_TABLES = {  # the trits of every byte, int8 (trits in a byte, 256)
+    encoding: torch.stack([_BYTES // base**index % base - 1 for index in range(count)]).to(torch.int8)
+    for encoding, (count, base) in ENCODINGS.items()
+}
 
 
 def packed_columns(columns: int, encoding: str) -> int:
@@ -37,7 +40,7 @@ def pack(trits: torch.Tensor, encoding: str) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, columns: int, encoding: str) -> torch.Tensor:
     """The trits `(rows, columns)`, int8, that `pack` was given."""
-    table = _table(encoding, packed.device)  # (count, 256)
+    table = _TABLES[encoding].to(packed.device)
     return torch.cat([plane[packed.int()] for plane in table], dim=1)[:, :columns]
 
 
@@ -51,10 +54,3 @@ def check_packed(packed: torch.Tensor, columns: int, encoding: str) -> None:
     trits = unpack(packed, columns, encoding)
     if (trits > 1).any() or not torch.equal(pack(trits, encoding), packed):
         raise ValueError(f"These bytes hold no trits in the encoding {encoding!r}; the file is corrupt, or another's.")
-
-
-@cache
-def _table(encoding: str, device: torch.device) -> torch.Tensor:
-    count, base = ENCODINGS[encoding]
-    numbers = torch.arange(256, device=device)
-    return torch.stack([numbers // base**index % base - 1 for index in range(count)]).to(torch.int8)
