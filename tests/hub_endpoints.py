@@ -52,6 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def note(self, status: int | str) -> None:
+        """Before the answer, so that whoever has read it finds the request noted."""
         self.server.requests.append((self.command, self.path, status, self.user))
 
     def hang_up(self) -> None:
@@ -61,22 +62,23 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, content: Any = b"", **headers: Any) -> None:
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
-        kind = self.fault.kind if self.fault is not None else None
+        kind = self.fault.kind if self.fault is not None and self.command != "HEAD" else None
+        if kind == "cut":
+            self.hang_up()
+        else:
+            self.note(status)
         self.send_response(status)
         for name, value in {"Content-Length": len(content), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command == "HEAD":
-            return self.note(status)
-        if kind == "cut":
-            self.wfile.write(content[: len(content) // 2])
-            return self.hang_up()
+            return
+        sent = content[: len(content) // 2] if kind == "cut" else content
         pieces = 8 if kind == "slow" else 1
-        for start in range(0, len(content), size := max(1, -(-len(content) // pieces))):
-            self.wfile.write(content[start : start + size])
+        for start in range(0, len(sent), size := max(1, -(-len(sent) // pieces))):
+            self.wfile.write(sent[start : start + size])
             self.wfile.flush()
             time.sleep(0.02 if kind == "slow" else 0)
-        return self.note(status)
 
     def missing(self, what: str) -> None:
         """404, and 401 for who is not logged in and asks for a repository, as the Hub answers."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 import transformers
 from hostile_repos import HOSTILE
-from hub_endpoints import OTHER_TOKEN, TOKEN
+from hub_endpoints import OTHER_TOKEN, TOKEN, Handler
 from hub_server import Fault, HubServer, running_hub
 from huggingface_hub import ModelCard, constants, file_download
 from huggingface_hub.utils import _http
@@ -98,6 +99,18 @@ def changed(folder: Path) -> CLIPModel:
 
 def sent(hub: HubServer, method: str, start: str) -> list[tuple]:
     return [request for request in hub.requests if request[0] == method and request[1].startswith(start)]
+
+
+def test_the_hub_of_these_tests_notes_a_request_before_it_answers(hub, monkeypatch):
+    def slow_note(handler, status, note=Handler.note):
+        time.sleep(0.2)
+        note(handler, status)
+
+    monkeypatch.setattr(Handler, "note", slow_note)
+    content = b'{"content": "---\\nlicense: mit\\n---\\n"}'
+    with urllib.request.urlopen(f"{hub.url}/api/validate-yaml", content) as answer:
+        answer.read()
+    assert sent(hub, "POST", "/api/") == [("POST", "/api/validate-yaml", 200, None)]
 
 
 # Pushes
