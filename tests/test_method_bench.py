@@ -55,6 +55,15 @@ def test_cells_of_other_settings_lie_elsewhere(bench, cell, tmp_path):
     assert bench.cells.cell_file(tmp_path, made[0]).name.startswith("1-MoPE-seed-0-")
 
 
+def test_trials_of_a_size_are_equally_long_for_all_methods(bench):
+    arguments = argparse.Namespace(steps=250, batch_size=128)
+    for size, shape in bench.methods.SIZES.items():
+        trials = [
+            bench.methods.make_cell(arguments, size, name, 1e-3, 0, validation=True) for name in bench.methods.METHODS
+        ]
+        assert {trial["steps"] for trial in trials} == {round(250 * shape["trial"])}
+
+
 def write_log(folder, *lines: tuple[int, float, float | None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     keys = ("pairs", "seconds", "eval_mean_recall")

@@ -8,9 +8,10 @@ count), tested on a style that no model was trained on.
 
 A cell, a student by a method with a seed, is made by `clipmap_hf.compression` and lies in `cells/`, not to be made
 again. The learning rate of a method and size, which its stages share, is the best of four trials of one seed, by mean
-recall on EmojiOne's drawings, which are held out of the training pairs then; it is kept in `tuned.json`. Several
-processes may work on one bench, on sizes of their own; `--report_only` puts them together. `--quick` is one size, one
-seed, a fifth of the steps, no MoPE, and rates that were found before.
+recall on EmojiOne's drawings, which are held out of the training pairs then; it is kept in `tuned.json`. A trial is as
+long as a cell, but for 50 %, where it is a third of one, as its steps take three times as long. Several processes may
+work on one bench, on sizes of their own; `--report_only` puts them together. `--quick` is one size, one seed, a fifth
+of the steps, no MoPE, and rates that were found before.
 
 Writes `results.json`, `results.md` and PNGs. Recall is in percent, image to text / text to image, mean ± standard
 deviation over seeds. `seconds`, the median of seeds, are those of training and of a start from data, evaluation left
@@ -32,21 +33,25 @@ from clipmap_hf.atomic import write_atomically
 
 # Width, depth and, where it is not four times the width, FFN width of the vision and of the text tower, and those of
 # what a progressive compression goes through. Of the teacher's parameters in blocks, students have 50, 7, 1.1 percent.
-# Learning rates to try, for methods whose loss is that of embeddings themselves and for the others: as many for each.
+# Learning rates to try, for methods whose loss is that of embeddings themselves and for the others: as many for each,
+# and the share of the steps that a trial takes.
 SIZES = {
     "50 %": {
         "towers": ((160, 5, 512), (128, 2)),
         "via": [((192, 6), (128, 3))],
+        "trial": 0.32,
         "rates": {"feature": (5e-4, 1e-3, 2e-3, 4e-3), "others": (1.25e-4, 2.5e-4, 5e-4, 1e-3)},
     },
     "10 %": {
         "towers": ((64, 3), (64, 2)),
         "via": [((128, 5), (96, 3))],
+        "trial": 1.0,
         "rates": {"feature": (1e-3, 2e-3, 4e-3, 8e-3), "others": (5e-4, 1e-3, 2e-3, 4e-3)},
     },
     "1 %": {
         "towers": ((32, 2), (32, 1)),
         "via": [((96, 4), (64, 2))],
+        "trial": 1.0,
         "rates": {"feature": (2e-3, 4e-3, 8e-3, 1.6e-2), "others": (5e-4, 1e-3, 2e-3, 4e-3)},
     },
 }
@@ -119,7 +124,7 @@ def make_cell(arguments: argparse.Namespace, size: str, name: str, rate: float, 
         "method": method,
         "rate": rate,
         "mapping_rate": rate * MAPPING_SHARE,
-        "steps": arguments.steps,
+        "steps": round(arguments.steps * shape["trial"]) if validation else arguments.steps,
         "batch_size": arguments.batch_size,
         "seed": seed,
         "validation": validation,

@@ -161,10 +161,10 @@ def _distillation(cell: dict, steps: int) -> DistillationArguments:
 
 
 def _cache(folder: Path, cell: dict, data: DataArguments) -> TeacherCacheArguments:
-    """Where the teacher's embeddings are kept for other cells; nowhere if few are used, or the loss asks for more."""
-    views = math.ceil(cell["steps"] / (_pairs(data.train_data) // cell["batch_size"]))
-    if views == 1 or "hidden" in cell["method"]["losses"]:
+    """Where the teacher's embeddings are kept for other cells; nowhere if the loss asks for more than embeddings."""
+    if "hidden" in cell["method"]["losses"]:
         return TeacherCacheArguments()
+    views = math.ceil(cell["steps"] / (_pairs(data.train_data) // cell["batch_size"]))
     return TeacherCacheArguments(str(_shared(folder / "caches", cell)), views)
 
 
