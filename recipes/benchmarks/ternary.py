@@ -8,9 +8,9 @@ training, over seeds.
 
 `of fp32` and `of fp16` say how many times as small or as fast. `by formula` is 32 bits against 1.58 for each ternary
 weight and 32 for the others, without levels. Times of a table are taken by turns. Memory is that of a process beyond
-what its libraries take. Models are trained on the embedded pairs, at the best of `--rates` on a style that is held out
-(and that the embedded teacher knows, which flatters all), and tested on an unseen one; a ternary student is trained
-after the float one, for as many steps again. What was trained lies in `cells/`, not to be trained again.
+what its libraries take. Models are trained on the embedded pairs and tested on an unseen style; rates are the best of
+`--rates` in trials a third as long, on a style that is held out (but known to the teacher). A ternary student is
+trained after the float one, for as many steps again. What was trained lies in `cells/`, not to be trained again.
 """
 
 import argparse
