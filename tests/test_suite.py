@@ -155,6 +155,15 @@ def test_a_result_of_other_weights_is_refused(evaluate, model):
         evaluate("classes")
 
 
+def test_a_result_of_another_backend_is_refused(evaluate, model):
+    model.add_module("packed", torch.nn.Identity())
+    model.packed.backend = "int8"
+    evaluate("classes")
+    model.packed.backend = "float"
+    with pytest.raises(ValueError, match=r'other settings: backends was ..int8.., is ..float..'):
+        evaluate("classes")
+
+
 def test_a_result_of_another_config_is_refused(evaluate, model):
     evaluate("classes")
     model.config.vision_config.hidden_act = "gelu"

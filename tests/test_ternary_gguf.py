@@ -31,6 +31,12 @@ def test_levels_of_blocks_are_exact_as_well(tiny_teacher, tmp_path):
     assert set(types.values()) == {"F16", "F32"}
 
 
+def test_blocks_of_the_types_own_size_are_ternary(tiny_teacher, tmp_path):
+    options = {"granularity": "block", "block_size": 256, "modules": ["vision_model.encoder.layers.0.mlp.fc2"]}
+    types = write_gguf(pack_model(tiny_teacher, TernaryConfig(**options)), tmp_path / "model.gguf")
+    assert [name for name, kind in types.items() if kind == "TQ1_0"] == [f"{options['modules'][0]}.weight"]
+
+
 def test_what_cannot_be_written_is_refused(tiny_teacher, tmp_path):
     with pytest.raises(ValueError, match="nothing to write"):
         write_gguf(tiny_teacher, tmp_path / "model.gguf")

@@ -31,7 +31,7 @@ from clipmap_hf.ternary.integration import TernaryQuantizer, forget, mark, regis
 from clipmap_hf.ternary.layers import TERNARY, TernaryConv2d, TernaryEmbedding, TernaryLinear, TernaryModule
 from clipmap_hf.ternary.model import pack_model, set_backend, sparsity, ternary_modules
 from clipmap_hf.ternary.packing import ENCODINGS
-from clipmap_hf.ternary.quantizers import GRANULARITIES, dequantized, ternarized
+from clipmap_hf.ternary.quantizers import GRANULARITIES, dequantized, straight_through, ternarized
 
 
 ALL = list(PARTS)
@@ -241,6 +241,10 @@ def corrupted(
     changes = {
         "bytes": {name: torch.full_like(tensors[name], 255)},
         "levels": {f"{name}_scale": torch.full_like(tensors[f"{name}_scale"], float("nan"))},
+        "negative": {f"{name}_scale": -tensors[f"{name}_scale"]},
+        "zero": {f"{name}_scale": torch.zeros_like(tensors[f"{name}_scale"])},
+        "integers": {f"{name}_scale": tensors[f"{name}_scale"].to(torch.int32)},
+        "wide bytes": {name: tensors[name].to(torch.int32)},
         "shape": {name: tensors[name][:, 1:].contiguous()},
     }
     return {**tensors, **changes[what]}
@@ -251,6 +255,10 @@ def corrupted(
     [
         ("bytes", ValueError, "layers.0.mlp.fc1.*corrupt"),
         ("levels", ValueError, "layers.0.mlp.fc1.*finite"),
+        ("negative", ValueError, "layers.0.mlp.fc1.*negative"),
+        ("zero", ValueError, "layers.0.mlp.fc1.*level is zero.*corrupt"),
+        ("integers", ValueError, "layers.0.mlp.fc1.*uint8 and float16, not.*int32"),
+        ("wide bytes", ValueError, "layers.0.mlp.fc1.*uint8 and float16, not.*int32"),
         ("shape", RuntimeError, "mismatch"),
     ],
 )
@@ -262,12 +270,32 @@ def test_corrupt_files_are_refused(folder, what, error, match):
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", ["weight", "weight_scale"])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_files_that_lack_a_tensor_are_refused(tiny_teacher, tmp_path, part, kind, granularity):
+    (name, *_) = ternary_modules(tiny_teacher, TernaryConfig(parts=[part]))
+    pack_model(tiny_teacher, TernaryConfig(parts=ALL, granularity=granularity)).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[f"{name}.{kind}"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    # Where transformers draws random weights, which it cannot for bytes, it fails first.
+    with pytest.raises((ValueError, NotImplementedError), match=rf"{name}.{kind} is missing|'Byte'"):
+        CLIPModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("what", ["bytes", "levels"])
-def test_corrupt_state_dicts_are_refused(packed, part, what):
+def test_corrupt_state_dicts_are_refused(packed, tiny_batch, part, what):
     (name, *_) = ternary_modules(packed.dequantize(), TernaryConfig(parts=[part]))
     packed = pack_model(packed, TernaryConfig(parts=ALL))
+    good = {key: value.clone() for key, value in packed.state_dict().items()}
     with pytest.raises(RuntimeError, match=f"{name}: .*(corrupt|finite)"):
         packed.load_state_dict(corrupted(packed.state_dict(), what, name))
+    before = embeds(packed, tiny_batch) if part == "patch_embedding" else None
+    packed.load_state_dict(good)
+    after = embeds(packed, tiny_batch)
+    assert before is None or torch.equal(before, after)  # an error that is caught leaves what was there
 
 
 def test_folders_of_several_files_are_loaded(packed, tiny_batch, tmp_path):
@@ -285,7 +313,12 @@ def test_folders_of_several_files_are_loaded(packed, tiny_batch, tmp_path):
         ({"format": 2}, ValueError, "format=2"),
         ({"encoding": "zip"}, ValueError, "encoding='zip'"),
         ({"parts": ["head"]}, ValueError, "parts="),
+        ({"parts": ["layers", "layers"]}, ValueError, "names something twice"),
+        ({"modules": [1]}, TypeError, "must be a list of strings"),
+        ({"modules": ["visual_projection"] * 2}, ValueError, "names something twice"),
         ({"block_size": 0}, ValueError, "block_size=0"),
+        ({"block_size": "64"}, ValueError, "block_size='64' must be an integer"),
+        ({"block_size": 64.0}, ValueError, "block_size=64.0 must be an integer"),
         ({"colour": "red"}, TypeError, "colour"),
         ({"modules": []}, ValueError, "names no modules"),
         ({"modules": ["visoin_model.head"]}, ValueError, "visoin_model.head, which the model does not have"),
@@ -317,6 +350,51 @@ def test_weights_too_small_for_a_level_are_refused(tiny_teacher):
     tiny_teacher.visual_projection.weight.data *= 1e-8
     with pytest.raises(ValueError, match="smallest fp16"):
         pack_model(tiny_teacher, TernaryConfig(parts=["projections"]))
+
+
+def test_rows_too_small_for_a_level_are_rows_of_zeros(tiny_teacher):
+    weight = tiny_teacher.visual_projection.weight
+    weight.data[3] *= 1e-8
+    packed = pack_model(tiny_teacher, TernaryConfig(parts=["projections"]))
+    seen = straight_through(weight, "twn", "row", 64)
+    torch.testing.assert_close(packed.visual_projection.float_weight(), seen, rtol=0, atol=0)
+    assert not packed.visual_projection.trits()[3].any()
+
+
+def test_what_is_not_ternary_must_fit_its_dtype(tiny_teacher):
+    tiny_teacher.text_model.encoder.layers[0].mlp.fc1.bias.data[0] = 1e5
+    with pytest.raises(ValueError, match="layers.0.mlp.fc1.bias has values too large for torch.float16"):
+        pack_model(tiny_teacher, TernaryConfig(), dtype=torch.float16)
+
+
+def test_packed_models_are_not_packed_again(packed):
+    with pytest.raises(ValueError, match="Packing works with float weights"):
+        pack_model(packed, TernaryConfig())
+
+
+@pytest.mark.parametrize("ids", [[-1], [10**6]])
+def test_tokens_that_are_not_in_the_table_are_refused(packed, ids):
+    with pytest.raises(IndexError):
+        packed.text_model.embeddings.token_embedding(torch.tensor(ids))
+
+
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"groups": 3}, {"stride": 2, "padding": 1}])
+def test_convolutions_of_any_kind_give_what_their_float_modules_do(options):
+    module = torch.nn.Conv2d(3, 6, 3, **options)
+    ternary = TernaryConv2d(module, TernaryConfig(granularity="row"))
+    ternary.store(*ternarized(module.weight.detach(), "twn", "row", 64))
+    ternary.ready(torch.float32)
+    images = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(ternary.float_module(torch.float32)(images), ternary(images), rtol=0, atol=0)
+
+
+def test_convolutions_that_mirror_their_borders_are_refused():
+    with pytest.raises(ValueError, match="padding_mode='reflect' cannot be ternary"):
+        TernaryConv2d(torch.nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), TernaryConfig())
+
+
+def test_a_printed_module_says_its_size(packed):
+    assert repr(packed.visual_projection).startswith("TernaryLinear((32, ")
 
 
 def test_modules_that_are_not_there_are_refused(tiny_teacher):

@@ -50,6 +50,15 @@ def test_bytes_that_hold_no_trits_are_refused(encoding, byte):
 
 
 @each_encoding
+def test_every_row_is_checked(encoding):
+    packed = pack(torch.zeros(2500, 1, dtype=torch.int8), encoding)
+    check_packed(packed, 1, encoding)
+    packed[-1] = 255
+    with pytest.raises(ValueError, match="corrupt"):
+        check_packed(packed, 1, encoding)
+
+
+@each_encoding
 def test_digits_beyond_the_row_must_be_those_of_zeros(encoding):
     packed = pack(torch.zeros(1, 1, dtype=torch.int8), encoding)
     with pytest.raises(ValueError, match="corrupt"):

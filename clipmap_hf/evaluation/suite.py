@@ -128,6 +128,8 @@ def _model_settings(model: PreTrainedModel, processor: CLIPProcessor) -> dict[st
         "image_backend": processor.image_processor.backend,
         "image_processor": processor.image_processor.to_dict(),
     }
+    if backends := sorted({module.backend for module in model.modules() if hasattr(module, "backend")}):
+        settings["backends"] = backends  # packed weights are run exactly, or faster
     return json.loads(json.dumps(settings))
 
 

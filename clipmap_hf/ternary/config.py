@@ -62,11 +62,16 @@ class TernaryConfig(QuantizationConfigMixin):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it must be one of {sorted(allowed)}.")
-        unknown = sorted(set(self.parts) - set(PARTS))
-        if unknown or not self.parts:
+        for name in ("parts", "modules"):
+            value = getattr(self, name)
+            if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+                raise TypeError(f"{name}={value!r} must be a list of strings.")
+            if len(set(value)) < len(value):
+                raise ValueError(f"{name}={value} names something twice.")
+        if not self.parts or not set(self.parts) <= set(PARTS):
             raise ValueError(f"parts={self.parts} must be some of {sorted(PARTS)}.")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1.")
+        if type(self.block_size) is not int or self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size!r} must be an integer of at least 1.")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,5 +1,7 @@
 """How transformers loads and saves packed models: its quantizer of the method `clipmap_ternary`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from clipmap_hf.ternary.config import METHOD, TernaryConfig
 from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 
 
-__all__ = ["TernaryQuantizer", "configs", "forget", "mark", "register", "swap"]
+__all__ = ["TernaryQuantizer", "configs", "forget", "mark", "named", "register", "swap"]
 
 _TOWERS = ("vision_config", "text_config")
 _PLACES = ("vision_model", "text_model", "visual_projection", "text_projection")  # that one tower does not have
@@ -33,10 +35,11 @@ class TernaryQuantizer(HfQuantizer):
         dtype = model.requires_grad_(False).dtype  # trits cannot be trained, and `int8` has no gradient
         for name, module in model.named_modules():
             if isinstance(module, TernaryModule):
-                try:
+                for kind in ("weight", "weight_scale"):  # transformers only warns, and leaves what was in memory
+                    if not getattr(getattr(module, kind), "_is_hf_initialized", False):
+                        raise ValueError(f"{name}.{kind} is missing in the file; it is corrupt, or another's.")
+                with named(name):
                     module.ready(dtype)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
         return model
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -61,6 +64,15 @@ class TernaryQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+@contextmanager
+def named(module: str) -> Iterator[None]:
+    """Errors of values say of which module they are."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from error
 
 
 def swap(model: nn.Module, config: TernaryConfig) -> None:

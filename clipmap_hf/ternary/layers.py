@@ -40,10 +40,7 @@ class TernaryModule(nn.Module):
 
     def store(self, trits: torch.Tensor, levels: torch.Tensor) -> None:
         """Takes trits in the float weight's shape, and their levels `(rows, groups)`."""
-        if not levels.isfinite().all():
-            raise ValueError("A level is no finite fp16 number; the weights are too large, or not finite.")
-        if (levels == 0).logical_and(trits.reshape(*levels.shape, -1).any(dim=-1)).any():
-            raise ValueError("A level is less than the smallest fp16 number; the weights are too small.")
+        _check_levels(levels, lambda: trits)
         self.weight = pack(trits.flatten(1), self.encoding)
         self.weight_scale, self.kept = levels, None
 
@@ -54,11 +51,15 @@ class TernaryModule(nn.Module):
     def check(self) -> None:
         """
         Raises:
-            ValueError: If the bytes of the weight hold no trits, or a level is not finite.
+            ValueError: If the bytes of the weight hold no trits, or a level cannot be theirs.
         """
+        kinds = self.weight.dtype, self.weight_scale.dtype
+        if kinds != (torch.uint8, torch.float16):
+            raise ValueError(
+                f"Trits and levels are uint8 and float16, not {kinds}; the file is corrupt, or another's."
+            )
         check_packed(self.weight, self.columns, self.encoding)
-        if not self.weight_scale.isfinite().all():
-            raise ValueError("A level in the file is not finite; the file is corrupt.")
+        _check_levels(self.weight_scale, self.trits)
 
     def trits(self) -> torch.Tensor:
         """int8, in the float weight's shape."""
@@ -75,6 +76,10 @@ class TernaryModule(nn.Module):
     def float_module(self, dtype: torch.dtype) -> nn.Module:
         """The module of transformers' model whose place this has taken."""
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        levels = tuple(self.weight_scale.shape)
+        return f"{self.shape}, levels={levels}, encoding={self.encoding!r}, backend={self.backend!r}"
 
     def _fill(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         module.weight = nn.Parameter(self.float_weight(dtype))
@@ -152,8 +157,10 @@ class TernaryEmbedding(TernaryModule):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.flatten()
-        levels = self.weight_scale[flat] if len(self.weight_scale) > 1 else self.weight_scale.expand(len(flat), 1)
-        rows = dequantized(unpack(self.weight[flat], self.columns, self.encoding), levels, self.dtype)
+        has_own = len(self.weight_scale) > 1
+        levels = F.embedding(flat, self.weight_scale) if has_own else self.weight_scale.expand(len(flat), 1)
+        packed = F.embedding(flat, self.weight)  # an index would take -1 for the last row
+        rows = dequantized(unpack(packed, self.columns, self.encoding), levels, self.dtype)
         return rows.view(*ids.shape, self.columns)
 
     def float_module(self, dtype: torch.dtype) -> nn.Embedding:
@@ -167,8 +174,10 @@ class TernaryConv2d(TernaryModule):
     """
 
     def __init__(self, module: nn.Conv2d, config: TernaryConfig):
+        if module.padding_mode != "zeros":
+            raise ValueError(f"A convolution with padding_mode={module.padding_mode!r} cannot be ternary.")
         super().__init__(module, config)
-        self.options = {"stride": module.stride, "padding": module.padding}
+        self.options = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
 
     def ready(self, dtype: torch.dtype) -> None:
         super().ready(dtype)
@@ -184,6 +193,7 @@ class TernaryConv2d(TernaryModule):
     def float_module(self, dtype: torch.dtype) -> nn.Conv2d:
         rows, channels, *size = self.shape
         bias = self.bias is not None
+        channels *= self.options["groups"]
         return self._fill(nn.Conv2d(channels, rows, size, bias=bias, device="meta", **self.options), dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -194,10 +204,12 @@ class TernaryConv2d(TernaryModule):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         dtype, packed = self.weight.dtype, self.__dict__.pop("packed", None)
         if packed is not None:
-            self.weight = packed.to(self.weight.device)
-        found = len(errors)
+            self.weight = packed.to(self.weight.device, copy=True)
+        found, levels = len(errors), self.weight_scale.clone()
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if packed is not None and len(errors) == found:
+        if packed is not None:
+            if len(errors) > found:  # whoever catches the error has the old weight
+                self.weight, self.weight_scale = packed.to(self.weight.device), levels
             self.ready(dtype)
 
     def _apply(self, fn, *args, **kwargs):
@@ -205,6 +217,20 @@ class TernaryConv2d(TernaryModule):
         if "packed" in self.__dict__ and not self.weight.is_meta:  # a cast and one back would leave a rounded weight
             self.weight = self.float_weight(self.weight.dtype)
         return self
+
+
+def _check_levels(levels: torch.Tensor, trits: Callable[[], torch.Tensor]) -> None:
+    if not (levels.isfinite() & (levels >= 0)).all():
+        raise ValueError(
+            "A level is negative or no finite fp16 number: the weights are too large or not finite, or the file is "
+            "corrupt."
+        )
+    is_zero = levels == 0
+    if is_zero.any() and (is_zero & trits().reshape(*levels.shape, -1).any(dim=-1)).any():
+        raise ValueError(
+            "A level is zero, as if less than the smallest fp16 number, but not all of its trits are: the weights are "
+            "too small, or the file is corrupt."
+        )
 
 
 TERNARY = {nn.Linear: TernaryLinear, nn.Embedding: TernaryEmbedding, nn.Conv2d: TernaryConv2d}

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from clipmap_hf.models import check_float
 from clipmap_hf.ternary.config import BACKENDS, TernaryConfig
-from clipmap_hf.ternary.integration import TernaryQuantizer, configs, mark, swap
+from clipmap_hf.ternary.integration import TernaryQuantizer, configs, mark, named, swap
 from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 from clipmap_hf.ternary.quantizers import ternarized
 
@@ -42,19 +43,37 @@ def pack_model(
         config: The options; `modules` are filled in.
         levels: Learned levels `(rows, groups)` by module name, instead of those that the quantizer finds.
         dtype: Of all that is not ternary.
+
+    Raises:
+        ValueError: If the model is packed already, has nothing of a part, or has weights that are too large or too
+            small for fp16.
     """
+    check_float(model, "Packing")
     config = dataclasses.replace(config, modules=ternary_modules(model, config))
     packed = copy.deepcopy(model).to(dtype)
     swap(packed, config)
     for name in config.modules:
         weight = model.get_submodule(name).weight.detach().float()
         module, level = packed.get_submodule(name), (levels or {}).get(name)
-        module.store(*ternarized(weight, config.quantizer, config.granularity, config.block_size, level))
-        module.ready(dtype)
+        trits, level = ternarized(weight, config.quantizer, config.granularity, config.block_size, level)
+        with named(name):
+            if weight.any() and not level.any():
+                raise ValueError("All levels are less than the smallest fp16 number; the weights are too small.")
+            module.store(trits, level)
+            module.ready(dtype)
+    _check_finite(model, packed)
     mark(packed.requires_grad_(False), TernaryQuantizer(config))
     for part in configs(packed.config):
         part.dtype = dtype
     return packed
+
+
+def _check_finite(model: nn.Module, packed: nn.Module) -> None:
+    """Whether a cast left what is not ternary finite."""
+    before = dict(model.named_parameters())
+    for name, parameter in packed.named_parameters():
+        if before[name].isfinite().all() and not parameter.isfinite().all():
+            raise ValueError(f"{name} has values too large for {parameter.dtype}; keep the rest in float32.")
 
 
 def set_backend(model: nn.Module, backend: str) -> None:

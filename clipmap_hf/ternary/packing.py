@@ -6,6 +6,7 @@ import torch
 __all__ = ["ENCODINGS", "check_packed", "pack", "packed_columns", "unpack"]
 
 ENCODINGS = {"planar": (4, 4), "base3": (5, 3)}  # trits in a byte, and what one is worth more than that before it
+_ROWS = 1024  # that are checked at a time, as unpacked ones take many times the memory
 _BYTES = torch.arange(256, device="cpu")
 _TABLES = {  # the trits of every byte, int8 (trits in a byte, 256)
     encoding: torch.stack([_BYTES // base**index % base - 1 for index in range(count)]).to(torch.int8)
@@ -51,6 +52,9 @@ def check_packed(packed: torch.Tensor, columns: int, encoding: str) -> None:
     Raises:
         ValueError: If they are not, as in a file that is corrupt or in another encoding.
     """
-    trits = unpack(packed, columns, encoding)
-    if (trits > 1).any() or not torch.equal(pack(trits, encoding), packed):
-        raise ValueError(f"These bytes hold no trits in the encoding {encoding!r}; the file is corrupt, or another's.")
+    for rows in packed.split(_ROWS):
+        trits = unpack(rows, columns, encoding)
+        if (trits > 1).any() or not torch.equal(pack(trits, encoding), rows):
+            raise ValueError(
+                f"These bytes hold no trits in the encoding {encoding!r}; the file is corrupt, or another's."
+            )

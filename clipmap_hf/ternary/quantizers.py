@@ -92,7 +92,8 @@ def ternarized(
         level: Levels `(rows, groups)` that were learned, instead of those that the quantizer finds.
 
     Returns:
-        Trits as int8 in the shape of `weight`, and levels `(rows, groups)` in fp16.
+        Trits as int8 in the shape of `weight`, and levels `(rows, groups)` in fp16; where a level is too small for
+        that, and so zero, its trits are too.
     """
     groups = grouped(weight, granularity, block_size)
     if level is None:
@@ -101,7 +102,8 @@ def ternarized(
     else:
         found = level[..., None]
         trits = (groups / found).clamp(-1, 1).round()
-    return trits.to(torch.int8).view_as(weight), found.squeeze(-1).half()
+    levels = found.half()
+    return (trits * (levels != 0)).to(torch.int8).view_as(weight), levels.squeeze(-1)
 
 
 def dequantized(trits: torch.Tensor, level: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
