@@ -56,6 +56,7 @@ RUNS = {
         [
             "| tiny | and token embedding |",
             "| tiny | packed |",
+            "| 64 × 64 | 4,096 |",
             "| tiny | 1 | int8 |",
             "| teacher | trained, learned, row |",
             "| student | trained, twn, row |",

@@ -160,7 +160,7 @@ def test_a_result_of_another_backend_is_refused(evaluate, model):
     model.packed.backend = "int8"
     evaluate("classes")
     model.packed.backend = "float"
-    with pytest.raises(ValueError, match=r'other settings: backends was ..int8.., is ..float..'):
+    with pytest.raises(ValueError, match=r"other settings: backends was ..int8.., is ..float.."):
         evaluate("classes")
 
 

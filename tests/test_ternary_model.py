@@ -26,6 +26,7 @@ from clipmap_hf.hub.onnx import write_onnx
 from clipmap_hf.hub.open_clip_folder import write_open_clip_folder
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.models import check_float, load_model
+from clipmap_hf.ternary import int8
 from clipmap_hf.ternary.config import BACKENDS, METHOD, PARTS, TernaryConfig
 from clipmap_hf.ternary.integration import TernaryQuantizer, forget, mark, register, swap
 from clipmap_hf.ternary.layers import TERNARY, TernaryConv2d, TernaryEmbedding, TernaryLinear, TernaryModule
@@ -51,6 +52,13 @@ def embeds(model, batch) -> torch.Tensor:
 @pytest.fixture
 def packed(tiny_teacher) -> CLIPModel:
     return pack_model(tiny_teacher, TernaryConfig(parts=ALL))
+
+
+@pytest.fixture
+def int8_always_pays(monkeypatch):
+    """However small a layer, and wherever the tests run."""
+    monkeypatch.setattr(int8, "_WEIGHTS", 1)
+    monkeypatch.setattr(int8, "_FAST_CPU", True)
 
 
 @pytest.fixture
@@ -94,7 +102,7 @@ def test_saved_is_loaded_bit_for_bit(tiny_teacher, tiny_batch, tmp_path, config)
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == ours.keys()
 
 
-def test_rounding_tokens_to_8_bits_changes_little(packed, tiny_batch):
+def test_rounding_tokens_to_8_bits_changes_little(packed, tiny_batch, int8_always_pays):
     found = {}
     for backend in BACKENDS:
         set_backend(packed, backend)
@@ -103,7 +111,25 @@ def test_rounding_tokens_to_8_bits_changes_little(packed, tiny_batch):
     assert (found["int8"] * found["float"]).sum(-1).min() > 0.9995
 
 
-def test_int8_needs_one_level_a_row(tiny_teacher, tiny_batch):
+def test_small_layers_are_float_by_default(packed, tiny_batch):
+    auto = embeds(packed, tiny_batch)
+    set_backend(packed, "float")
+    torch.testing.assert_close(auto, embeds(packed, tiny_batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fast", "kept"), [(256, True, torch.int8), (255, True, torch.float32), (256, False, torch.float32)]
+)
+def test_large_layers_are_int8_by_default_where_the_cpu_is_fast_at_it(monkeypatch, rows, fast, kept):
+    monkeypatch.setattr(int8, "_FAST_CPU", fast)
+    layer = TernaryLinear(torch.nn.Linear(256, rows), TernaryConfig())
+    layer.store(*ternarized(torch.randn(rows, 256), "twn", "row", 64))
+    with torch.no_grad():
+        layer(torch.randn(3, 256))
+    assert layer.kept.dtype == kept
+
+
+def test_int8_needs_one_level_a_row(tiny_teacher, tiny_batch, int8_always_pays):
     packed = pack_model(tiny_teacher, TernaryConfig(granularity="block", block_size=16))
     exact = embeds(packed, tiny_batch)
     set_backend(packed, "float")
@@ -112,13 +138,13 @@ def test_int8_needs_one_level_a_row(tiny_teacher, tiny_batch):
         set_backend(packed, "int8")
 
 
-def test_gradients_reach_the_pixels_of_a_packed_model(packed, tiny_batch):
+def test_gradients_reach_the_pixels_of_a_packed_model(packed, tiny_batch, int8_always_pays):
     pixels = tiny_batch["pixel_values"].requires_grad_()
     packed.get_image_features(pixel_values=pixels).pooler_output.sum().backward()
     assert pixels.grad.abs().sum() > 0
 
 
-def test_loaded_models_need_no_gradient_so_that_int8_runs(folder, tiny_batch):
+def test_loaded_models_need_no_gradient_so_that_int8_runs(folder, tiny_batch, int8_always_pays):
     model = CLIPModel.from_pretrained(folder)
     model(**tiny_batch)
     assert model.vision_model.encoder.layers[0].mlp.fc1.kept.dtype == torch.int8

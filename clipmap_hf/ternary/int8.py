@@ -4,10 +4,12 @@ import torch
 from torch.nn import functional as F
 
 
-__all__ = ["int8_linear", "int8_works"]
+__all__ = ["int8_linear", "int8_pays", "int8_works"]
 
 _STEPS = 127
 _CUDA_TOKENS, _CUDA_MULTIPLE = 32, 8  # what its product of integers asks for, at least
+_WEIGHTS = 2**16  # from which on it is faster for tens of tokens (recipes/benchmarks/ternary.py --parts layers)
+_FAST_CPU = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def int8_linear(
@@ -49,3 +51,15 @@ def int8_works(tokens: torch.Tensor, shape: tuple[int, int], levels: torch.Tenso
     wants_gradient = torch.is_grad_enabled() and tokens.requires_grad
     fits = tokens.device.type == "cpu" or (tokens.is_cuda and not any(size % _CUDA_MULTIPLE for size in shape))
     return levels.shape[1] == 1 and not wants_gradient and fits
+
+
+def int8_pays(tokens: torch.Tensor, shape: tuple[int, int]) -> bool:
+    """
+    Whether `int8_linear` is expected to be faster than a float product: on CPUs with wide integer products, for large
+    layers. On a GPU, float weights in fp16 are fast already.
+
+    Args:
+        tokens: `(…, columns)`.
+        shape: Of the weight, `(rows, columns)`.
+    """
+    return tokens.device.type == "cpu" and _FAST_CPU and shape[0] * shape[1] >= _WEIGHTS

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clipmap_hf.ternary.config import TernaryConfig
-from clipmap_hf.ternary.int8 import int8_linear, int8_works
+from clipmap_hf.ternary.int8 import int8_linear, int8_pays, int8_works
 from clipmap_hf.ternary.packing import check_packed, pack, packed_columns, unpack
 from clipmap_hf.ternary.quantizers import dequantized, grouped
 
@@ -123,7 +123,8 @@ class TernaryLinear(TernaryModule):
     """A linear layer; all of `BACKENDS` run it."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        works = self.backend in ("auto", "int8") and int8_works(tokens, self.shape, self.weight_scale)
+        wanted = self.backend == "int8" or (self.backend == "auto" and int8_pays(tokens, self.shape))
+        works = wanted and int8_works(tokens, self.shape, self.weight_scale)
         if self.backend == "int8" and not works:
             raise ValueError(
                 "backend='int8' has no gradient and, on a GPU, takes layers whose sizes are multiples of 8; "

@@ -79,8 +79,9 @@ def _check_finite(model: nn.Module, packed: nn.Module) -> None:
 def set_backend(model: nn.Module, backend: str) -> None:
     """
     Says how a packed model's linear layers are run, all of them: `float`, exactly, with the float weights in memory;
-    `packed`, exactly, unpacked at every call; `int8`, with tokens rounded to 8 bits; or `auto`: `int8` where every row
-    has one level and no gradient is asked for, else `float`.
+    `packed`, exactly, unpacked at every call; `int8`, with tokens rounded to 8 bits; or `auto`: `int8` where it is
+    possible (every row has one level, and no gradient is asked for) and expected to be faster (large layers, on CPUs
+    with AVX2), else `float`.
 
     Raises:
         ValueError: If the backend is unknown, the model has nothing ternary, or its levels are those of blocks, of

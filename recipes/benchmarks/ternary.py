@@ -20,14 +20,14 @@ from pathlib import Path
 import datasets
 import torch
 from initializer_study.report import markdown
-from ternary_bench.costs import SHAPES, latency_rows, memory_rows, size_rows
+from ternary_bench.costs import SHAPES, latency_rows, layer_rows, memory_rows, size_rows
 from ternary_bench.quality import ROWS, quality_rows
 from transformers.utils import logging
 
 from clipmap_hf.atomic import write_atomically
 
 
-PARTS = ("sizes", "memory", "latency", "quality")
+PARTS = ("sizes", "memory", "layers", "latency", "quality")
 RATES = [5e-4, 1e-3, 2e-3]
 
 
@@ -50,6 +50,7 @@ def main() -> None:
     tables = {
         "sizes": lambda: chain(*(size_rows(name, folder) for name in shapes)),
         "memory": lambda: chain(*(memory_rows(name, folder) for name in shapes)),
+        "layers": lambda: layer_rows(arguments.rounds),
         "latency": lambda: chain(
             *(latency_rows(name, arguments.batch_sizes, arguments.rounds, arguments.compile) for name in shapes)
         ),

@@ -3,19 +3,22 @@
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from clipmap_hf.config import PRESETS, student_config
 from clipmap_hf.evaluation.latency import milliseconds_by_turns, random_inputs, speedups, spread
 from clipmap_hf.features import Towers
 from clipmap_hf.ternary.config import PARTS, TernaryConfig
-from clipmap_hf.ternary.layers import TernaryModule
+from clipmap_hf.ternary.layers import TernaryLinear, TernaryModule
 from clipmap_hf.ternary.model import pack_model, set_backend, sparsity
+from clipmap_hf.ternary.quantizers import ternarized
 
 
 TEACHER = "ViT-B/16"
@@ -31,6 +34,8 @@ FILES = {
     "all parts": (TernaryConfig(parts=ALL), torch.float32),
     "all parts, rest fp16": (TernaryConfig(parts=ALL), torch.float16),
 }
+LAYER_SIZES = [(factor * width, width) for width in (64, 128, 256, 384, 512, 768) for factor in (1, 4)]
+LAYER_TOKENS = (8, 24, 77, 197, 1576)
 BACKENDS = ("fp32", "float", "packed", "int8")  # the first is the stock model
 _GRAPHS = 64  # two towers of two models at each batch size
 
@@ -101,6 +106,21 @@ def latency_rows(name: str, batch_sizes: list[int], rounds: int, compiled: bool)
     for size in batch_sizes:
         for backend in towers:
             yield {"shape": name, "batch": str(size), "backend": backend} | _tower_times(times, size, backend)
+
+
+def layer_rows(rounds: int) -> Iterator[dict[str, str]]:
+    """How many times as fast as a float layer one in 8-bit arithmetic is, by its size and the number of tokens."""
+    for rows, columns in LAYER_SIZES:
+        module = nn.Linear(columns, rows)
+        layer = TernaryLinear(module, TernaryConfig())
+        layer.store(*ternarized(module.weight.detach(), "twn", "row", columns))
+        layer.set_backend("int8")
+        row = {"rows × columns": f"{rows} × {columns}", "weights": f"{rows * columns:,}"}
+        for tokens in LAYER_TOKENS:
+            runs = {one: partial(one, torch.randn(tokens, columns)) for one in (module, layer)}
+            times = milliseconds_by_turns(runs, rounds, seconds=0.05)
+            row[f"{tokens} tokens"] = f"{spread(speedups(times[module], times[layer])).median:.1f}×"
+        yield row
 
 
 def _tower_times(times: Mapping, size: int, backend: str) -> dict[str, str]:

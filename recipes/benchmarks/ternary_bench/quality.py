@@ -22,6 +22,7 @@ from clipmap_hf.teachers import Teacher
 from clipmap_hf.ternarization import run_ternarization
 from clipmap_hf.ternary.arguments import TernaryArguments
 from clipmap_hf.ternary.config import PARTS
+from clipmap_hf.ternary.model import set_backend
 from clipmap_hf.ternary.quantizers import GRANULARITIES, QUANTIZERS
 from clipmap_hf.training.arguments import (
     CalibrationArguments,
@@ -183,5 +184,9 @@ def _student(folder: Path, seed: int, steps: int, validation: bool) -> Path:
 
 
 def _recall(source: Path, data: DataArguments) -> dict[str, float]:
-    """Of what was written, with the backend that a user gets."""
-    return evaluate_retrieval(load_model(str(source)), evaluation_batches(data, load_processor(str(TEACHER))))
+    """Of what was written, in the fastest arithmetic that it can be run in, which is also the least exact."""
+    model = load_model(str(source))
+    config = getattr(model.config, "quantization_config", None)
+    if config is not None and config.granularity != "block":
+        set_backend(model, "int8")
+    return evaluate_retrieval(model, evaluation_batches(data, load_processor(str(TEACHER))))
