@@ -267,13 +267,13 @@ def test_ternarize_trains_and_packs_a_teacher_or_a_student(
 ):
     shared = ("ternarize.py", "--teacher", teacher_folder, "--train_data", pairs_parquet, *steps("ternary"))
     cache = ("--teacher_cache", tmp_path / "cache", "--views", 1)
-    finish(*shared, *cache, "--ternary_quantizer", "learned", "--output_dir", tmp_path / "teacher")
+    finish(*shared, *cache, "--ternary_quantizer", "twn", "--output_dir", tmp_path / "teacher")
     finish(*shared, *cache, "--student_model", mapped_folder, "--output_dir", tmp_path / "student")
     for name, width in (("teacher", 64), ("student", 32)):
         model = CLIPModel.from_pretrained(tmp_path / name)
         assert model.config.vision_config.hidden_size == width and sparsity(model) > 0.1
         config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
-        assert config["quantizer"] == ("learned" if name == "teacher" else "twn")
+        assert config["quantizer"] == ("twn" if name == "teacher" else "learned")
 
 
 @pytest.mark.recipes

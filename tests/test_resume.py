@@ -95,6 +95,7 @@ def recipes(teacher_folder, student_folder, pairs_parquet, shards, place) -> dic
         ),
         "distill": ("distill.py", distill, student),
         "distill, cached teacher": ("distill.py", (*distill, "--teacher_cache", "CACHE", "--views", 2), student),
+        "ternarize": ("ternarize.py", (*teacher, *rows, *steps("ternary_", "--ternary_ramp_steps", 0.5)), student),
     }
 
 
@@ -180,7 +181,10 @@ def check_same(expected: Path, output: Path, files: tuple[str, ...]) -> None:
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000007", "step-00000008"]
 
 
-CASES = ("pretrain", "map", "map, 2 workers", "map, streaming, 2 workers", "distill", "distill, cached teacher")
+CASES = (
+    *("pretrain", "map", "map, 2 workers", "map, streaming, 2 workers", "distill", "distill, cached teacher"),
+    "ternarize",
+)
 each_case = pytest.mark.parametrize("name", CASES)
 
 

@@ -17,8 +17,8 @@ class TernaryArguments(DistillationArguments):
     """Training of ternary weights, and how they are packed; the words of `TernaryConfig`."""
 
     quantizer: Literal["absmean", "absmean2", "learned", "twn"] = field(
-        default="twn",
-        metadata={"help": "How weights become ternary; absmean2 is TernaryCLIP's, learned trains the levels."},
+        default="learned",
+        metadata={"help": "How weights become ternary; absmean2 is TernaryCLIP's, learned trains twn's levels."},
     )
     granularity: Literal["tensor", "row", "block"] = field(
         default="row", metadata={"help": "What has a level of its own; with blocks there is no int8 arithmetic."}
