@@ -89,6 +89,17 @@ def result(seed: int, *recalls: float) -> dict:
     return {"cell": cell, "curve": curve, "recall": curve[-1], "seconds": 2.0, "parameters": 10**6, "macs": 10**7}
 
 
+def test_a_report_makes_no_cells(bench, cell, monkeypatch, tmp_path):
+    path = bench.cells.cell_file(tmp_path, cell("MoPE"))
+    path.parent.mkdir()
+    path.write_text(json.dumps(result(0, 0.1, 0.2)))
+    (tmp_path / "tuned.json").write_text('{"1 %": {"MoPE": 0.001, "CLIP-Map": 0.001}}')
+    monkeypatch.setattr(sys, "argv", ["methods.py", "--output_dir", str(tmp_path), "--report_only"])
+    bench.methods.main()
+    assert json.loads((tmp_path / "results.json").read_text()) == [result(0, 0.1, 0.2)]
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_row_says_when_the_reference_is_reached(bench):
     reference = [result(0, 0.0, 0.1, 0.2), result(1, 0.0, 0.1, 0.4)]
     row = bench.tables.method_row("ours", [result(0, 0.1, 0.3, 0.5), result(1, 0.2, 0.4, 0.6)], reference)

@@ -104,7 +104,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     results = defaultdict(list)
     for size in arguments.sizes:
-        rates = {name: best_rate(arguments, size, name) for name in arguments.methods}
+        known = read_tuned(arguments).get(size, {}) if arguments.report_only and not arguments.quick else METHODS
+        rates = {name: best_rate(arguments, size, name) for name in arguments.methods if name in known}
         for seed in arguments.seeds:
             for name, rate in rates.items():
                 cell = make_cell(arguments, size, name, rate, seed)
@@ -131,21 +132,26 @@ def make_cell(arguments: argparse.Namespace, size: str, name: str, rate: float, 
     }
 
 
+def read_tuned(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The rates that were found, by size and method."""
+    path = arguments.output_dir / "tuned.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def best_rate(arguments: argparse.Namespace, size: str, name: str) -> float:
     """The rate that is best in validation, kept in `tuned.json`; what other processes found stays there."""
     if arguments.quick:
         return QUICK_RATES.get(name, 4e-3)
-    path = arguments.output_dir / "tuned.json"
-    tuned = json.loads(path.read_text()) if path.exists() else {}
+    tuned = read_tuned(arguments)
     if name not in tuned.get(size, {}):
         rates = SIZES[size]["rates"]["feature" if "feature" in METHODS[name]["losses"] else "others"]
         trials = {rate: make_cell(arguments, size, name, rate, seed=0, validation=True) for rate in rates}
         recalls = {
             rate: finished(arguments.output_dir, cell)["recall"]["mean_recall"] for rate, cell in trials.items()
         }
-        tuned = json.loads(path.read_text()) if path.exists() else {}
+        tuned = read_tuned(arguments)
         tuned.setdefault(size, {})[name] = max(recalls, key=recalls.get)
-        write_atomically(path, (json.dumps(tuned, indent=2) + "\n").encode())
+        write_atomically(arguments.output_dir / "tuned.json", (json.dumps(tuned, indent=2) + "\n").encode())
     return tuned[size][name]
 
 
