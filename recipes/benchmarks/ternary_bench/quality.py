@@ -43,6 +43,7 @@ FEATURE, CONTRASTIVE = {"feature": 2000.0}, {"contrastive": 1.0}
 KS = (1, 5, 10)
 LEARNED_SCALE = {"logit_scale": 14.3, "learn_logit_scale": True}  # CLIP's, which learns more than a fixed 50
 STUDENT_RATE = 2e-3  # of the float student, as in recipes/configs/demo.yaml
+VIEWS, EPOCH = 4, 58  # of each image, at most, that the teacher sees; steps in which all images are seen once
 TRIAL = 0.32  # of the steps, which a trial of a learning rate takes
 
 
@@ -149,7 +150,13 @@ def _cell(folder: Path, row: Row, seed: int, steps: int, rate: float, validation
         run, data = RunArguments(str(work), seed=seed, checkpoint_every=steps), embedded_data(folder, validation)
         with redirect_stdout(StringIO()):
             run_training(
-                student, [teacher], teacher.processor, arguments, run, data, cache=_cache(folder, seed, validation)
+                student,
+                [teacher],
+                teacher.processor,
+                arguments,
+                run,
+                data,
+                cache=_cache(folder, seed, validation, steps),
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, _recall(work, data))
@@ -157,8 +164,9 @@ def _cell(folder: Path, row: Row, seed: int, steps: int, rate: float, validation
     return read_json(path)
 
 
-def _cache(folder: Path, seed: int, validation: bool) -> TeacherCacheArguments:
-    return TeacherCacheArguments(str(folder / f"cache-{'validation' if validation else seed}"), 4)
+def _cache(folder: Path, seed: int, validation: bool, steps: int) -> TeacherCacheArguments:
+    views = min(VIEWS, steps // EPOCH + 1)
+    return TeacherCacheArguments(str(folder / f"cache-{'validation' if validation else seed}-{views}"), views)
 
 
 def _student(folder: Path, seed: int, steps: int, validation: bool) -> Path:
@@ -178,7 +186,7 @@ def _student(folder: Path, seed: int, steps: int, validation: bool) -> Path:
                 masking=MaskingArguments(steps=0),
                 mapping=MappingArguments(steps=0),
                 distillation=DistillationArguments(steps=steps, **numbers),
-                cache=_cache(folder, seed, validation),
+                cache=_cache(folder, seed, validation, steps),
             )
     return work
 
