@@ -118,7 +118,7 @@ def test_small_layers_are_float_by_default(packed, tiny_batch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "fast", "kept"), [(256, True, torch.int8), (255, True, torch.float32), (256, False, torch.float32)]
+    ("rows", "fast", "kept"), [(512, True, torch.int8), (511, True, torch.float32), (512, False, torch.float32)]
 )
 def test_large_layers_are_int8_by_default_where_the_cpu_is_fast_at_it(monkeypatch, rows, fast, kept):
     monkeypatch.setattr(int8, "_FAST_CPU", fast)

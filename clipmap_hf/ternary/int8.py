@@ -8,7 +8,7 @@ __all__ = ["int8_linear", "int8_pays", "int8_works"]
 
 _STEPS = 127
 _CUDA_TOKENS, _CUDA_MULTIPLE = 32, 8  # what its product of integers asks for, at least
-_WEIGHTS = 2**16  # from which on it is faster for tens of tokens (recipes/benchmarks/ternary.py --parts layers)
+_WEIGHTS = 2**17  # from which on it is faster for a hundred tokens (recipes/benchmarks/ternary.py --parts layers)
 _FAST_CPU = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
