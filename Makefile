@@ -31,7 +31,7 @@ help: ## Show the targets
 
 install: $(VENV)/.installed-dev $(NODE_MODULES) ## Make .venv with the package, editable, and the tools for tests, style and plots
 
-demo: $(VENV)/.installed-base ## Compress the embedded teacher and print the comparison (about 5 minutes on 2 cores)
+demo: $(VENV)/.installed-base ## Compress the embedded teacher and print the comparison (about 6 minutes on 2 cores)
 	$(BIN)/python recipes/demo.py --config recipes/configs/demo.yaml
 
 test: $(VENV)/.installed-test ## Run the fast tests; more for pytest in PYTEST_ARGS="-k retrieval"
