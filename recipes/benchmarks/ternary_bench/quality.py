@@ -42,6 +42,7 @@ STUDENT = ClipMapConfig(
 FEATURE, CONTRASTIVE = {"feature": 2000.0}, {"contrastive": 1.0}
 KS = (1, 5, 10)
 LEARNED_SCALE = {"logit_scale": 14.3, "learn_logit_scale": True}  # CLIP's, which learns more than a fixed 50
+TWN = {"quantizer": "twn"}
 STUDENT_RATE = 2e-3  # of the float student, as in recipes/configs/demo.yaml
 VIEWS, EPOCH = 4, 58  # of each image, at most, that the teacher sees; steps in which all images are seen once
 TRIAL = 0.32  # of the steps, which a trial of a learning rate takes
@@ -69,7 +70,7 @@ def _trained(quantizer: str, granularity: str, model: str = "teacher") -> Row:
 
 
 def _alone(model: str) -> Row:
-    return Row("trained without the teacher, twn, row", model, dict(CONTRASTIVE), LEARNED_SCALE)
+    return Row("trained without the teacher, twn, row", model, dict(CONTRASTIVE), LEARNED_SCALE | TWN)
 
 
 _ROWS = (
@@ -80,8 +81,8 @@ _ROWS = (
     _rounded("twn", "row", "student"),
     *(_trained(quantizer, "row", "student") for quantizer in QUANTIZERS),
     *(_trained("twn", granularity, "student") for granularity in ("tensor", "block")),
-    Row("trained, twn, row, all parts", "student", options={"parts": list(PARTS)}),
-    Row("trained, twn, row, in a ramp", "student", options={"ramp_steps": 0.5}),
+    Row("trained, twn, row, all parts", "student", options={"parts": list(PARTS)} | TWN),
+    Row("trained, twn, row, in a ramp", "student", options={"ramp_steps": 0.5} | TWN),
     _alone("student"),
 )
 ROWS = {f"{row.model}: {row.name}": row for row in _ROWS}
