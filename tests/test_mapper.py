@@ -388,6 +388,13 @@ def test_moving_a_mapper_moves_all_of_it(tiny_teacher, tiny_batch):
     assert {p.device.type for p in mapper.to("meta").skeleton.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("initializer", ["diagonal", "calibrated"])
+def test_a_mapper_lies_where_its_teacher_lies(tiny_teacher, initializer):
+    mapper = WeightMapper(tiny_teacher.to("meta"), dataclasses.replace(SMALL, initializer=initializer))
+    tensors = [*mapper.parameters(), *mapper.buffers(), *mapper.skeleton.parameters()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 def test_train_and_eval_reach_the_skeleton(tiny_teacher):
     mapper = WeightMapper(tiny_teacher, SMALL)
     assert not mapper.eval().skeleton.training

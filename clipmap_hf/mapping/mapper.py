@@ -33,7 +33,7 @@ class WeightMapper(nn.Module):
     A tower that is as large as the teacher's is copied as it is, and has no operators.
 
     Args:
-        teacher: The model to compress; its tensors are copied in fp32.
+        teacher: The model to compress; its tensors are copied in fp32, and the mapper lies where they lie.
         config: The student's size and how the operators start. With one of `CALIBRATED_INITIALIZERS` or `SELECTIONS`
             they are not a number until `start_from_activations` or `start_from_selection` sets them, or a state dict
             is loaded.
@@ -67,6 +67,7 @@ class WeightMapper(nn.Module):
         self.__dict__["skeleton"] = skeleton.requires_grad_(False)
         self.operators = nn.ModuleDict(self._initial_operators(teacher.config))
         self.corrections = nn.ModuleDict(self._initial_corrections() if self.folds else {})
+        self.to(self.logit_scale.device)  # operators start on the CPU, where a seed always means the same numbers
 
     def forward(self, **inputs: torch.Tensor):
         """

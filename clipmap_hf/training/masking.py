@@ -89,7 +89,7 @@ class MaskingStage(DistillationStage):
     def student(self) -> nn.Module:
         mapper = WeightMapper(self.trained, self.config)
         start_from_scores(mapper, self.trained.config, self.masks.scores())
-        return mapper.to(self.multipliers.device).export()
+        return mapper.export()
 
     def train(self, mode: bool = True):
         self.skeleton.train(mode)
