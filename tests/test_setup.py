@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import multiprocessing
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -121,6 +123,14 @@ def test_processes_share_the_evaluation_pairs(data, tiny_processor, monkeypatch)
     monkeypatch.undo()
     (whole,) = evaluation_batches(data, tiny_processor)
     assert sum(shares, []) == whole["input_ids"][:, 1].tolist() and [len(one) for one in shares] == [5, 5, 5, 5, 4]
+
+
+def test_workers_that_evaluate_outlive_the_signal_that_asks_a_run_to_stop(data, tiny_processor):
+    others = multiprocessing.active_children()
+    batches = iter(evaluation_batches(data, tiny_processor, num_workers=1))
+    next(batches)
+    (worker,) = [one for one in multiprocessing.active_children() if one not in others]
+    assert os.getpgid(worker.pid) != os.getpgid(0)  # so a signal for the group of the run does not reach it
 
 
 def test_a_collator_has_the_augmentation_and_captions_that_were_given(data, tiny_processor):

@@ -5,7 +5,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.loader import end_with_parent
+from clipmap_hf.data.loader import start_worker
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.distributed import process_count, process_index
 
@@ -43,4 +43,4 @@ def evaluation_pairs(
     if len(pairs) < process_count():
         raise ValueError(f"{source!r} has {len(pairs)} pairs, fewer than the {process_count()} processes.")
     pairs = pairs.shard(process_count(), process_index(), contiguous=True)
-    return DataLoader(pairs, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
+    return DataLoader(pairs, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=start_worker)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 
-__all__ = ["BatchPlan", "PairDataset", "PairStream", "end_with_parent"]
+__all__ = ["BatchPlan", "PairDataset", "PairStream", "start_worker"]
 
 
 @dataclass(frozen=True)
@@ -181,24 +181,21 @@ def _loading(plan: BatchPlan, collator: Callable) -> dict[str, Any]:
     return {
         "collate_fn": collator,
         "num_workers": plan.num_workers,
-        "worker_init_fn": _start_worker,
+        "worker_init_fn": start_worker,
         "generator": generator,
         "pin_memory": torch.cuda.is_available(),
     }
 
 
-def end_with_parent(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """
-    For a `DataLoader`'s workers to begin with: makes them end with the process that reads from them, also when that is
-    killed. Workers that are children of a server of forks would stay.
+    For a `DataLoader`'s workers to begin with. They end with the process that reads from them, also when that is
+    killed (children of a server of forks would stay), and not before: a SIGTERM for the whole group is the trainer's
+    to answer, which needs them until its step, or evaluation, is finished.
     """
+    os.setpgid(0, 0)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _start_worker(worker: int) -> None:
-    os.setpgid(0, 0)  # a SIGTERM for the whole group is the trainer's to answer; it needs its workers for the step
-    end_with_parent(worker)
 
 
 def _grouped(chunks: Iterator[dict[str, Any]], plan: BatchPlan) -> Iterator[list[dict[str, Any]]]:

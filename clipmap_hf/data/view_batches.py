@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipmap_hf.data.collate import PairCollator, content_key, decoded
 from clipmap_hf.data.images import BadRowError
-from clipmap_hf.data.loader import end_with_parent
+from clipmap_hf.data.loader import start_worker
 
 
 __all__ = ["ViewCollator", "rows_of_rank", "view_batches"]
@@ -67,7 +67,7 @@ def view_batches(
         batch_sampler=_batches(_without_first(rows, skip), max(batch_size // views, 1), block_size),
         collate_fn=ViewCollator(replace(collator, teacher_cache=None), views),
         num_workers=num_workers,
-        worker_init_fn=end_with_parent,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # or the loader would draw from, and change, the global one
     )
 

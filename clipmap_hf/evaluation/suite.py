@@ -21,7 +21,7 @@ import clipmap_hf
 from clipmap_hf.atomic import read_json, write_atomically, write_json
 from clipmap_hf.comparison import differences
 from clipmap_hf.data.collate import PairCollator, decoded
-from clipmap_hf.data.loader import end_with_parent
+from clipmap_hf.data.loader import start_worker
 from clipmap_hf.data.teacher_cache import model_fingerprint, tokenizer_fingerprint
 from clipmap_hf.distributed import join_processes, process_count, process_index
 from clipmap_hf.evaluation.average_precision import mean_average_precision
@@ -182,7 +182,7 @@ def _measured(
         if is_retrieval
         else _LabeledCollator(processor.image_processor),
         num_workers=num_workers,
-        worker_init_fn=end_with_parent,
+        worker_init_fn=start_worker,
     )
     if is_retrieval:
         return evaluate_retrieval(model, batches), len(rows)
