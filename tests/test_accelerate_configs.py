@@ -94,7 +94,8 @@ def test_a_recipe_runs_under_the_cpu_configuration(teacher_folder, pairs_parquet
 def test_how_many_processes_start_without_a_gpu(tmp_path, name, number):
     """What cpu.yaml says of Accelerate: one. Under another launcher, all are there, and find each other."""
     script = tmp_path / "count.py"
-    script.write_text("from clipmap_hf.distributed import join_processes\nprint(join_processes().num_processes)\n")
+    counting = "import sys\nfrom clipmap_hf.distributed import join_processes\n"
+    script.write_text(counting + 'sys.stdout.write(f"{join_processes().num_processes}\\n")\n')  # at once, as they race
     own = ("--num_processes", 2, "--mixed_precision", "no")
     command = [sys.executable, *LAUNCH, CONFIGS / f"{name}.yaml", *own, script]
     result = subprocess.run(

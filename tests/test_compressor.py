@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import shutil
@@ -29,6 +30,7 @@ import clipmap_hf.hub.map_folder
 from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.distributed import calibration_device
 from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.start import start_from_activations
@@ -291,7 +293,7 @@ def test_a_start_from_data_is_that_of_its_pairs(teacher_folder, shared_teacher, 
         calibration_data = CalibrationPairs(calibration_data, tiny_processor, 9)
         assert sum(len(batch["pixel_values"]) for batch in calibration_data) == 9
     mapper = WeightMapper(shared_teacher, compressor.config)
-    start_from_activations(mapper, shared_teacher, calibration_data)
+    start_from_activations(mapper, copy.deepcopy(shared_teacher).to(calibration_device()), calibration_data)
     assert_same(compressor.export(), mapper.export())
 
 
