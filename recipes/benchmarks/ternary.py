@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import torch
 from initializer_study.report import markdown
-from ternary_bench.costs import SHAPES, latency_rows, layer_rows, memory_rows, size_rows
+from ternary_bench.costs import DTYPES, SHAPES, latency_rows, layer_rows, memory_rows, size_rows
 from ternary_bench.quality import ROWS, quality_rows
 from transformers.utils import logging
 
@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES, help="of random models")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32], help="of times")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each time")
+    parser.add_argument("--device", default="cpu", help="what times are taken on: cpu, cuda, …")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of all that is not ternary, in times")
     parser.add_argument("--compile", action="store_true", help="time compiled towers as well")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of trained rows")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="of the table of quality")
@@ -47,13 +49,12 @@ def main() -> None:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     folder, shapes = arguments.output_dir, arguments.shapes
+    timing = {name: getattr(arguments, name) for name in ("batch_sizes", "rounds", "compile", "device", "dtype")}
     tables = {
         "sizes": lambda: chain(*(size_rows(name, folder) for name in shapes)),
         "memory": lambda: chain(*(memory_rows(name, folder) for name in shapes)),
         "layers": lambda: layer_rows(arguments.rounds),
-        "latency": lambda: chain(
-            *(latency_rows(name, arguments.batch_sizes, arguments.rounds, arguments.compile) for name in shapes)
-        ),
+        "latency": lambda: chain(*(latency_rows(name, **timing) for name in shapes)),
         "quality": lambda: quality_rows(folder, arguments.rows, arguments.steps, arguments.rates, arguments.seeds),
     }
     print(f"{arguments}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)

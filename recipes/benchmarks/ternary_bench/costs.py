@@ -36,7 +36,8 @@ FILES = {
 }
 LAYER_SIZES = [(factor * width, width) for width in (64, 128, 256, 384, 512, 768) for factor in (1, 4)]
 LAYER_TOKENS = (8, 24, 77, 197, 1576)
-BACKENDS = ("fp32", "float", "packed", "int8")  # the first is the stock model
+BACKENDS = ("float", "packed", "int8")  # beside the stock model, which is called by its dtype
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _GRAPHS = 64  # two towers of two models at each batch size
 
 
@@ -71,7 +72,7 @@ def size_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
 def memory_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
     """Memory of processes that load the files of `size_rows` and run a pair, beyond that of the libraries."""
     whole = None
-    for backend in BACKENDS:
+    for backend in ("fp32", *BACKENDS):
         kind = "fp32" if backend == "fp32" else "and token embedding"
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             found = process.submit(_memory, _place(folder, name, kind), backend).result()
@@ -84,18 +85,20 @@ def memory_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
         }
 
 
-def latency_rows(name: str, batch_sizes: list[int], rounds: int, compiled: bool) -> Iterator[dict[str, str]]:
+def latency_rows(
+    name: str, batch_sizes: list[int], rounds: int, compile: bool, device: str, dtype: str
+) -> Iterator[dict[str, str]]:
     """Times of both towers by backend, all by turns; compiled ones for each batch size anew."""
     torch._dynamo.reset()  # all shapes share its limit of graphs, beyond which it is eager without a word
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = _GRAPHS, True
     model = CLIPModel(shape_config(name)).eval()
-    models = {backend: model if backend == "fp32" else pack_model(model, TernaryConfig()) for backend in BACKENDS}
+    models = {backend: pack_model(model, TernaryConfig(), dtype=DTYPES[dtype]) for backend in BACKENDS}
     for backend, one in models.items():
-        if one is not model:
-            set_backend(one, backend)
-    towers = {backend: Towers.of_model(one) for backend, one in models.items()}
-    if compiled:
-        towers |= {f"{backend}, compiled": _compiled(towers[backend]) for backend in ("fp32", "int8")}
+        set_backend(one, backend)
+    models = {dtype: model.to(DTYPES[dtype]), **models}
+    towers = {backend: Towers.of_model(one.to(device)) for backend, one in models.items()}
+    if compile:
+        towers |= {f"{backend}, compiled": _compiled(towers[backend]) for backend in (dtype, "int8")}
     runs = {
         (size, tower, backend): run
         for size in batch_sizes
@@ -105,7 +108,7 @@ def latency_rows(name: str, batch_sizes: list[int], rounds: int, compiled: bool)
     times = milliseconds_by_turns(runs, rounds)
     for size in batch_sizes:
         for backend in towers:
-            yield {"shape": name, "batch": str(size), "backend": backend} | _tower_times(times, size, backend)
+            yield {"shape": name, "batch": str(size), "backend": backend} | _tower_times(times, size, backend, dtype)
 
 
 def layer_rows(rounds: int) -> Iterator[dict[str, str]]:
@@ -123,12 +126,12 @@ def layer_rows(rounds: int) -> Iterator[dict[str, str]]:
         yield row
 
 
-def _tower_times(times: Mapping, size: int, backend: str) -> dict[str, str]:
+def _tower_times(times: Mapping, size: int, backend: str, stock: str) -> dict[str, str]:
     row = {}
     for tower in ("vision", "text"):
-        ratio = spread(speedups(times[size, tower, "fp32"], times[size, tower, backend]))
+        ratio = spread(speedups(times[size, tower, stock], times[size, tower, backend]))
         row[f"{tower} (ms)"] = f"{spread(times[size, tower, backend]).median:.1f}"
-        row[f"{tower}, of fp32"] = f"{ratio.median:.2f}× ({ratio.lower:.2f} – {ratio.upper:.2f})"
+        row[f"{tower}, of {stock}"] = f"{ratio.median:.2f}× ({ratio.lower:.2f} – {ratio.upper:.2f})"
     return row
 
 
