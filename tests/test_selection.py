@@ -49,10 +49,12 @@ def test_a_student_of_the_same_size_is_the_teacher(shared_teacher, batches, name
         assert torch.equal(student[tensor_name], tensor), tensor_name
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 @pytest.mark.parametrize("depth", ["interval_front", "score"])
 @pytest.mark.parametrize("name", CRITERIA)
-def test_operators_keep_whole_parts(shared_teacher, batches, name, depth):
-    mapper = selected(shared_teacher, dataclasses.replace(NARROW, depth=depth), name, batches)
+def test_operators_keep_whole_parts(shared_teacher, batches, name, depth, device):
+    teacher = copy.deepcopy(shared_teacher).to(device)
+    mapper = selected(teacher, dataclasses.replace(NARROW, depth=depth), name, batches)
     for operator_name, operator in mapper.operators.items():
         value = operator()
         assert ((value == 0) | (value == 1)).all() and (value.sum(dim=-1) == 1).all(), operator_name

@@ -29,7 +29,7 @@ def average_precision(scores: torch.Tensor, positive: torch.Tensor) -> float:
     wrong_first = positive.long().argsort(stable=True)
     order = wrong_first[scores[wrong_first].argsort(descending=True, stable=True)]
     hits = positive[order].cumsum(0)
-    precision = hits / torch.arange(1, len(hits) + 1)
+    precision = hits / torch.arange(1, len(hits) + 1, device=hits.device)
     # Recall is compared as integers: hits / positives >= tenth / 10.
     reached = [10 * hits >= tenth * hits[-1] for tenth in range(11)]
     return sum(precision[there].max().item() for there in reached) / len(reached)
