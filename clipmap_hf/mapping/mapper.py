@@ -129,10 +129,8 @@ class WeightMapper(nn.Module):
         mapped = self.materialize()
         for spec in self.kinds:
             if (name := _correction_name(spec)) in self.corrections:
-                correction = self.corrections[name]
-                correction.start(
-                    correction() + self._student_tensor(weights, spec) - self._student_tensor(mapped, spec)
-                )
+                change = self._student_tensor(weights, spec) - self._student_tensor(mapped, spec)
+                self.corrections[name].start(self.corrections[name]() + change)
 
     def _map(
         self,
