@@ -106,7 +106,7 @@ def pruning_errors(
             for index in range(len(groups))
         ]
         heads = tower.tower.config.num_attention_heads
-        # (layers, heads + groups + 1), where what it is put together with lies
+        # (layers, heads + groups + 1), on the device of the estimates that are added to it
         errors = torch.tensor(rows, dtype=torch.float64, device=groups.device)
         found[name] = PruningErrors(errors[:, :heads], errors[:, heads:-1], errors[:, -1])
     return found
