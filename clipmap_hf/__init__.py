@@ -11,7 +11,7 @@ __version__ = "0.1.0.dev0"
 _QUANTIZERS = "transformers.quantizers.auto"
 # Public names, imported on first use: a recipe's `--help` must not wait for torch.
 _PUBLIC = {
-    "Budget": "clipmap_hf.budget",
+    "Budget": "clipmap_hf.config",
     "ClipMapCompressor": "clipmap_hf.compressor",
     "ClipMapConfig": "clipmap_hf.config",
     "PRESETS": "clipmap_hf.config",

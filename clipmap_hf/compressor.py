@@ -3,8 +3,8 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,25 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import CLIPProcessor, PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
-from clipmap_hf.budget import Budget
-from clipmap_hf.config import PRESETS, ClipMapConfig
+from clipmap_hf.config import PRESETS, Budget, ClipMapConfig
+from clipmap_hf.costs.cost import CostReport, model_cost
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.distributed import calibration_device
-from clipmap_hf.evaluation.cost import CostReport, model_cost
+from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import config_yaml, render_card
 from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER, write_student_folder
-from clipmap_hf.hub.map_folder import MAP_WEIGHTS, load_map_weights, map_file, read_map_config, write_map
+from clipmap_hf.hub.map_folder import MAP_WEIGHTS, find_map, load_mapper, map_file, write_map
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
-from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, NEED_PAIRS, SELECTIONS
 from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.mapping.start import start_from_activations
-from clipmap_hf.models import load_model, load_processor
-from clipmap_hf.selection.start import start_from_selection
-from clipmap_hf.shapes import Choice, choose_shape, kept_energy
+from clipmap_hf.models.model_id import ModelId
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.shapes import Choice, search_shape
+from clipmap_hf.starts import check_start, make_plan, start_mapper
 
 
 __all__ = ["ClipMapCompressor"]
@@ -47,31 +47,24 @@ class ClipMapCompressor(nn.Module):
     ```
 
     Args:
-        teacher: The model to compress.
-        config: The student's size and how the operators start.
+        mapper: Maps the teacher's weights into the student's.
         processor: The teacher's tokenizer and image processor; the student uses the same.
         teacher_id: Hub id or folder of the teacher, to find it again.
         teacher_revision: Its commit on the Hub.
-
-    Attributes:
         choice: Why the student has this shape, if it was chosen within a budget; prints as a table.
     """
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
-        config: ClipMapConfig,
-        processor: CLIPProcessor,
+        mapper: WeightMapper,
+        processor: ProcessorMixin,
         teacher_id: str,
         teacher_revision: str | None = None,
+        choice: Choice | None = None,
     ):
         super().__init__()
-        self.mapper = WeightMapper(teacher, config)
-        self.teacher_config = teacher.config
-        self.processor = processor
-        self.teacher_id = os.path.abspath(teacher_id) if os.path.isdir(teacher_id) else teacher_id
-        self.teacher_revision = teacher_revision
-        self.choice: Choice | None = None
+        self.mapper, self.processor, self.choice = mapper, processor, choice
+        self.teacher_id, self.teacher_revision = teacher_id, teacher_revision
 
     @classmethod
     def from_pretrained(
@@ -97,9 +90,9 @@ class ClipMapCompressor(nn.Module):
                 `choose_shape` finds the best shape (`choice` then explains it); or a `ClipMapConfig`.
             initializer: How the operators start, if `student` does not say it: by default `calibrated` with
                 calibration data, `diagonal` without.
-            calibration_data: What the initializers `calibrated` and `importance` start from: anything `load_pairs`
-                reads; a data set with a column `image` and, or else texts are made up, `caption`; or batches of
-                `pixel_values` and `input_ids`, in a list or a `DataLoader`.
+            calibration_data: What starts read that look at pairs, such as `calibrated`: anything `load_pairs` reads; a
+                data set with a column `image` and, or else texts are made up, `caption`; or batches of `pixel_values`
+                and `input_ids`, in a list or a `DataLoader`.
             calibration_pairs: How many pairs to take of a data set.
             revision: Branch, tag or commit of `source` on the Hub.
             dtype: The teacher's weights are cast to it when loaded; the mapping itself is always fp32.
@@ -111,56 +104,78 @@ class ClipMapCompressor(nn.Module):
                 missing where there is no map; if calibration data is missing or not used; if weights do not fit.
             OSError: If a file is missing or the Hub cannot be reached.
         """
-        source = os.fspath(source)
+        source = ModelId(os.fspath(source), revision)
+        load = partial(Teacher.load, backend=backend, dtype=dtype, **kwargs)
         if student is None:
             if initializer is not None or calibration_data is not None:
                 raise ValueError("A map that is gone on with has started already; leave initializer and data out.")
-            return cls._continued(source, revision, dtype, backend, kwargs)
+            return cls.from_map(source, load, **kwargs)
         config = _starting_config(student, initializer, calibration_data is not None)
-        teacher, processor, commit = _load_teacher(source, revision, dtype, backend, kwargs)
+        teacher = load(*source)
         if isinstance(calibration_data, str):
             calibration_data = load_pairs(calibration_data)
         if isinstance(calibration_data, (Dataset, IterableDataset)):
-            calibration_data = CalibrationPairs(calibration_data, processor, calibration_pairs)
-        choice = None
-        if config.budget is not None:
-            has_data = calibration_data is not None
-            kept = kept_energy(teacher.to(calibration_device()), calibration_data) if has_data else None
-            choice = choose_shape(teacher.config, config, kept)
-            config = choice.config
-        compressor = cls(teacher.cpu(), config, processor, source, commit).eval()
-        compressor.choice = choice
-        starts = {
-            **dict.fromkeys(CALIBRATED_INITIALIZERS, start_from_activations),
-            **dict.fromkeys(SELECTIONS, start_from_selection),
-        }
-        if config.initializer in starts:
-            starts[config.initializer](compressor.mapper, teacher.to(calibration_device()), calibration_data)
-        return compressor
+            calibration_data = CalibrationPairs(calibration_data, teacher.processor, calibration_pairs)
+        return cls.from_teacher(teacher, config, calibration_data)
 
     @classmethod
-    def _continued(cls, source, revision, dtype, backend, kwargs) -> "ClipMapCompressor":
-        found = map_file(source, MAP_CONFIG, revision, kwargs)
-        if found is None:
-            raise ValueError(
-                f"{source!r} holds no {MAP_FOLDER}/{MAP_CONFIG}, so there is no mapping to go on with. To start one, "
-                f"say what to make: student= one of {sorted(PRESETS)}, or a ClipMapConfig."
-            )
-        content = read_map_config(found)
-        teacher_id = content["teacher"]
+    def from_teacher(
+        cls,
+        teacher: Teacher,
+        config: ClipMapConfig,
+        batches: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    ) -> "ClipMapCompressor":
+        """
+        Starts to compress a teacher that is loaded.
+
+        Args:
+            teacher: The model to compress. What reads pairs is computed on `calibration_device`, where it is left.
+            config: The student's size, or its budget, and how the operators start.
+            batches: Of calibration pairs, as `start_mapper` takes them, if the start reads pairs.
+
+        Raises:
+            TypeError: If `batches` is an iterator.
+            ValueError: As in `start_mapper` and `search_shape`.
+        """
+        check_start(config, family_for(teacher.model.config), has_pairs=batches is not None)
+        if batches is not None:
+            batches = batches if isinstance(batches, HeldBatches) else HeldBatches(batches)
+            teacher.model.to(calibration_device())
+        choice = None if config.budget is None else search_shape(teacher.model, config, batches)
+        config = config if choice is None else choice.config
+        mapper = start_mapper(teacher.model, config, batches).cpu()
+        return cls(mapper, teacher.processor, *teacher.source, choice).eval()
+
+    @classmethod
+    def from_map(
+        cls, source: ModelId, load: Callable[[str, str | None], Teacher] = Teacher.load, **kwargs: Any
+    ) -> "ClipMapCompressor":
+        """
+        Goes on with the map that lies in the folder or repository `source`.
+
+        Args:
+            source: Where the map is.
+            load: From id and revision to the teacher that the map names.
+            kwargs: Passed to every download.
+
+        Raises:
+            ValueError: If there is no map, or its weights do not fit.
+            OSError: If a file of it is missing, or its teacher cannot be loaded.
+        """
+        found, content = find_map(source.id, source.revision, **kwargs)
         try:
-            teacher, processor, commit = _load_teacher(teacher_id, content["teacher_revision"], dtype, backend, kwargs)
+            teacher = load(content["teacher"], content["teacher_revision"])
         except OSError as error:
             raise OSError(
-                f"The map in {source!r} was made from the teacher {teacher_id!r}, which cannot be loaded: {error} If "
-                f"it has moved, correct `teacher` in {found}."
+                f"The map in {source.id!r} was made from the teacher {content['teacher']!r}, which cannot be loaded: "
+                f"{error} If it has moved, correct `teacher` in {found}."
             ) from error
-        compressor = cls(teacher, content["map"], processor, teacher_id, commit).eval()
-        weights = map_file(source, MAP_WEIGHTS, revision, kwargs)
+        weights = map_file(source.id, MAP_WEIGHTS, source.revision, kwargs)
         if weights is None:
-            raise OSError(f"{source!r} has {MAP_FOLDER}/{MAP_CONFIG} but no {MAP_FOLDER}/{MAP_WEIGHTS}.")
-        load_map_weights(compressor.mapper, weights)
-        return compressor
+            raise OSError(f"{source.id!r} has {MAP_FOLDER}/{MAP_CONFIG} but no {MAP_FOLDER}/{MAP_WEIGHTS}.")
+        plan = make_plan(teacher.model, content["map"])
+        mapper = load_mapper(weights, plan, plan.teacher_tensors(teacher.model)).cpu()
+        return cls(mapper, teacher.processor, *teacher.source).eval()
 
     @property
     def config(self) -> ClipMapConfig:
@@ -178,7 +193,7 @@ class ClipMapCompressor(nn.Module):
     @cached_property
     def _cost(self) -> CostReport:  # counted once: every save shows it
         return CostReport(
-            {"teacher": model_cost(self.teacher_config), "student": model_cost(self.mapper.student_config)}
+            {"teacher": model_cost(self.mapper.plan.teacher), "student": model_cost(self.mapper.student_config)}
         )
 
     def export(self) -> PreTrainedModel:
@@ -262,16 +277,6 @@ class ClipMapCompressor(nn.Module):
             )
 
 
-def _load_teacher(
-    source: str, revision: str | None, dtype: torch.dtype, backend: str, kwargs: dict[str, Any]
-) -> tuple[PreTrainedModel, CLIPProcessor, str | None]:
-    """The teacher, its processor, and its commit on the Hub."""
-    teacher = load_model(source, revision=revision, dtype=dtype, **kwargs)
-    processor = load_processor(source, revision=revision, backend=backend, **kwargs)
-    commit = getattr(teacher.config, "_commit_hash", None) or revision  # a branch may move, a commit does not
-    return teacher, processor, commit
-
-
 def _starting_config(
     student: str | Budget | Mapping[str, Any] | ClipMapConfig, initializer: str | None, has_data: bool
 ) -> ClipMapConfig:
@@ -288,7 +293,4 @@ def _starting_config(
     if None not in (initializer, student.initializer) and initializer != student.initializer:
         raise ValueError(f"initializer={initializer!r}, but the student's config says {student.initializer!r}.")
     chosen = initializer or student.initializer or ("calibrated" if has_data else "diagonal")
-    if (chosen in NEED_PAIRS) != has_data:
-        verb = "does not start from data; leave calibration_data out" if has_data else "needs calibration_data"
-        raise ValueError(f"initializer={chosen!r} {verb}. Those that need it are {sorted(NEED_PAIRS)}.")
     return dataclasses.replace(student, initializer=chosen)

@@ -9,18 +9,10 @@ where it was interrupted; several processes share the work. recipes/distill.py, 
 
 from dataclasses import dataclass, field
 
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    MaskingArguments,
-    RunArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.parsing import parse_arguments
+from clipmap_hf.cli.arguments import TeacherArguments
+from clipmap_hf.cli.recipes import parse_recipe
+from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 
 
 @dataclass
@@ -30,22 +22,22 @@ class CacheRunArguments:
 
 
 def main() -> None:
-    data, teacher, cache, run = parse_arguments(
+    data, teacher, cache, run = parse_recipe(
         DataArguments,
         TeacherArguments,
         TeacherCacheArguments,
         CacheRunArguments,
-        others=(StudentArguments, CalibrationArguments, RunArguments),
-        other_stages={"mapping": MappingArguments, "distillation": DistillationArguments, "masking": MaskingArguments},
+        stages={},
         description=__doc__,
     )
     if cache.teacher_cache is None:
         raise ValueError("Say where the embeddings shall lie: --teacher_cache FOLDER.")
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.teachers import load_teachers, make_teacher_cache
+    from clipmap_hf.models.teacher import Teacher
+    from clipmap_hf.teacher_cache.make import make_teacher_cache
 
     processes = join_processes()
-    teachers = load_teachers(teacher.teachers, data.image_backend)
+    teachers = [Teacher.load(*source, backend=data.image_backend) for source in teacher.teachers]
     made = make_teacher_cache(teachers, teachers[0].processor, data, cache, seed=run.seed, num_workers=run.num_workers)
     processes.print(f"{cache.teacher_cache}: {made.views} views of each image")
 

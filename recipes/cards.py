@@ -8,7 +8,7 @@ paper's figures under its name. Nothing is trained or looked up.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipmap_hf.training.parsing import parse_arguments
+from clipmap_hf.cli.parsing import parse_arguments
 
 
 TEACHER = "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
@@ -51,8 +51,8 @@ def card(name: str) -> str:
     from transformers import CLIPConfig
 
     from clipmap_hf.config import PRESETS, student_config
-    from clipmap_hf.evaluation.cost import CostReport, model_cost
-    from clipmap_hf.evaluation.tables import markdown_table
+    from clipmap_hf.costs.cost import CostReport, model_cost
+    from clipmap_hf.files.tables import markdown_table
     from clipmap_hf.hub.card import render_card
 
     teacher = CLIPConfig(vision_config={"patch_size": 16})  # ViT-B/16

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from clipmap_hf.training.parsing import parse_arguments
+from clipmap_hf.cli.parsing import parse_arguments
 
 
 @dataclass
@@ -43,10 +43,10 @@ def main() -> None:
     (arguments,) = parse_arguments(CompareArguments, description=__doc__, argv=argv)
     import matplotlib  # noqa: F401 - a missing one is to be said before anything is measured
 
+    from clipmap_hf.costs.compare import contenders, measure
+    from clipmap_hf.costs.compare_report import write_comparison
     from clipmap_hf.data.evaluation_pairs import evaluation_pairs
-    from clipmap_hf.evaluation.compare import contenders, measure
-    from clipmap_hf.evaluation.compare_report import write_comparison
-    from clipmap_hf.models import load_processor
+    from clipmap_hf.models.loading import load_processor
 
     rows = contenders(arguments.models, arguments.runtimes)
     columns = {name: getattr(arguments, name) for name in ("image_column", "caption_column")}

@@ -15,50 +15,37 @@ map lie in `mapped/`. A student that starts by `diagonal` and is not mapped is T
 `--masking_steps` or `--masking_epochs`, learned masks select it (the automatic one).
 """
 
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    MaskingArguments,
-    RunArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.parsing import arguments_yaml, optional, parse_arguments
+from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
+from clipmap_hf.cli.parsing import arguments_yaml
+from clipmap_hf.cli.recipes import COMPRESSION_STAGES, parse_recipe
+from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.arguments import RunArguments
 
 
 def main() -> None:
-    data, teacher, cache, student, calibration, run, masking, mapping, distillation = parse_arguments(
+    data, teacher, cache, student, calibration, run, masking, mapping, distillation = parse_recipe(
         DataArguments,
         TeacherArguments,
         TeacherCacheArguments,
         StudentArguments,
         CalibrationArguments,
         RunArguments,
-        stages={
-            "masking": optional(MaskingArguments),
-            "mapping": optional(MappingArguments),
-            "distillation": DistillationArguments,
-        },
+        stages=COMPRESSION_STAGES,
         description=__doc__,
     )
-    from clipmap_hf.compression import compress
+    from clipmap_hf.cli.student import map_config
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.training.setup import map_config
+    from clipmap_hf.pipeline.compression import CompressionArguments, compress
+    from clipmap_hf.pipeline.context import RunContext
 
     stages = {"masking": masking, "mapping": mapping, "distillation": distillation}
     result = compress(
         teacher.teachers[0],
         teacher.teachers,
         map_config(student, run.seed),
-        run,
-        data,
-        calibration=calibration,
-        cache=cache,
-        recipe=arguments_yaml(data, teacher, cache, student, calibration, run, **stages),
-        **stages,
+        RunContext(run, data, arguments_yaml(data, teacher, cache, student, calibration, run, **stages)),
+        CompressionArguments(calibration=calibration, cache=cache, **stages),
     )
     join_processes().print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from clipmap_hf.training.parsing import parse_arguments
+from clipmap_hf.cli.parsing import parse_arguments
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Arguments:
 
 def main() -> None:
     (arguments,) = parse_arguments(Arguments, description=__doc__)
-    from clipmap_hf.atomic import atomic_files
-    from clipmap_hf.hub.open_clip_folder import read_open_clip_folder, write_open_clip_folder
-    from clipmap_hf.models import load_config, load_model, load_processor
+    from clipmap_hf.export.open_clip_folder import read_open_clip_folder, write_open_clip_folder
+    from clipmap_hf.files.atomic import atomic_files
+    from clipmap_hf.models.loading import load_config, load_model, load_processor
 
     revision = arguments.model_revision
     if arguments.to == "open_clip":

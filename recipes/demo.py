@@ -9,21 +9,13 @@ Writes `student/` and `ternary/` (the first two), `results.json`, `results.md` a
 """
 
 import sys
-from pathlib import Path
 
+from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
+from clipmap_hf.cli.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
 from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
-from clipmap_hf.ternary.arguments import TernaryArguments
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    RunArguments,
-    StageArguments,
-    StudentArguments,
-    TeacherArguments,
-)
-from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments, StageArguments
+from clipmap_hf.training.ternary_arguments import TernaryArguments
 
 
 STAGES = {
@@ -56,18 +48,19 @@ def main() -> None:
     data, teacher_arguments, student, calibration, run, stages = parse(sys.argv[1:])
     from transformers.utils import logging
 
+    from clipmap_hf.cli.student import map_config
     from clipmap_hf.demo.contest import Contest
     from clipmap_hf.demo.report import write_report
-    from clipmap_hf.starts import choose_student
-    from clipmap_hf.teachers import Teacher
-    from clipmap_hf.training.setup import map_config
+    from clipmap_hf.pipeline.context import RunContext
+    from clipmap_hf.pipeline.start import choose_student
 
     logging.disable_progress_bar()
     recipe = arguments_yaml(data, teacher_arguments, student, calibration, run, **stages)
-    teacher = Teacher.load(teacher_arguments.teacher[0])
-    student = choose_student(teacher.id, None, map_config(student, run.seed), calibration, run, data)
-    contest = Contest(teacher, student, calibration, run, data, recipe)
-    print(write_report(Path(run.output_dir), contest.contestants(stages), data, teacher.processor))
+    context = RunContext(run, data, recipe)
+    teacher = context.teacher(teacher_arguments.teachers[0])
+    student = choose_student(teacher.source, map_config(student, run.seed), context, calibration)
+    contest = Contest(teacher, student, calibration, context)
+    print(write_report(context.output_dir, contest.contestants(stages), data, teacher.processor))
 
 
 if __name__ == "__main__":

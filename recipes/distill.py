@@ -9,18 +9,12 @@ With `--teacher_cache DIR`, the teachers' embeddings are computed first (or by r
 
 from dataclasses import dataclass, field
 
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    MaskingArguments,
-    RunArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.cli.arguments import TeacherArguments
+from clipmap_hf.cli.parsing import arguments_yaml
+from clipmap_hf.cli.recipes import parse_recipe
+from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.arguments import DistillationArguments, RunArguments
 
 
 @dataclass
@@ -30,35 +24,29 @@ class StudentModelArguments:
 
 
 def main() -> None:
-    data, teacher, cache, student, run, distillation = parse_arguments(
+    data, teacher, cache, student, run, distillation = parse_recipe(
         DataArguments,
         TeacherArguments,
         TeacherCacheArguments,
         StudentModelArguments,
         RunArguments,
         stages={"distillation": DistillationArguments},
-        others=(
-            StudentArguments,
-            CalibrationArguments,
-        ),
-        other_stages={"mapping": MappingArguments, "masking": MaskingArguments},
         description=__doc__,
     )
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.models import load_model, load_processor
-    from clipmap_hf.runs import run_distillation
-    from clipmap_hf.teachers import load_teachers
+    from clipmap_hf.models.loading import load_model, load_processor
+    from clipmap_hf.pipeline.context import RunContext
+    from clipmap_hf.pipeline.distillation import run_distillation
 
     join_processes()
+    context = RunContext(run, data, arguments_yaml(data, teacher, cache, student, run, distillation=distillation))
     run_distillation(
         load_model(student.student_model, revision=student.student_revision),
-        load_teachers(teacher.teachers, data.image_backend),
+        context.teachers(teacher.teachers),
         load_processor(student.student_model, revision=student.student_revision, backend=data.image_backend),
         distillation,
-        run,
-        data,
+        context,
         cache=cache,
-        recipe=arguments_yaml(data, teacher, cache, student, run, distillation=distillation),
     )
 
 

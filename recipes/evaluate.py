@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from clipmap_hf.training.parsing import parse_arguments
+from clipmap_hf.cli.parsing import parse_arguments
 
 
 @dataclass
@@ -56,7 +56,7 @@ def main() -> None:
 
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.evaluation.sets import chosen_sets
-    from clipmap_hf.models import load_model, load_processor
+    from clipmap_hf.models.loading import load_model, load_processor
 
     sets = None if arguments.eval_data is not None else chosen_sets(arguments.sets, arguments.suite)
     processes = join_processes()

@@ -8,7 +8,7 @@ Writes ONNX files of any CLIP model folder or Hub id, and prints how far their e
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipmap_hf.training.parsing import parse_arguments
+from clipmap_hf.cli.parsing import parse_arguments
 
 
 @dataclass
@@ -24,9 +24,9 @@ class ExportArguments:
 
 def main() -> None:
     (arguments,) = parse_arguments(ExportArguments, description=__doc__)
-    from clipmap_hf.evaluation.tables import markdown_table
-    from clipmap_hf.hub.onnx import GRAPHS, onnx_parity, write_onnx
-    from clipmap_hf.models import load_model, load_processor
+    from clipmap_hf.export.onnx import GRAPHS, onnx_parity, write_onnx
+    from clipmap_hf.files.tables import markdown_table
+    from clipmap_hf.models.loading import load_model, load_processor
 
     model = load_model(arguments.model, revision=arguments.model_revision)
     processor = load_processor(arguments.model, revision=arguments.model_revision)

@@ -8,46 +8,35 @@ with its map. They start from the teacher's activations on `--calibration_pairs`
     accelerate launch recipes/map.py --config recipes/configs/small.yaml --train_data … --output_dir mapped
 """
 
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    MaskingArguments,
-    RunArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
+from clipmap_hf.cli.parsing import arguments_yaml
+from clipmap_hf.cli.recipes import parse_recipe
+from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
+from clipmap_hf.training.arguments import MappingArguments, RunArguments
 
 
 def main() -> None:
-    data, teacher, student, calibration, run, mapping = parse_arguments(
+    data, teacher, student, calibration, run, mapping = parse_recipe(
         DataArguments,
         TeacherArguments,
         StudentArguments,
         CalibrationArguments,
         RunArguments,
         stages={"mapping": MappingArguments},
-        others=(TeacherCacheArguments,),
-        other_stages={"distillation": DistillationArguments, "masking": MaskingArguments},
         description=__doc__,
     )
+    from clipmap_hf.cli.student import map_config
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.runs import run_mapping
-    from clipmap_hf.starts import start_compressor
-    from clipmap_hf.training.setup import map_config
+    from clipmap_hf.pipeline.context import RunContext
+    from clipmap_hf.pipeline.mapping import map_model
 
-    processes = join_processes()
-    compressor = start_compressor(*teacher.teachers[0], map_config(student, run.seed), calibration, run, data)
-    processes.print(compressor.cost())
-    run_mapping(
-        compressor,
-        mapping,
-        run,
-        data,
-        recipe=arguments_yaml(data, teacher, student, calibration, run, mapping=mapping),
+    join_processes()
+    map_model(
+        teacher.teachers[0],
+        map_config(student, run.seed),
+        RunContext(run, data, arguments_yaml(data, teacher, student, calibration, run, mapping=mapping)),
+        calibration=calibration,
+        mapping=mapping,
     )
 
 

@@ -9,52 +9,36 @@ distill it, use recipes/distill.py.
 What needs no training is an initializer of recipes/compress.py: magnitude, taylor, mope, manual, random_selection.
 """
 
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    MaskingArguments,
-    RunArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
+from clipmap_hf.cli.parsing import arguments_yaml
+from clipmap_hf.cli.recipes import parse_recipe
+from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.training.arguments import MaskingArguments, RunArguments
 
 
 def main() -> None:
-    data, teacher, student, run, masking = parse_arguments(
+    data, teacher, student, run, masking = parse_recipe(
         DataArguments,
         TeacherArguments,
         StudentArguments,
         RunArguments,
         stages={"masking": MaskingArguments},
-        others=(TeacherCacheArguments, CalibrationArguments),
-        other_stages={"mapping": MappingArguments, "distillation": DistillationArguments},
         description=__doc__,
     )
+    from clipmap_hf.cli.student import map_config
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.runs import run_masking
-    from clipmap_hf.starts import choose_student
-    from clipmap_hf.teachers import load_teachers
-    from clipmap_hf.training.setup import map_config
+    from clipmap_hf.pipeline.context import RunContext
+    from clipmap_hf.pipeline.masking import run_masking
+    from clipmap_hf.pipeline.start import choose_student
 
     join_processes()
     config = map_config(student, run.seed)
     if config is None:
         raise ValueError("Say what to select: --student, or sizes such as --vision_hidden_size.")
-    config = choose_student(*teacher.teachers[0], config, None, run, data)  # masks ask for no calibration pairs
-    teachers = load_teachers(teacher.teachers, data.image_backend)
-    run_masking(
-        teachers[0],
-        teachers,
-        config,
-        masking,
-        run,
-        data,
-        recipe=arguments_yaml(data, teacher, student, run, masking=masking),
-    )
+    context = RunContext(run, data, arguments_yaml(data, teacher, student, run, masking=masking))
+    config = choose_student(teacher.teachers[0], config, context, calibration=None)  # masks ask for no such pairs
+    teachers = context.teachers(teacher.teachers)
+    run_masking(teachers[0], teachers, config, masking, context)
 
 
 if __name__ == "__main__":

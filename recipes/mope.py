@@ -10,45 +10,26 @@ such errors, `--initializer mope` of recipes/compress.py measures them itself.
 
 from pathlib import Path
 
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    MaskingArguments,
-    RunArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.parsing import parse_arguments
+from clipmap_hf.cli.arguments import TeacherArguments
+from clipmap_hf.cli.recipes import parse_recipe
+from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
+from clipmap_hf.training.arguments import RunArguments
 
 
 def main() -> None:
-    data, teacher, calibration, run = parse_arguments(
-        DataArguments,
-        TeacherArguments,
-        CalibrationArguments,
-        RunArguments,
-        others=(TeacherCacheArguments, StudentArguments),
-        other_stages={
-            "masking": MaskingArguments,
-            "mapping": MappingArguments,
-            "distillation": DistillationArguments,
-        },
-        description=__doc__,
+    data, teacher, calibration, run = parse_recipe(
+        DataArguments, TeacherArguments, CalibrationArguments, RunArguments, stages={}, description=__doc__
     )
-    from clipmap_hf.atomic import write_json
     from clipmap_hf.distributed import calibration_device, join_processes
-    from clipmap_hf.models import load_model
-    from clipmap_hf.selection.heat_map import errors_to_dict, heat_map
-    from clipmap_hf.selection.mope import mope_errors
-    from clipmap_hf.starts import calibration_pairs
+    from clipmap_hf.files.atomic import write_json
+    from clipmap_hf.pipeline.context import RunContext
+    from clipmap_hf.starts.selection.heat_map import errors_to_dict, heat_map
+    from clipmap_hf.starts.selection.mope import mope_errors
 
-    processes, (source, revision) = join_processes(), teacher.teachers[0]
-    model = load_model(source, revision=revision).to(calibration_device())
-    batches = list(calibration_pairs(source, revision, calibration, run, data))
-    errors, _ = mope_errors(model, batches)
+    processes, context = join_processes(), RunContext(run, data)
+    scored = context.teacher(teacher.teachers[0])
+    batches = list(context.calibration_batches(scored, calibration))
+    errors, _ = mope_errors(scored.model.to(calibration_device()), batches)
     if processes.is_main_process:
         folder = Path(run.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,10 @@ tokenizer is trained on the captions as well.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments
-from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.cli.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.training.arguments import RunArguments, StageArguments
 
 
 @dataclass
@@ -39,45 +39,24 @@ def main() -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModel
 
-    from clipmap_hf.atomic import atomic_files
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.families import family_for
-    from clipmap_hf.models import config_values, load_config, load_processor
-    from clipmap_hf.ternary.integration import forget
-    from clipmap_hf.training.setup import evaluation_function, run_stage, training_pairs
-    from clipmap_hf.training.stages import ContrastiveStage
+    from clipmap_hf.models.loading import load_config, load_processor
+    from clipmap_hf.pipeline.context import RunContext
+    from clipmap_hf.pipeline.pretraining import run_pretraining
+    from clipmap_hf.ternary.integration import as_float_config
 
     join_processes()
-    recipe = arguments_yaml(data, architecture, run, arguments)
+    context = RunContext(run, data, arguments_yaml(data, architecture, run, arguments))
     set_seed(run.seed)
-    pairs = training_pairs(data)
     if architecture.config_from is not None:
-        config = forget(load_config(architecture.config_from))
+        config = as_float_config(load_config(architecture.config_from))
         processor = load_processor(architecture.config_from, backend=data.image_backend)
     else:
-        config, processor = new_architecture(architecture, pairs.pairs, [*data.caption_column, *data.keyword_column])
+        columns = [*data.caption_column, *data.keyword_column]
+        config, processor = new_architecture(architecture, context.pairs.pairs, columns)
     family_for(config)  # raises if this is no CLIP
-    model = AutoModel.from_config(config)
-
-    def save(folder: Path, _metrics: dict[str, float]) -> None:
-        with atomic_files(folder) as temporary:
-            model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
-
-    stage = ContrastiveStage(model, arguments.logit_scale, arguments.learn_logit_scale)
-    run_stage(
-        stage,
-        arguments,
-        run,
-        data,
-        processor,
-        name="pretrain",
-        pairs=pairs,
-        evaluate=evaluation_function(data, processor, run),
-        save=save,
-        config={"student": config_values(model.config)},
-        recipe=recipe,
-    )
+    run_pretraining(AutoModel.from_config(config), processor, arguments, context)
 
 
 def new_architecture(shape: ArchitectureArguments, pairs, caption_columns: list[str]):

@@ -15,18 +15,12 @@ folder for each.
 
 from dataclasses import dataclass, field
 
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    MaskingArguments,
-    RunArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.parsing import arguments_yaml, optional, parse_arguments
+from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
+from clipmap_hf.cli.parsing import arguments_yaml
+from clipmap_hf.cli.recipes import COMPRESSION_STAGES, parse_recipe
+from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.arguments import RunArguments
 
 
 @dataclass
@@ -35,7 +29,7 @@ class SizesArguments:
 
 
 def main() -> None:
-    sizes, data, teacher, cache, student, calibration, run, masking, mapping, distillation = parse_arguments(
+    sizes, data, teacher, cache, student, calibration, run, masking, mapping, distillation = parse_recipe(
         SizesArguments,
         DataArguments,
         TeacherArguments,
@@ -43,28 +37,21 @@ def main() -> None:
         StudentArguments,
         CalibrationArguments,
         RunArguments,
-        stages={
-            "masking": optional(MaskingArguments),
-            "mapping": optional(MappingArguments),
-            "distillation": DistillationArguments,
-        },
+        stages=COMPRESSION_STAGES,
         description=__doc__,
     )
-    from clipmap_hf.compression import compress_in_steps
+    from clipmap_hf.cli.student import map_config, with_size
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.training.setup import map_config, sized
+    from clipmap_hf.pipeline.compression import CompressionArguments, compress_in_steps
+    from clipmap_hf.pipeline.context import RunContext
 
     stages = {"masking": masking, "mapping": mapping, "distillation": distillation}
     result = compress_in_steps(
         teacher.teachers[0],
         teacher.teachers,
-        [map_config(sized(student, size), run.seed) for size in sizes.sizes],
-        run,
-        data,
-        calibration=calibration,
-        cache=cache,
-        recipe=arguments_yaml(sizes, data, teacher, cache, student, calibration, run, **stages),
-        **stages,
+        [map_config(with_size(student, size), run.seed) for size in sizes.sizes],
+        RunContext(run, data, arguments_yaml(sizes, data, teacher, cache, student, calibration, run, **stages)),
+        CompressionArguments(calibration=calibration, cache=cache, **stages),
     )
     join_processes().print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))
 

@@ -13,7 +13,7 @@ connection, run the same command again.
 
 from dataclasses import dataclass, field
 
-from clipmap_hf.training.parsing import parse_arguments
+from clipmap_hf.cli.parsing import parse_arguments
 
 
 @dataclass
@@ -35,11 +35,11 @@ class PushArguments:
 
 def main() -> None:
     (arguments,) = parse_arguments(PushArguments, description=__doc__)
-    from clipmap_hf.data.teacher_cache import model_fingerprint
     from clipmap_hf.hub.folder import add_results
     from clipmap_hf.hub.push import push_folder
     from clipmap_hf.hub.results import read_results
-    from clipmap_hf.models import load_model
+    from clipmap_hf.models.fingerprints import model_fingerprint
+    from clipmap_hf.models.loading import load_model
 
     options = dict(vars(arguments))
     results, teacher_results = options.pop("results"), options.pop("teacher_results")

@@ -11,19 +11,13 @@ After `import clipmap_hf`, transformers loads the folder as any other. `--ternar
 
 from dataclasses import dataclass, field
 
-from clipmap_hf.ternary.arguments import TernaryArguments
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    MaskingArguments,
-    RunArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.cli.arguments import TeacherArguments
+from clipmap_hf.cli.parsing import arguments_yaml
+from clipmap_hf.cli.recipes import parse_recipe
+from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.arguments import RunArguments
+from clipmap_hf.training.ternary_arguments import TernaryArguments
 
 
 @dataclass
@@ -35,36 +29,31 @@ class StudentModelArguments:
 
 
 def main() -> None:
-    data, teacher, cache, student, run, ternary = parse_arguments(
+    data, teacher, cache, student, run, ternary = parse_recipe(
         DataArguments,
         TeacherArguments,
         TeacherCacheArguments,
         StudentModelArguments,
         RunArguments,
         stages={"ternary": TernaryArguments},
-        others=(StudentArguments, CalibrationArguments),
-        other_stages={"mapping": MappingArguments, "masking": MaskingArguments, "distillation": DistillationArguments},
         description=__doc__,
     )
+    from copy import deepcopy
+
     from clipmap_hf.distributed import join_processes
-    from clipmap_hf.models import load_model, load_processor
-    from clipmap_hf.teachers import load_teachers
-    from clipmap_hf.ternarization import run_ternarization
+    from clipmap_hf.models.teacher import Teacher
+    from clipmap_hf.pipeline.context import RunContext
+    from clipmap_hf.pipeline.ternarization import run_ternarization
 
     join_processes()
-    source, revision = student.student_model, student.student_revision
-    if source is None:
-        source, revision = teacher.teachers[0]
-    run_ternarization(
-        load_model(source, revision=revision),
-        load_teachers(teacher.teachers, data.image_backend),
-        load_processor(source, revision=revision, backend=data.image_backend),
-        ternary,
-        run,
-        data,
-        cache=cache,
-        recipe=arguments_yaml(data, teacher, cache, student, run, ternary=ternary),
-    )
+    context = RunContext(run, data, arguments_yaml(data, teacher, cache, student, run, ternary=ternary))
+    teachers = context.teachers(teacher.teachers)
+    if student.student_model is None:
+        model, processor = deepcopy(teachers[0].model), teachers[0].processor
+    else:
+        source = Teacher.load(student.student_model, student.student_revision, data.image_backend)
+        model, processor = source.model, source.processor
+    run_ternarization(model, teachers, processor, ternary, context, cache=cache)
 
 
 if __name__ == "__main__":

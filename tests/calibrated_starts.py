@@ -9,11 +9,11 @@ from transformers import CLIPConfig, CLIPModel
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.families import CLIP
-from clipmap_hf.mapping.calibration import token_weights
 from clipmap_hf.mapping.fold import fold
 from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.mapping.start import start_from_activations
-from clipmap_hf.mapping.towers import Tower
+from clipmap_hf.models.towers import Tower
+from clipmap_hf.starts import start_mapper
+from clipmap_hf.starts.calibrated.statistics import token_weights
 
 
 TOWERS = ("vision", "text")
@@ -42,9 +42,7 @@ def split(pairs: Pairs, size: int) -> list[Pairs]:
 
 def started(teacher: CLIPModel, config: ClipMapConfig, batches: list[Pairs]) -> WeightMapper:
     """A mapper that has started."""
-    mapper = WeightMapper(teacher, config).eval()
-    start_from_activations(mapper, teacher, batches)
-    return mapper
+    return start_mapper(teacher, config, batches).eval()
 
 
 def folded(teacher: CLIPModel) -> CLIPModel:

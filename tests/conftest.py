@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -33,6 +34,13 @@ from transformers import (
     SiglipModel,
 )
 from transformers.utils import logging
+
+from clipmap_hf import compressor
+from clipmap_hf.files import tensor_store
+from clipmap_hf.pipeline import start as pipeline_start
+from clipmap_hf.starts import start_mapper
+from clipmap_hf.starts.calibrated import refit
+from clipmap_hf.training.stages import base
 
 
 torch.set_num_threads(1)
@@ -60,6 +68,71 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """A function that makes this process one of several, though there are no others: `as_process(index, count)`."""
+
+    def become(index: int, count: int) -> None:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: index)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: count)
+
+    return become
+
+
+@pytest.fixture
+def layer_by_layer(monkeypatch):
+    """A function that leaves out the last part of a refit, gradient steps on a whole tower."""
+    return lambda: monkeypatch.setattr(refit._TowerRefit, "descend", lambda tower, steps: None)
+
+
+@pytest.fixture
+def streams_in_files(monkeypatch):
+    """A function that lets stores of tensors keep everything in files; the list that it returns has them all."""
+    files, memmap = [], np.memmap
+
+    def counted(*args, **kwargs):
+        files.append(memmap(*args, **kwargs))
+        return files[-1]
+
+    def use_files() -> list:
+        monkeypatch.setattr(tensor_store, "IN_MEMORY", 0)
+        monkeypatch.setattr(tensor_store.np, "memmap", counted)
+        return files
+
+    return use_files
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    """Stores of tensors that would write to files fail the test."""
+    monkeypatch.setattr(tensor_store.np, "memmap", lambda *_, **__: pytest.fail("a file"))
+
+
+@pytest.fixture
+def no_start(monkeypatch):
+    """A function after which any start of a mapper from pairs fails the test."""
+    return lambda: monkeypatch.setattr(compressor, "start_mapper", _fail_if_pairs_are_read)
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+    """A function after which any search for a shape fails the test."""
+    return lambda: monkeypatch.setattr(pipeline_start, "search_shape", lambda *_: pytest.fail("it was searched"))
+
+
+@pytest.fixture
+def no_recomputation(monkeypatch):
+    """A function that lets gradient caching keep the activations that it would compute again."""
+    return lambda: monkeypatch.setattr(base, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+
+
+def _fail_if_pairs_are_read(teacher, config, batches=None):
+    if batches is not None:
+        pytest.fail("it was calibrated")
+    return start_mapper(teacher, config)
 
 
 @pytest.fixture(scope="session")

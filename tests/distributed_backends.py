@@ -19,7 +19,7 @@ from distributed_checks import CASES, Workshop
 from transformers import CLIPModel
 
 from clipmap_hf.distributed import join_processes
-from clipmap_hf.training.setup import evaluation_function
+from clipmap_hf.pipeline.stage import evaluation_function
 
 
 ENVIRONMENTS = {

@@ -22,17 +22,23 @@ from distributed_processes import RECIPES
 import clipmap_hf.data.calibration_pairs
 from clipmap_hf import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig, TowerConfig
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.loader import PairDataset
 from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.sources import stage_seed, training_collator
 from clipmap_hf.distributed import average_gradients, gather, join_processes, process_count, process_index
-from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.models import load_model, load_processor
-from clipmap_hf.teachers import Teacher, make_teacher_cache
-from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments, TeacherCacheArguments
-from clipmap_hf.training.masking import MaskingStage
-from clipmap_hf.training.setup import evaluation_function, stage_seed, training_collator
-from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage
+from clipmap_hf.models.loading import load_model, load_processor
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.pipeline.stage import evaluation_function
+from clipmap_hf.starts import start_mapper
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.teacher_cache.make import make_teacher_cache
+from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.stages.contrastive import ContrastiveStage
+from clipmap_hf.training.stages.distillation import DistillationStage
+from clipmap_hf.training.stages.mapping import MappingStage
+from clipmap_hf.training.stages.masking import MaskingStage
 from clipmap_hf.training.trainer import Trainer
 
 
@@ -142,20 +148,37 @@ class Workshop:
     def trainer(self, stage_name: str, case: str) -> Trainer:
         micro, learned, data = CASES[case]
         teacher = load_model(str(self.folder / "teacher"))
-        mapper = WeightMapper(teacher, SMALL)
+        mapper = start_mapper(teacher, SMALL)
         collator = training_collator(self.data(data), self.processor, stage_seed("distillation", 0))
         if stage_name == "mapping":
-            stage = MappingStage(mapper, 20.0, learned)
+            stage = MappingStage(mapper, logit_scale=20.0, learn_logit_scale=learned)
         elif stage_name == "contrastive":
-            stage = ContrastiveStage(mapper.export(), 20.0, learned)
+            stage = ContrastiveStage(mapper.export(), logit_scale=20.0, learn_logit_scale=learned)
         elif stage_name == "projected":  # streams of another width than the student's
-            stage = DistillationStage(mapper.export(), [teacher], 20.0, learned, {"affinity": 1.0, "hidden": 0.1})
+            stage = DistillationStage(
+                mapper.export(),
+                teachers=[teacher],
+                logit_scale=20.0,
+                learn_logit_scale=learned,
+                losses={"affinity": 1.0, "hidden": 0.1},
+            )
         elif stage_name == "masking":
-            stage = MaskingStage(copy.deepcopy(teacher), [teacher], 20.0, learned, SMALL, ramp_steps=3)
+            stage = MaskingStage(
+                copy.deepcopy(teacher),
+                teachers=[teacher],
+                logit_scale=20.0,
+                learn_logit_scale=learned,
+                student=SMALL,
+                ramp_steps=3,
+            )
         else:
             cached = stage_name == "cached"
             stage = DistillationStage(
-                mapper.export(), [] if cached else [teacher], 20.0, learned, {"affinity": 0.7, "contrastive": 0.3}
+                mapper.export(),
+                teachers=[] if cached else [teacher],
+                logit_scale=20.0,
+                learn_logit_scale=learned,
+                losses={"affinity": 0.7, "contrastive": 0.3},
             )
             if cached:  # always the one that a single process has made: it rounds to half precision
                 collator.teacher_cache = self.cache(data, f"cache-{data}")
@@ -169,7 +192,9 @@ class Workshop:
             max_grad_norm=0.5,
         )
         run = RunArguments(output_dir=str(self.out / f"{stage_name}-{case}"), log_every=1, checkpoint_every=1000)
-        return Trainer(stage, arguments, run, self.pairs[data], collator, max_bad_fraction=1.0)
+        return Trainer(
+            stage=stage, arguments=arguments, run=run, pairs=self.pairs[data], collator=collator, max_bad_fraction=1.0
+        )
 
 
 def trained(shop: Workshop, stage_name: str, case: str) -> dict[str, Any]:

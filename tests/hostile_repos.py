@@ -117,7 +117,7 @@ def main() -> None:
     """Loads `sys.argv[1]`, which is good, then the others within bounds; prints a JSON line for each."""
     import resource
 
-    from clipmap_hf.models import load_model
+    from clipmap_hf.models.loading import load_model
 
     good, *others = sys.argv[1:]
     load_model(good)

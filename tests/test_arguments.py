@@ -4,17 +4,10 @@ import dataclasses
 
 import pytest
 
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    RunArguments,
-    StageArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
+from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
+from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments, StageArguments
 
 
 @pytest.mark.parametrize(

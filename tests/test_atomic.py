@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clipmap_hf import atomic
-from clipmap_hf.atomic import atomic_files, atomic_folder, temporary_folder, write_atomically
+from clipmap_hf.files import atomic
+from clipmap_hf.files.atomic import atomic_files, atomic_folder, temporary_folder, write_atomically
 
 
 WAYS = {"folder": atomic_folder, "files": atomic_files}
@@ -156,7 +156,7 @@ def test_a_place_that_is_a_file_is_an_error_that_names_it(tmp_path, write):
 @each_way
 def test_what_a_killed_process_left_is_removed(folder, write):
     code = (
-        "import os, sys; from pathlib import Path; from clipmap_hf.atomic import *\n"
+        "import os, sys; from pathlib import Path; from clipmap_hf.files.atomic import *\n"
         f"with {write.__name__}(Path(sys.argv[1])) as temporary:\n"
         "    (temporary / 'left').write_text('half'); os._exit(9)"
     )
@@ -198,7 +198,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from clipmap_hf.atomic import atomic_files, atomic_folder
+from clipmap_hf.files.atomic import atomic_files, atomic_folder
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 tensors = {"weight": torch.zeros(100_000)}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from clipmap_hf.budget import MEASURES, Budget
-from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
+from clipmap_hf.config import Budget, ClipMapConfig, TowerConfig, student_config
+from clipmap_hf.config.budget import MEASURES
 
 
 @pytest.mark.parametrize(

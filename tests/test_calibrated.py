@@ -10,9 +10,9 @@ from calibrated_starts import NARROW, TOWERS, folded, frugal, losses, nearness, 
 from torch.nn import functional as F
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
-from clipmap_hf.mapping.calibration import calibrate
-from clipmap_hf.mapping.initializers import calibrated
-from clipmap_hf.mapping.initializers.calibrated import residual_axes
+from clipmap_hf.starts.calibrated.axes import residual_axes
+from clipmap_hf.starts.calibrated.operators import calibrated_operators
+from clipmap_hf.starts.calibrated.statistics import calibrate
 
 
 BOTH = pytest.mark.parametrize("refit", [False, True], ids=["mapped", "refitted"])
@@ -36,8 +36,8 @@ def others(shared_teacher) -> dict:
 @pytest.fixture
 def exact(monkeypatch):
     """Without the ridge, which costs a little of whatever is solved."""
-    for name, ridges in (("initializers.calibrated", ["_RIDGE"]), ("refit", ["_RIDGE", "_PROJECTION_RIDGE"])):
-        module = importlib.import_module(f"clipmap_hf.mapping.{name}")  # the package's attribute is the function
+    for name, ridges in (("operators", ["_RIDGE"]), ("refit", ["_RIDGE", "_PROJECTION_RIDGE"])):
+        module = importlib.import_module(f"clipmap_hf.starts.calibrated.{name}")
         for ridge in ridges:
             monkeypatch.setattr(module, ridge, 1e-9)
 
@@ -234,7 +234,7 @@ def hooked(model, batches: list[dict], name: str) -> tuple[torch.Tensor, torch.T
 def test_lifts_are_the_least_squares_guess_of_all_from_those_kept(shared_teacher, batches, module, space):
     teacher = folded(shared_teacher)
     statistics = calibrate(teacher, batches, neuron_covariance=True)
-    operators = calibrated(statistics, teacher, student_config(teacher.config, NARROW))
+    operators = calibrated_operators(statistics, teacher, student_config(teacher.config, NARROW))
     read, weights = hooked(teacher, batches, module)
     for index, tokens in enumerate(read):
         kept = operators[f"vision_{space}"][index].argmax(dim=1)
@@ -250,7 +250,7 @@ def test_lifts_are_the_least_squares_guess_of_all_from_those_kept(shared_teacher
 
 def test_without_covariances_of_neurons_the_kept_ones_are_read_alone(shared_teacher, batches):
     teacher = folded(shared_teacher)
-    operators = calibrated(calibrate(teacher, batches), teacher, student_config(teacher.config, NARROW))
+    operators = calibrated_operators(calibrate(teacher, batches), teacher, student_config(teacher.config, NARROW))
     for tower in TOWERS:
         assert torch.equal(operators[f"{tower}_ffn_in"], operators[f"{tower}_ffn"])
 
@@ -259,12 +259,12 @@ def test_a_joint_embedding_is_mapped_to_its_main_axes(shared_teacher, batches):
     teacher = folded(shared_teacher)
     statistics = calibrate(teacher, batches)
     size = dataclasses.replace(NARROW, projection_dim=5)
-    embed = calibrated(statistics, teacher, student_config(teacher.config, size))["embed"].double()
+    embed = calibrated_operators(statistics, teacher, student_config(teacher.config, size))["embed"].double()
     torch.testing.assert_close(embed @ embed.T, torch.eye(5).double(), atol=1e-5, rtol=0)
     moment = statistics["vision"].embeds + statistics["text"].embeds
     most = torch.linalg.eigvalsh(moment)[-5:].sum()
     torch.testing.assert_close((embed @ moment @ embed.T).trace(), most, atol=1e-5, rtol=0)
-    assert "embed" not in calibrated(statistics, teacher, student_config(teacher.config, NARROW))
+    assert "embed" not in calibrated_operators(statistics, teacher, student_config(teacher.config, NARROW))
 
 
 def test_means_of_lost_heads_and_neurons_are_made_up_for_in_biases(shared_teacher, batches, others):

@@ -9,8 +9,9 @@ from conftest import CLIP_KINDS, clip_of_kind, randomize
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-import clipmap_hf.mapping.calibration
-from clipmap_hf.mapping.calibration import POOLED_WEIGHT, TowerStatistics, calibrate, calibration_batch
+import clipmap_hf.starts.calibrated.statistics
+from clipmap_hf.starts.calibrated.batches import calibration_batch
+from clipmap_hf.starts.calibrated.statistics import POOLED_WEIGHT, TowerStatistics, calibrate
 
 
 @pytest.fixture(params=CLIP_KINDS)
@@ -172,7 +173,7 @@ def test_variances_are_the_same_with_covariances_and_without(shared_teacher, pai
 
 def test_the_pooled_token_counts_more_and_alone_in_the_last_norm(shared_teacher, pairs, monkeypatch):
     before = calibrate(shared_teacher, [pairs])
-    monkeypatch.setattr(clipmap_hf.mapping.calibration, "POOLED_WEIGHT", 1.0)
+    monkeypatch.setattr(clipmap_hf.starts.calibrated.statistics, "POOLED_WEIGHT", 1.0)
     after = calibrate(shared_teacher, [pairs])
     for tower in TOWERS:
         moved = (before[tower].read - after[tower].read).abs().amax(dim=(1, 2))
@@ -232,11 +233,10 @@ def test_made_up_texts_are_the_same_for_the_same_batch(text_config):
     assert not torch.equal(made_up(text_config, 4), first)
 
 
-def test_made_up_texts_differ_between_batches_and_processes(text_config, monkeypatch):
-    monkeypatch.setattr(clipmap_hf.mapping.calibration, "process_count", lambda: 2)
+def test_made_up_texts_differ_between_batches_and_processes(text_config, as_process):
     texts = set()
     for process in range(2):
-        monkeypatch.setattr(clipmap_hf.mapping.calibration, "process_index", lambda process=process: process)
+        as_process(process, 2)
         texts |= {str(made_up(text_config, index).tolist()) for index in range(3)}
     assert len(texts) == 6
 

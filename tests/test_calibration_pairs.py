@@ -135,18 +135,17 @@ def test_a_batch_of_bad_rows_alone_is_none(rows, tiny_processor):
     assert list(CalibrationPairs(bad, tiny_processor, 24, max_bad_fraction=1.0)) == []
 
 
-def test_processes_share_the_pairs(rows, tiny_processor, monkeypatch):
+def test_processes_share_the_pairs(rows, tiny_processor, as_process):
     whole = captions(CalibrationPairs(rows, tiny_processor, 17))
-    monkeypatch.setattr(clipmap_hf.data.calibration_pairs, "process_count", lambda: 3)
     shares = []
     for index in range(3):
-        monkeypatch.setattr(clipmap_hf.data.calibration_pairs, "process_index", lambda index=index: index)
+        as_process(index, 3)
         shares.append(captions(CalibrationPairs(rows, tiny_processor, 17)))
     assert sum(shares, []) == whole and [len(share) for share in shares] == [6, 6, 5]
 
 
-def test_fewer_pairs_than_processes_are_an_error(rows, stream, tiny_processor, monkeypatch):
-    monkeypatch.setattr(clipmap_hf.data.calibration_pairs, "process_count", lambda: 25)
+def test_fewer_pairs_than_processes_are_an_error(rows, stream, tiny_processor, as_process):
+    as_process(0, 25)
     for given, count in ((rows, 100), (rows, 4), (stream, 4)):
         with pytest.raises(ValueError, match=rf"has {min(count, 24)} pairs, fewer than the 25 processes"):
             CalibrationPairs(given, tiny_processor, count)

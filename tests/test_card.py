@@ -8,14 +8,15 @@ import yaml
 from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 
 from clipmap_hf import ClipMapConfig, TowerConfig
-from clipmap_hf.evaluation.cost import CostReport, model_cost
+from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
+from clipmap_hf.cli.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.cli.student import map_config
+from clipmap_hf.costs.cost import CostReport, model_cost
 from clipmap_hf.hub.card import add_to_card, config_yaml, hub_dataset, render_card
 from clipmap_hf.hub.folder import add_results, write_student_folder
 from clipmap_hf.hub.license import teacher_license
 from clipmap_hf.hub.results import SetResults, benchmark_files, read_results, results_table
-from clipmap_hf.training.arguments import RunArguments, StageArguments, StudentArguments, TeacherArguments
-from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
-from clipmap_hf.training.setup import map_config
+from clipmap_hf.training.arguments import RunArguments, StageArguments
 
 
 METHOD = "Its weights were mapped."

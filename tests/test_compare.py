@@ -3,15 +3,15 @@ import shutil
 
 import pytest
 
+from clipmap_hf.costs import compare
+from clipmap_hf.costs.compare import Contender, Measured, contenders, measure
+from clipmap_hf.costs.compare_report import quality_plot, write_comparison
+from clipmap_hf.costs.cost import model_cost
+from clipmap_hf.costs.memory import PeakMemory
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.pairs import load_pairs
-from clipmap_hf.evaluation import compare
-from clipmap_hf.evaluation.compare import Contender, Measured, contenders, measure
-from clipmap_hf.evaluation.compare_report import quality_plot, write_comparison
-from clipmap_hf.evaluation.cost import model_cost
-from clipmap_hf.evaluation.memory import PeakMemory
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
-from clipmap_hf.models import load_config
+from clipmap_hf.models.loading import load_config
 
 
 @pytest.fixture

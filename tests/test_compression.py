@@ -3,15 +3,11 @@
 import pytest
 
 from clipmap_hf import PRESETS, ClipMapConfig
-from clipmap_hf.compression import compress
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    MaskingArguments,
-    RunArguments,
-)
+from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.models.model_id import ModelId
+from clipmap_hf.pipeline.compression import CompressionArguments, compress
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, MaskingArguments, RunArguments
 
 
 @pytest.mark.parametrize(
@@ -25,13 +21,13 @@ from clipmap_hf.training.arguments import (
 def test_masks_select_by_themselves(student, mapping_steps, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         compress(
-            ("nowhere", None),
-            [("nowhere", None)],
+            ModelId("nowhere"),
+            [ModelId("nowhere")],
             student,
-            RunArguments(str(tmp_path)),
-            DataArguments("nothing.parquet"),
-            calibration=CalibrationArguments(),
-            masking=MaskingArguments(steps=1),
-            mapping=MappingArguments(steps=mapping_steps),
-            distillation=DistillationArguments(steps=1),
+            RunContext(RunArguments(str(tmp_path)), DataArguments("nothing.parquet")),
+            CompressionArguments(
+                masking=MaskingArguments(steps=1),
+                mapping=MappingArguments(steps=mapping_steps),
+                distillation=DistillationArguments(steps=1),
+            ),
         )

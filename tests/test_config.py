@@ -5,6 +5,9 @@ import pytest
 from transformers import CLIPConfig, CLIPModel
 
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_config
+from clipmap_hf.config.names import DEPTH_NAMES, START_NAMES
+from clipmap_hf.mapping.depth import DEPTH_RULES
+from clipmap_hf.starts import STARTS
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +170,28 @@ def test_an_unknown_key_is_an_error_that_lists_the_allowed():
 def test_an_unknown_key_of_a_tower_is_an_error_that_lists_the_allowed(tower):
     with pytest.raises(ValueError, match=r"Unknown keys \['width'\] for TowerConfig; allowed are .*'hidden_size'"):
         ClipMapConfig.from_dict({tower: {"width": 32}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"initializer": "svd"},
+            r"initializer='svd' is unknown; allowed are \['calibrated', 'diagonal', 'importance'",
+        ),
+        (
+            {"depth": "last"},
+            r"depth='last' is unknown; allowed are \['interval_front', 'spread'",
+        ),
+        ({"refit_steps": -1}, "refit_steps=-1 must be an integer of at least 0"),
+        ({"refit_steps": 2.5}, "refit_steps=2.5 must be an integer of at least 0"),
+    ],
+)
+def test_unknown_names_and_negative_steps_are_refused_when_a_config_is_made(values, message):
+    with pytest.raises(ValueError, match=message):
+        ClipMapConfig(**values)
+
+
+def test_the_names_of_a_config_are_those_of_the_functions():
+    assert set(START_NAMES) == set(STARTS)
+    assert set(DEPTH_NAMES) == {*DEPTH_RULES, *(start.depth_rule for start in STARTS.values())} - {None}

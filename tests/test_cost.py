@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from transformers import CLIPConfig, CLIPModel
 
-from clipmap_hf.evaluation.cost import Cost, cost_table, model_cost, with_bytes_of
+from clipmap_hf.costs.cost import Cost, cost_table, model_cost, with_bytes_of
 from clipmap_hf.ternary.config import TernaryConfig
 from clipmap_hf.ternary.model import pack_model
 

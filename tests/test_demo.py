@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
 from clipmap_hf.demo.page import retrieval_page
 from clipmap_hf.demo.report import Contestant, write_report
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
-from clipmap_hf.models import load_model, load_processor
-from clipmap_hf.training.arguments import DataArguments
+from clipmap_hf.models.loading import load_model, load_processor
 
 
 def test_embedded_files_fit_in_25_megabytes():

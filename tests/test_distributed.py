@@ -18,8 +18,8 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from set_folders import rows_for, write_set
 
-from clipmap_hf.data.teacher_cache import TeacherCache
 from clipmap_hf.evaluation.sets import EVAL_SETS
+from clipmap_hf.teacher_cache.lookup import TeacherCache
 
 
 pytestmark = pytest.mark.distributed

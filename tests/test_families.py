@@ -7,7 +7,7 @@ from transformers import AutoModel, CLIPModel, MetaClip2Model, PreTrainedModel
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.families import CHINESE_CLIP, CLIP, FAMILIES, SIGLIP, TensorRule, family_for
-from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.starts import start_mapper
 
 
 HALF = ClipMapConfig(
@@ -41,7 +41,7 @@ def test_every_tensor_of_a_family_matches_exactly_one_rule(model_type, models):
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_a_mapped_model_does_what_its_export_does(model_type, models, initializer, tiny_batch):
     model = models[model_type]
-    mapper = WeightMapper(model, dataclasses.replace(HALF, initializer=initializer)).eval()
+    mapper = start_mapper(model, dataclasses.replace(HALF, initializer=initializer)).eval()
     exported = mapper.export().requires_grad_(
         False
     )  # torch reads a fused in_proj otherwise, if it may need a gradient
@@ -55,7 +55,7 @@ def test_a_mapped_model_does_what_its_export_does(model_type, models, initialize
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_a_model_of_the_same_size_is_the_teacher(model_type, models):
-    exported = WeightMapper(models[model_type], ClipMapConfig()).export()
+    exported = start_mapper(models[model_type], ClipMapConfig()).export()
     torch.testing.assert_close(dict(exported.state_dict()), dict(models[model_type].state_dict()), atol=0, rtol=0)
 
 
@@ -70,7 +70,7 @@ def test_square_operators_change_nothing(model_type, models, tiny_batch):
         if {"ffn.in", "pool_ffn.in"} & set(family_for(model.config).match(name).rule.axes):
             tensor[:, -1] = 0
     config = ClipMapConfig(**{name: TowerConfig(intermediate_size=width) for name, width in widths.items()})
-    exported = WeightMapper(model, config).export()
+    exported = start_mapper(model, config).export()
     with torch.no_grad():
         found, expected = exported(**tiny_batch), model(**tiny_batch)
     torch.testing.assert_close(found.image_embeds, expected.image_embeds, atol=1e-6, rtol=0)
@@ -95,7 +95,7 @@ def test_every_space_of_the_table_has_a_size(family, models):
 
 
 def test_an_exported_metaclip2_is_loaded_by_transformers(metaclip2, tmp_path):
-    exported = WeightMapper(metaclip2, HALF).export()
+    exported = start_mapper(metaclip2, HALF).export()
     exported.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is MetaClip2Model

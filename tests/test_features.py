@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clipmap_hf.features import ClipFeatures, encode_images, encode_texts
+from clipmap_hf.models.features import ClipFeatures, encode_images, encode_texts
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from transformers import CLIPModel
 
 import clipmap_hf
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
-from clipmap_hf.data.teacher_cache import model_fingerprint
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
-from clipmap_hf.models import load_model, load_processor
+from clipmap_hf.models.fingerprints import model_fingerprint
+from clipmap_hf.models.loading import load_model, load_processor
 
 
 STUDENT = ClipMapConfig(vision=TowerConfig(hidden_size=32), text=TowerConfig(hidden_size=32), initializer="diagonal")

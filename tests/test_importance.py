@@ -8,9 +8,9 @@ import torch
 from calibrated_starts import TOWERS, embeddings, random_pairs, split, started
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
-from clipmap_hf.mapping.calibration import calibrate
-from clipmap_hf.mapping.initializers import importance
-from clipmap_hf.mapping.scores import head_channels
+from clipmap_hf.starts.calibrated.statistics import calibrate
+from clipmap_hf.starts.selection.importance import importance
+from clipmap_hf.starts.selection.scores import head_channels, keep
 
 
 NARROW = ClipMapConfig(vision=TowerConfig(48), text=TowerConfig(32), initializer="importance")
@@ -23,7 +23,7 @@ def batches(shared_teacher) -> list[dict]:
 
 def operators_of(teacher, batches, **changes) -> dict[str, torch.Tensor]:
     size = student_config(teacher.config, dataclasses.replace(NARROW, **changes))
-    return importance(calibrate(teacher, batches), teacher, size)
+    return keep(importance(teacher, batches, seed=0), teacher.config, size)
 
 
 def test_a_student_of_the_same_size_is_the_teacher(shared_teacher, batches, tiny_batch):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from clipmap_hf.evaluation import latency
-from clipmap_hf.evaluation.latency import milliseconds, milliseconds_by_turns, random_inputs, speedups, spread
-from clipmap_hf.features import Towers
+from clipmap_hf.costs import latency
+from clipmap_hf.costs.latency import milliseconds, milliseconds_by_turns, random_inputs, speedups, spread
+from clipmap_hf.models.features import Towers
 
 
 def test_a_pass_is_timed_without_gradients():

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clipmap_hf.features import ClipFeatures
 from clipmap_hf.losses import (
     EMBEDDING_LOSSES,
     LOSSES,
@@ -19,6 +18,7 @@ from clipmap_hf.losses import (
     sigmoid_loss,
 )
 from clipmap_hf.losses.hidden import hidden_errors
+from clipmap_hf.models.features import ClipFeatures
 
 
 OF_EMBEDDINGS = sorted(set(LOSSES) - {"hidden"})

@@ -9,11 +9,11 @@ from conftest import randomize
 from torch.func import functional_call
 from transformers import CLIPConfig, CLIPModel
 
-from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_config
-from clipmap_hf.families import CLIP
+from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig
 from clipmap_hf.mapping.depth import DEPTH_RULES, interval_front
-from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, INITIALIZERS
-from clipmap_hf.mapping.mapper import WeightMapper, operator_shapes, operator_ties
+from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.starts import STARTS, make_plan, start_mapper
 from clipmap_hf.training.optimization import parameter_groups
 
 
@@ -27,6 +27,14 @@ VARIANTS = {
     "smaller embedding": dataclasses.replace(SMALL, projection_dim=16),
     "odd ffn": dataclasses.replace(SMALL, vision=TowerConfig(48, 100, 3), text=TowerConfig(16, 33, 1)),
 }
+
+
+FREE = sorted(name for name, start in STARTS.items() if not start.reads_pairs and start.depth_rule is None)
+
+
+def restored(teacher, config: ClipMapConfig, state: dict[str, torch.Tensor]) -> WeightMapper:
+    plan = make_plan(teacher, config)
+    return WeightMapper.from_state(plan, plan.teacher_tensors(teacher), copy.deepcopy(state))
 
 
 def perturbed(mapper: WeightMapper, scale: float = 0.05) -> WeightMapper:
@@ -61,7 +69,7 @@ def outputs(model, batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("depth", DEPTH_RULES)
 def test_same_size_with_diagonal_operators_is_the_teacher(tiny_teacher, tiny_batch, depth):
     assert (tiny_batch["attention_mask"] == 0).any()  # padded captions are among them
-    mapper = WeightMapper(tiny_teacher, ClipMapConfig(depth=depth)).eval()
+    mapper = start_mapper(tiny_teacher, ClipMapConfig(depth=depth)).eval()
     with torch.no_grad():
         mapped, expected = outputs(mapper, tiny_batch), outputs(tiny_teacher, tiny_batch)
     for name, tensor in expected.items():
@@ -71,7 +79,7 @@ def test_same_size_with_diagonal_operators_is_the_teacher(tiny_teacher, tiny_bat
 @pytest.mark.parametrize("student_layers", [(2, 2), (3, 1), (4, 3)], ids=str)
 def test_diagonal_with_interval_front_is_leading_slices_of_the_listed_layers(tiny_teacher, student_layers):
     config = ClipMapConfig(vision=TowerConfig(32, 96, student_layers[0]), text=TowerConfig(16, 40, student_layers[1]))
-    mapped = WeightMapper(tiny_teacher, config).export().state_dict()
+    mapped = start_mapper(tiny_teacher, config).export().state_dict()
     teacher, sizes = tiny_teacher.state_dict(), {"vision": (32, 96), "text": (16, 40)}
     layers = {"vision": interval_front(4, student_layers[0]), "text": interval_front(3, student_layers[1])}
     expected = {}
@@ -104,7 +112,7 @@ def test_diagonal_with_interval_front_is_leading_slices_of_the_listed_layers(tin
 
 def test_diagonal_keeps_whole_heads(tiny_teacher):
     """TinyCLIP's view of the same: the first heads of queries, keys and values, complete."""
-    mapped = WeightMapper(tiny_teacher, SMALL).export().state_dict()
+    mapped = start_mapper(tiny_teacher, SMALL).export().state_dict()
     for projection in ("q_proj", "k_proj", "v_proj"):
         name = f"vision_model.encoder.layers.0.self_attn.{projection}.weight"
         heads = tiny_teacher.state_dict()[name].view(4, 16, 64)  # (heads, head width, width)
@@ -112,7 +120,7 @@ def test_diagonal_keeps_whole_heads(tiny_teacher):
 
 
 def test_spread_ends_with_the_teachers_last_layer(tiny_teacher):
-    mapped = WeightMapper(tiny_teacher, dataclasses.replace(SMALL, depth="spread")).export().state_dict()
+    mapped = start_mapper(tiny_teacher, dataclasses.replace(SMALL, depth="spread")).export().state_dict()
     teacher = tiny_teacher.state_dict()
     for tower, last in (("vision", 3), ("text", 2)):
         name = f"{tower}_model.encoder.layers.{{}}.mlp.fc1.bias"
@@ -122,7 +130,7 @@ def test_spread_ends_with_the_teachers_last_layer(tiny_teacher):
 
 @pytest.mark.parametrize("tie_ffn", [False, True], ids=["untied", "tied"])
 def test_a_mapped_layer_follows_the_papers_equations(tiny_teacher, tie_ffn):
-    mapper = perturbed(WeightMapper(tiny_teacher, dataclasses.replace(SMALL, tie_ffn=tie_ffn)))
+    mapper = perturbed(start_mapper(tiny_teacher, dataclasses.replace(SMALL, tie_ffn=tie_ffn)))
     mapped, teacher = mapper.export().state_dict(), tiny_teacher.state_dict()
     ops = {name: operator().detach() for name, operator in mapper.operators.items()}
     res, depth = ops["vision_residual"], ops["vision_depth"]
@@ -147,7 +155,7 @@ def test_a_mapped_layer_follows_the_papers_equations(tiny_teacher, tie_ffn):
 
 
 def test_embeddings_and_projections_follow_the_papers_equations(tiny_teacher):
-    mapper = perturbed(WeightMapper(tiny_teacher, dataclasses.replace(SMALL, projection_dim=16)))
+    mapper = perturbed(start_mapper(tiny_teacher, dataclasses.replace(SMALL, projection_dim=16)))
     mapped, teacher = mapper.export().state_dict(), tiny_teacher.state_dict()
     vision, text, embed = (mapper.operators[name]().detach() for name in ("vision_residual", "text_residual", "embed"))
     patches = "vision_model.embeddings.patch_embedding.weight"
@@ -172,7 +180,7 @@ def test_embeddings_and_projections_follow_the_papers_equations(tiny_teacher):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mapped_forward_equals_exported_model(tiny_teacher, tiny_batch, variant):
-    mapper = perturbed(WeightMapper(tiny_teacher, VARIANTS[variant])).eval()
+    mapper = perturbed(start_mapper(tiny_teacher, VARIANTS[variant])).eval()
     exported = mapper.export()
     assert type(exported) is CLIPModel and not exported.training
     with torch.no_grad():
@@ -183,7 +191,7 @@ def test_mapped_forward_equals_exported_model(tiny_teacher, tiny_batch, variant)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mapped_forward_in_training_equals_exported_model(tiny_teacher, tiny_batch, variant, moved):
     assert tiny_batch["input_ids"].numel() < tiny_teacher.config.text_config.vocab_size  # the token rows are looked up
-    mapper = WeightMapper(tiny_teacher, VARIANTS[variant]).train()
+    mapper = start_mapper(tiny_teacher, VARIANTS[variant]).train()
     if moved:
         mapper = perturbed(mapper)
     with torch.no_grad():
@@ -195,7 +203,7 @@ def test_mapped_forward_in_training_equals_exported_model(tiny_teacher, tiny_bat
 
 
 def test_in_training_only_rows_that_are_looked_up_are_mapped(tiny_teacher):
-    mapper = perturbed(WeightMapper(tiny_teacher, SMALL))
+    mapper = perturbed(start_mapper(tiny_teacher, SMALL))
     table = "text_model.embeddings.token_embedding.weight"
     whole, some = mapper.materialize()[table], mapper.materialize(torch.tensor([[5, 3], [5, 9]]))[table]
     rows = torch.tensor([3, 5, 9])
@@ -207,7 +215,7 @@ def test_in_training_only_rows_that_are_looked_up_are_mapped(tiny_teacher):
 def test_looking_up_or_mapping_the_token_table_gives_the_same_gradients(tiny_teacher, tiny_batch):
     gradients = []
     for looked_up in (True, False):
-        mapper = perturbed(WeightMapper(tiny_teacher, SMALL)).train()
+        mapper = perturbed(start_mapper(tiny_teacher, SMALL)).train()
         weights = mapper.materialize(tiny_batch["input_ids"] if looked_up else None)
         functional_call(mapper.skeleton, weights, kwargs=tiny_batch).text_embeds[:, 0].sum().backward()
         gradients.append(mapper.operators["text_residual"].delta.grad)
@@ -215,7 +223,7 @@ def test_looking_up_or_mapping_the_token_table_gives_the_same_gradients(tiny_tea
 
 
 def test_more_tokens_than_the_table_has_rows_may_be_looked_up(tiny_teacher, tiny_batch):
-    mapper = perturbed(WeightMapper(tiny_teacher, SMALL)).train()
+    mapper = perturbed(start_mapper(tiny_teacher, SMALL)).train()
     batch = {name: torch.cat([tensor] * 2) for name, tensor in tiny_batch.items()}
     assert batch["input_ids"].numel() > tiny_teacher.config.text_config.vocab_size
     with torch.no_grad():
@@ -223,7 +231,7 @@ def test_more_tokens_than_the_table_has_rows_may_be_looked_up(tiny_teacher, tiny
 
 
 def test_autocast_leaves_the_mapping_in_fp32(tiny_teacher, tiny_batch):
-    mapper = perturbed(WeightMapper(tiny_teacher, SMALL)).eval()
+    mapper = perturbed(start_mapper(tiny_teacher, SMALL)).eval()
     plain = mapper.materialize()
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(mapper.materialize(), plain)
@@ -233,13 +241,13 @@ def test_autocast_leaves_the_mapping_in_fp32(tiny_teacher, tiny_batch):
 
 def test_half_precision_teachers_are_mapped_and_exported_in_fp32(tiny_teacher):
     tiny_teacher.config.dtype = torch.float16
-    mapper = WeightMapper(tiny_teacher.half(), SMALL)
+    mapper = start_mapper(tiny_teacher.half(), SMALL)
     assert {tensor.dtype for tensor in mapper.materialize().values()} == {torch.float32}
     assert {tensor.dtype for tensor in mapper.export().state_dict().values()} == {torch.float32}
 
 
 def test_what_becomes_of_an_export_does_not_reach_the_mapper(tiny_teacher, tmp_path):
-    mapper = WeightMapper(tiny_teacher, SMALL)
+    mapper = start_mapper(tiny_teacher, SMALL)
     student = mapper.export().half()
     student.save_pretrained(tmp_path)  # writes the precision into the model's config
     student.config.text_config.eos_token_id = 0
@@ -253,7 +261,7 @@ def test_what_becomes_of_an_export_does_not_reach_the_mapper(tiny_teacher, tmp_p
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_only_operators_are_trained(tiny_teacher, tiny_batch, variant):
-    mapper = WeightMapper(tiny_teacher, VARIANTS[variant])
+    mapper = start_mapper(tiny_teacher, VARIANTS[variant])
     trainable = {name for name, parameter in mapper.named_parameters() if parameter.requires_grad}
     assert trainable == {f"operators.{name}.delta" for name in mapper.operators}
     output = mapper(**tiny_batch)
@@ -265,7 +273,7 @@ def test_only_operators_are_trained(tiny_teacher, tiny_batch, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_entries_off_the_diagonal_have_gradients_at_the_start(tiny_teacher, tiny_batch, variant):
-    mapper = WeightMapper(tiny_teacher, VARIANTS[variant])
+    mapper = start_mapper(tiny_teacher, VARIANTS[variant])
     output = mapper(**tiny_batch)
     (output.image_embeds[:, 0].sum() + output.text_embeds[:, 0].sum()).backward()
     sizes = {"vision": (4, VARIANTS[variant].vision), "text": (3, VARIANTS[variant].text)}
@@ -279,7 +287,7 @@ def test_entries_off_the_diagonal_have_gradients_at_the_start(tiny_teacher, tiny
 
 
 def test_operators_are_those_of_the_spaces(tiny_teacher):
-    shapes = {name: tuple(operator().shape) for name, operator in WeightMapper(tiny_teacher, SMALL).operators.items()}
+    shapes = {name: tuple(operator().shape) for name, operator in start_mapper(tiny_teacher, SMALL).operators.items()}
     vision = dict.fromkeys(("query", "key", "value"), (4, 32, 64)) | {"ffn": (4, 128, 256)}
     text = dict.fromkeys(("query", "key", "value"), (3, 32, 48)) | {"ffn": (3, 128, 192)}
     expected = {f"vision_{space}": shape for space, shape in vision.items()}
@@ -290,20 +298,20 @@ def test_operators_are_those_of_the_spaces(tiny_teacher):
 
 
 def test_tie_ffn_leaves_one_ffn_operator(tiny_teacher):
-    operators = WeightMapper(tiny_teacher, VARIANTS["tied ffn"]).operators
-    untied = WeightMapper(tiny_teacher, SMALL).operators
+    operators = start_mapper(tiny_teacher, VARIANTS["tied ffn"]).operators
+    untied = start_mapper(tiny_teacher, SMALL).operators
     assert set(untied) - set(operators) == {"vision_ffn_in", "text_ffn_in"}
 
 
 def test_depth_per_kind_has_a_matrix_for_each_module_of_a_layer(tiny_teacher):
-    operators = WeightMapper(tiny_teacher, VARIANTS["depth per kind"]).operators
+    operators = start_mapper(tiny_teacher, VARIANTS["depth per kind"]).operators
     modules = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "layer_norm1", "layer_norm2")
     expected = {f"{tower}_depth_{module}" for tower in ("vision", "text") for module in modules}
     assert {name for name in operators if "depth" in name} == expected
 
 
 def test_depth_per_kind_mixes_each_kind_on_its_own(tiny_teacher):
-    mapper = WeightMapper(tiny_teacher, VARIANTS["depth per kind"])
+    mapper = start_mapper(tiny_teacher, VARIANTS["depth per kind"])
     before = mapper.export().state_dict()
     mapper.operators["vision_depth_fc1"].delta.data[0, 3] = 0.5
     after = mapper.export().state_dict()
@@ -312,7 +320,7 @@ def test_depth_per_kind_mixes_each_kind_on_its_own(tiny_teacher):
 
 
 def test_a_smaller_joint_embedding_is_one_operator_for_both_towers(tiny_teacher):
-    mapper = WeightMapper(tiny_teacher, VARIANTS["smaller embedding"])
+    mapper = start_mapper(tiny_teacher, VARIANTS["smaller embedding"])
     assert mapper.operators["embed"]().shape == (16, 32)
     before = mapper.export().state_dict()
     mapper.operators["embed"].delta.data[3, 20] = 0.5
@@ -323,12 +331,12 @@ def test_a_smaller_joint_embedding_is_one_operator_for_both_towers(tiny_teacher)
 
 def test_a_joint_embedding_that_keeps_its_size_has_no_operator(tiny_teacher):
     for config in (SMALL, dataclasses.replace(SMALL, projection_dim=32)):
-        assert "embed" not in WeightMapper(tiny_teacher, config).operators
+        assert "embed" not in start_mapper(tiny_teacher, config).operators
 
 
 @pytest.mark.parametrize("decay_towards", ["initial", "zero"])
 def test_weight_decay_without_gradient_pulls_where_it_was_told(tiny_teacher, decay_towards):
-    mapper = WeightMapper(tiny_teacher, dataclasses.replace(SMALL, decay_towards=decay_towards))
+    mapper = start_mapper(tiny_teacher, dataclasses.replace(SMALL, decay_towards=decay_towards))
     before = {name: operator().detach().clone() for name, operator in mapper.operators.items()}
     optimizer = torch.optim.AdamW(parameter_groups(mapper, weight_decay=0.2), lr=0.01)
     for _ in range(5):
@@ -343,7 +351,7 @@ def test_weight_decay_without_gradient_pulls_where_it_was_told(tiny_teacher, dec
 
 
 def test_the_teacher_is_in_no_state_dict_and_not_trained(tiny_teacher):
-    mapper = WeightMapper(tiny_teacher, SMALL)
+    mapper = start_mapper(tiny_teacher, SMALL)
     saved = {f"operators.{name}.{part}" for name in mapper.operators for part in ("initial", "delta")}
     assert set(mapper.state_dict()) == saved | {"logit_scale"}
     assert {name for name, _ in mapper.named_parameters()} == {name for name in saved if "delta" in name} | {
@@ -354,7 +362,7 @@ def test_the_teacher_is_in_no_state_dict_and_not_trained(tiny_teacher):
 
 
 def test_the_mapper_keeps_no_memory_of_the_teacher(tiny_teacher):
-    mapper = WeightMapper(tiny_teacher, SMALL)
+    mapper = start_mapper(tiny_teacher, SMALL)
     before = mapper.export().state_dict()
     for parameter in tiny_teacher.parameters():
         parameter.data.zero_()
@@ -363,24 +371,22 @@ def test_the_mapper_keeps_no_memory_of_the_teacher(tiny_teacher):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_state_dict_restores_the_student(tiny_teacher, variant):
-    mapper = perturbed(WeightMapper(tiny_teacher, VARIANTS[variant]))
+    mapper = perturbed(start_mapper(tiny_teacher, VARIANTS[variant]))
     mapper.logit_scale.data.fill_(math.log(50))
-    state = copy.deepcopy(mapper.state_dict())
-    other = WeightMapper(tiny_teacher, VARIANTS[variant])
-    other.load_state_dict(state, strict=True)
+    other = restored(tiny_teacher, VARIANTS[variant], mapper.state_dict())
     assert_same(other.export().state_dict(), mapper.export().state_dict())
 
 
 def test_logit_scale_is_the_teachers(tiny_teacher):
     tiny_teacher.logit_scale.data.fill_(3.5)
-    assert WeightMapper(tiny_teacher, SMALL).export().logit_scale.item() == 3.5
+    assert start_mapper(tiny_teacher, SMALL).export().logit_scale.item() == 3.5
 
 
 def test_moving_a_mapper_moves_all_of_it(tiny_teacher, tiny_batch):
-    mapper = perturbed(WeightMapper(tiny_teacher, SMALL)).eval().to(torch.float64)
+    mapper = perturbed(start_mapper(tiny_teacher, SMALL)).eval().to(torch.float64)
     assert {p.dtype for p in mapper.skeleton.parameters()} == {torch.float64}
     batch = {**tiny_batch, "pixel_values": tiny_batch["pixel_values"].double()}
-    single = perturbed(WeightMapper(tiny_teacher, SMALL)).eval()
+    single = perturbed(start_mapper(tiny_teacher, SMALL)).eval()
     with torch.no_grad():
         double, expected = mapper(**batch).image_embeds, single(**tiny_batch).image_embeds
     assert double.dtype == torch.float64
@@ -388,15 +394,15 @@ def test_moving_a_mapper_moves_all_of_it(tiny_teacher, tiny_batch):
     assert {p.device.type for p in mapper.to("meta").skeleton.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("initializer", ["diagonal", "calibrated"])
+@pytest.mark.parametrize("initializer", FREE)
 def test_a_mapper_lies_where_its_teacher_lies(tiny_teacher, initializer):
-    mapper = WeightMapper(tiny_teacher.to("meta"), dataclasses.replace(SMALL, initializer=initializer))
+    mapper = start_mapper(tiny_teacher.to("meta"), dataclasses.replace(SMALL, initializer=initializer))
     tensors = [*mapper.parameters(), *mapper.buffers(), *mapper.skeleton.parameters()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_train_and_eval_reach_the_skeleton(tiny_teacher):
-    mapper = WeightMapper(tiny_teacher, SMALL)
+    mapper = start_mapper(tiny_teacher, SMALL)
     assert not mapper.eval().skeleton.training
     assert mapper.train().skeleton.training
 
@@ -404,27 +410,26 @@ def test_train_and_eval_reach_the_skeleton(tiny_teacher):
 # How operators start
 
 
-@pytest.mark.parametrize("name", INITIALIZERS)
+@pytest.mark.parametrize("name", FREE)
 def test_every_initializer_starts_every_width_operator(tiny_teacher, tiny_batch, name):
     config = dataclasses.replace(SMALL, initializer=name, projection_dim=16)
-    mapper, again = WeightMapper(tiny_teacher, config).eval(), WeightMapper(tiny_teacher, config)
+    mapper, again = start_mapper(tiny_teacher, config).eval(), start_mapper(tiny_teacher, config)
     assert_same(again.state_dict(), mapper.state_dict())
     assert all(operator().any() for operator in mapper.operators.values())
     with torch.no_grad():
         assert mapper(**tiny_batch).image_embeds.isfinite().all()
-    other = WeightMapper(tiny_teacher, dataclasses.replace(config, seed=1))
+    other = start_mapper(tiny_teacher, dataclasses.replace(config, seed=1))
     same = {key: torch.equal(operator(), other.operators[key]()) for key, operator in mapper.operators.items()}
     for key, equal in same.items():  # depth starts one-hot whatever the initializer
         assert equal == (name == "diagonal" or "depth" in key), key
 
 
-def test_unknown_names_are_errors_that_list_the_allowed(tiny_teacher):
+def test_a_depth_rule_of_another_start_is_an_error_that_lists_the_allowed(tiny_teacher):
     with pytest.raises(
-        ValueError, match=r"initializer='svd' is unknown; allowed are \['calibrated', 'diagonal', 'importance'"
+        ValueError,
+        match=r"depth='score' is no rule of initializer='diagonal'; allowed are \['interval_front', 'spread'\]",
     ):
-        WeightMapper(tiny_teacher, ClipMapConfig(initializer="svd"))
-    with pytest.raises(ValueError, match=r"depth='last' is unknown; allowed are \['interval_front', 'spread'\]"):
-        WeightMapper(tiny_teacher, ClipMapConfig(depth="last"))
+        start_mapper(tiny_teacher, dataclasses.replace(SMALL, depth="score"))
 
 
 # Operators that start from activations, and corrections
@@ -448,23 +453,25 @@ def calibrated_mapper(shared_start) -> WeightMapper:
     return copy.deepcopy(shared_start)
 
 
-@pytest.mark.parametrize("decay_towards", ["initial", "zero"])
-@pytest.mark.parametrize("name", CALIBRATED_INITIALIZERS)
-def test_before_its_start_a_mapper_has_no_weights(tiny_teacher, name, decay_towards):
-    config = dataclasses.replace(SMALL, initializer=name, projection_dim=16, decay_towards=decay_towards)
-    mapper = WeightMapper(tiny_teacher, config)
-    for operator in (*mapper.operators.values(), *mapper.corrections.values()):
-        assert operator().isnan().all()
-    for key, tensor in mapper.export().state_dict().items():
-        assert tensor.isnan().all() or key == "logit_scale", key
+def test_a_state_that_does_not_fit_is_an_error_that_names_the_tensors(tiny_teacher, calibrated_mapper):
+    state = calibrated_mapper.state_dict()
+    state["operators.text_query.delta"] = state["operators.text_query.delta"][:, :-1]
+    del state["corrections.visual_projection-weight.delta"]
+    state["operators.text_extra.delta"] = torch.zeros(1)
+    with pytest.raises(
+        ValueError,
+        match=r"\['corrections.visual_projection-weight.delta', 'operators.text_extra.delta', "
+        r"'operators.text_query.delta'\]",
+    ):
+        restored(tiny_teacher, CALIBRATED, state)
 
 
 def test_corrections_are_those_of_all_tensors_but_the_token_table(tiny_teacher, calibrated_mapper):
-    kinds = {spec.kind.replace(".", "-") for spec in calibrated_mapper.kinds if not spec.rule.lookup}
-    assert set(calibrated_mapper.corrections) == kinds and len(kinds) == len(calibrated_mapper.kinds) - 1
+    kinds = {spec.kind.replace(".", "-") for spec in calibrated_mapper.plan.kinds if not spec.rule.lookup}
+    assert set(calibrated_mapper.corrections) == kinds and len(kinds) == len(calibrated_mapper.plan.kinds) - 1
     assert calibrated_mapper.corrections["vision_model-encoder-layers-*-mlp-fc1-bias"]().shape == (2, 128)
-    for name in (*INITIALIZERS, "importance", None):
-        assert not WeightMapper(tiny_teacher, dataclasses.replace(SMALL, initializer=name)).corrections
+    for name in (*FREE, None):
+        assert not start_mapper(tiny_teacher, dataclasses.replace(SMALL, initializer=name)).corrections
 
 
 @pytest.mark.parametrize("variant", ["default", "depth per kind", "smaller embedding"])
@@ -481,14 +488,14 @@ def test_a_corrected_student_has_the_weights_it_was_given(tiny_teacher, batches,
             torch.testing.assert_close(tensor, expected, atol=2e-6, rtol=0)
 
 
-def test_a_start_sets_corrections_to_zero(calibrated_mapper):
-    operators = {name: operator().detach() + 0.1 for name, operator in calibrated_mapper.operators.items()}
-    depth = {tower: operators.pop(f"{tower}_depth") for tower in ("vision", "text")}
-    calibrated_mapper.start(operators, depth)
-    for name, operator in calibrated_mapper.operators.items():
-        expected = operators.get(name, depth.get(name.removesuffix("_depth")))
-        torch.testing.assert_close(operator().detach(), expected, atol=0, rtol=0)
-    assert not any(correction().any() for correction in calibrated_mapper.corrections.values())
+def test_a_mapper_that_folds_is_built_whole_with_corrections_of_zero(tiny_teacher, calibrated_mapper):
+    plan = calibrated_mapper.plan
+    operators = {name: calibrated_mapper.operators[name]().detach() + 0.1 for name in plan.operator_shapes()}
+    mapper = WeightMapper(plan, plan.teacher_tensors(tiny_teacher), operators, plan.layers_by_rule())
+    for name, expected in operators.items():
+        torch.testing.assert_close(mapper.operators[name]().detach(), expected, atol=0, rtol=0)
+    assert not any(correction().any() for correction in mapper.corrections.values())
+    assert all(tensor.isfinite().all() for tensor in mapper.export().state_dict().values())
 
 
 @pytest.mark.parametrize("decay_towards", ["initial", "zero"])
@@ -536,8 +543,7 @@ def test_a_state_dict_restores_a_calibrated_student(tiny_teacher, batches, decay
     mapper = perturbed(started(tiny_teacher, config, batches))
     for correction in mapper.corrections.values():
         correction.delta.data += 0.1
-    other = WeightMapper(tiny_teacher, config)
-    other.load_state_dict(copy.deepcopy(mapper.state_dict()), strict=True)
+    other = restored(tiny_teacher, config, mapper.state_dict())
     assert_same(other.export().state_dict(), mapper.export().state_dict())
 
 
@@ -571,11 +577,8 @@ def test_weight_decay_pulls_a_calibrated_start_where_it_was_told(tiny_teacher, b
 def test_operator_counts_of_the_papers_presets(preset, tie_ffn, count):
     teacher = CLIPConfig(vision_config={"patch_size": 16})
     with torch.device("meta"):
-        tensors = CLIPModel(teacher).state_dict()
-    kinds = list({spec.kind: spec for spec in CLIP.specs(tensors, teacher).values()}.values())
-    student = student_config(teacher, PRESETS[preset])
-    ties = operator_ties(ClipMapConfig(tie_ffn=tie_ffn))
-    width = sum(math.prod(shape) for shape in operator_shapes(CLIP, kinds, teacher, student, ties).values())
+        plan = MappingPlan.make(CLIPModel(teacher), dataclasses.replace(PRESETS[preset], tie_ffn=tie_ffn))
+    student, width = plan.student, sum(math.prod(shape) for shape in plan.operator_shapes().values())
     towers = [(student.vision_config, teacher.vision_config), (student.text_config, teacher.text_config)]
     depth = sum(6 * small.num_hidden_layers * big.num_hidden_layers for small, big in towers)  # q, k, v, o, fc1, fc2
     assert width + depth == count

@@ -13,13 +13,14 @@ from torch.func import functional_call
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
 from clipmap_hf.families import CLIP
-from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.selection.masks import MaskedLayerNorm, Masks, expected, sampled, settled
-from clipmap_hf.selection.start import start_from_scores
+from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.starts import start_mapper
+from clipmap_hf.starts.selection.masks import MaskedLayerNorm, Masks, expected, sampled, settled
+from clipmap_hf.starts.selection.start import mapper_from_scores
 from clipmap_hf.training.arguments import MaskingArguments
-from clipmap_hf.training.masking import MaskingStage
 from clipmap_hf.training.optimization import parameter_groups
 from clipmap_hf.training.sharding import prepare_stage
+from clipmap_hf.training.stages.masking import MaskingStage
 
 
 NARROW = ClipMapConfig(TowerConfig(32), TowerConfig(32), initializer="manual")
@@ -36,7 +37,14 @@ def masks(shared_teacher) -> Masks:
 
 def masking(teacher, ramp_steps: int, student: ClipMapConfig = NARROW) -> MaskingStage:
     """The stage of a copy; a stage freezes its teachers, and others use this one."""
-    return MaskingStage(copy.deepcopy(teacher), [copy.deepcopy(teacher)], 50.0, False, student, ramp_steps)
+    return MaskingStage(
+        copy.deepcopy(teacher),
+        teachers=[copy.deepcopy(teacher)],
+        logit_scale=50.0,
+        learn_logit_scale=False,
+        student=student,
+        ramp_steps=ramp_steps,
+    )
 
 
 def test_draws_are_zero_as_often_as_expected():
@@ -79,8 +87,8 @@ def test_a_masked_layer_norm_is_that_of_the_kept_channels():
 def test_a_masked_model_is_the_model_of_the_kept_parts(shared_teacher, tiny_batch, masks):
     """With masks of 0 and 1, as many in each layer as a student of half the width has."""
     scores = masks.scores()
-    mapper = WeightMapper(shared_teacher, NARROW)
-    start_from_scores(mapper, shared_teacher.config, scores)
+    plan = MappingPlan.make(shared_teacher, NARROW)
+    mapper = mapper_from_scores(plan, plan.teacher_tensors(shared_teacher), scores)
     small = mapper.export()
     on = {}
     for tower in TOWERS:
@@ -114,7 +122,7 @@ def test_the_share_of_masks_that_are_all_but_settled_is_that_of_the_student(shar
     assert masks.share().item() == pytest.approx(masks.share_of(student), rel=0.02)
     blocks = [
         sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
-        for model in (WeightMapper(shared_teacher, NARROW).export(), shared_teacher)
+        for model in (start_mapper(shared_teacher, NARROW).export(), shared_teacher)
     ]
     assert masks.share_of(student) == pytest.approx(blocks[0] / blocks[1])
 

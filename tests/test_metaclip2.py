@@ -14,16 +14,19 @@ from transformers import (
 
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig, TowerConfig
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.collate import PairCollator, tokenized
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
-from clipmap_hf.features import encode_texts
-from clipmap_hf.mapping.calibration import calibration_batch
-from clipmap_hf.mapping.towers import Tower, ends_at_largest_id
-from clipmap_hf.models import load_processor
-from clipmap_hf.runs import run_distillation, run_mapping
-from clipmap_hf.teachers import Teacher
-from clipmap_hf.training.arguments import DataArguments, DistillationArguments, MappingArguments, RunArguments
+from clipmap_hf.models.features import encode_texts
+from clipmap_hf.models.loading import load_processor
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.models.towers import Tower, ends_at_largest_id
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.distillation import run_distillation
+from clipmap_hf.pipeline.mapping import run_mapping
+from clipmap_hf.starts.calibrated.batches import calibration_batch
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments
 
 
 SMALL = ClipMapConfig(
@@ -84,14 +87,20 @@ def test_a_metaclip2_is_compressed_from_end_to_end(folder, pairs_parquet, tmp_pa
         folder, SMALL, calibration_data=str(pairs_parquet), calibration_pairs=16
     )
     assert compressor.config.initializer == "calibrated"
-    run_mapping(compressor, MappingArguments(**numbers), RunArguments(output_dir=str(tmp_path / "mapped")), data)
+    run_mapping(
+        compressor, MappingArguments(**numbers), RunContext(RunArguments(output_dir=str(tmp_path / "mapped")), data)
+    )
     mapped = MetaClip2Model.from_pretrained(tmp_path / "mapped")
     exported = compressor.export().cpu()
     torch.testing.assert_close(dict(mapped.state_dict()), dict(exported.state_dict()), atol=0, rtol=0)
 
     run = RunArguments(output_dir=str(tmp_path / "distilled"))
     run_distillation(
-        mapped, [Teacher.load(str(folder))], compressor.processor, DistillationArguments(**numbers), run, data
+        mapped,
+        [Teacher.load(str(folder))],
+        compressor.processor,
+        DistillationArguments(**numbers),
+        RunContext(run, data),
     )
     student, processor = MetaClip2Model.from_pretrained(run.output_dir), load_processor(run.output_dir)
     collator = PairCollator(processor.tokenizer, processor.image_processor)

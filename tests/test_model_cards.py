@@ -12,12 +12,12 @@ from huggingface_hub import ModelCard
 from test_recipe_configs import CONFIGS, load_recipe
 
 import clipmap_hf
+from clipmap_hf.cli.arguments import StudentArguments
+from clipmap_hf.cli.student import map_config
 from clipmap_hf.config import student_config
+from clipmap_hf.costs.cost import CostReport, model_cost
 from clipmap_hf.demo import TEACHER
-from clipmap_hf.evaluation.cost import CostReport, model_cost
-from clipmap_hf.models import load_config
-from clipmap_hf.training.arguments import StudentArguments
-from clipmap_hf.training.setup import map_config
+from clipmap_hf.models.loading import load_config
 
 
 ROOT = Path(clipmap_hf.__file__).parents[1]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from clipmap_hf.models import load_config, load_model, load_processor
+from clipmap_hf.models.loading import load_config, load_model, load_processor
 
 
 @pytest.fixture

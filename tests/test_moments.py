@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clipmap_hf.mapping.moments import Moments
+from clipmap_hf.starts.calibrated.moments import Moments
 
 
 @pytest.fixture

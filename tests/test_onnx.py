@@ -21,8 +21,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from clipmap_hf.export.onnx import GRAPHS, onnx_parity, write_onnx
 from clipmap_hf.hub.folder import write_student_folder
-from clipmap_hf.hub.onnx import GRAPHS, onnx_parity, write_onnx
 
 
 NODE_PROJECT = Path(__file__).parent / "transformers_js"

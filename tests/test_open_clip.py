@@ -7,16 +7,16 @@ from open_clip_golden import CONFIG, FOLDER, import_open_clip
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
-from clipmap_hf.atomic import read_json, write_json
-from clipmap_hf.features import encode_images, encode_texts
-from clipmap_hf.hub.open_clip import (
+from clipmap_hf.export.open_clip import (
     clip_config,
     clip_image_processor,
     clip_tensors,
     open_clip_config,
     open_clip_tensors,
 )
-from clipmap_hf.hub.open_clip_folder import read_open_clip_folder, write_open_clip_folder
+from clipmap_hf.export.open_clip_folder import read_open_clip_folder, write_open_clip_folder
+from clipmap_hf.files.atomic import read_json, write_json
+from clipmap_hf.models.features import encode_images, encode_texts
 
 
 KINDS = ("gelu", "quick_gelu", "old end token")

@@ -11,10 +11,11 @@ from transformers import CLIPModel
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.starts import start_mapper
 from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.optimization import adamw, learning_rate_at, parameter_groups, step_count, steps_or_share
-from clipmap_hf.training.stages import ContrastiveStage, MappingStage
+from clipmap_hf.training.stages.contrastive import ContrastiveStage
+from clipmap_hf.training.stages.mapping import MappingStage
 
 
 SMALL = ClipMapConfig(
@@ -39,7 +40,7 @@ def names_by_decay(module: torch.nn.Module) -> dict[float, set[str]]:
 
 def test_parameter_groups_decay_matrices_only(tiny_config):
     model = CLIPModel(tiny_config())
-    found = names_by_decay(ContrastiveStage(model, 50.0, learn_logit_scale=True))
+    found = names_by_decay(ContrastiveStage(model, learn_logit_scale=True))
     assert found[0.3] | found[0.0] == {f"trained.{name}" for name, _ in model.named_parameters()}
     for name in found[0.3]:
         assert name.endswith("weight") and "norm" not in name and "position" not in name
@@ -49,14 +50,14 @@ def test_parameter_groups_decay_matrices_only(tiny_config):
 
 def test_scalars_have_a_group_of_their_own(tiny_config):
     """FSDP shards everything else, and fused AdamW does not mix the two."""
-    stage = ContrastiveStage(CLIPModel(tiny_config()), 50.0, learn_logit_scale=True)
+    stage = ContrastiveStage(CLIPModel(tiny_config()), learn_logit_scale=True)
     groups = [group["params"] for group in parameter_groups(stage, 0.3)]
     assert [one for one in groups if any(p.ndim == 0 for p in one)] == [[stage.trained.logit_scale]]
     assert len(groups) == 3
 
 
 def test_parameter_groups_of_a_mapping_leave_depth_alone(tiny_teacher):
-    stage = MappingStage(WeightMapper(tiny_teacher, SMALL), 50.0, learn_logit_scale=False)
+    stage = MappingStage(start_mapper(tiny_teacher, SMALL))
     deltas = {f"trained.operators.{name}.delta" for name in stage.trained.operators}
     depth = {f"trained.operators.{tower}_depth.delta" for tower in ("vision", "text")}
     assert names_by_decay(stage) == {0.3: deltas - depth, 0.0: depth}
@@ -66,7 +67,7 @@ def test_parameter_groups_of_a_calibrated_mapping_leave_corrections_of_vectors_a
     """Stacked over layers, they have two dimensions, as matrices have."""
     config = dataclasses.replace(SMALL, initializer="calibrated", refit=False)
     mapper = started(tiny_teacher, config, split(random_pairs(tiny_teacher.config, 16), 8))
-    found = names_by_decay(MappingStage(mapper, 50.0, learn_logit_scale=False))
+    found = names_by_decay(MappingStage(mapper))
     corrections = {f"trained.corrections.{name}.delta": name for name in mapper.corrections}
     spared = {key for key, name in corrections.items() if "norm" in name or "bias" in name or "position" in name}
     spared |= {key for key, name in corrections.items() if name.endswith("class_embedding")}
@@ -78,7 +79,7 @@ def test_parameter_groups_of_a_calibrated_mapping_leave_corrections_of_vectors_a
 
 
 def test_parameter_groups_leave_out_what_is_frozen(tiny_config):
-    stage = ContrastiveStage(CLIPModel(tiny_config()), 50.0, learn_logit_scale=False)
+    stage = ContrastiveStage(CLIPModel(tiny_config()))
     stage.trained.vision_model.requires_grad_(False)
     found = names_by_decay(stage)
     assert not [name for names in found.values() for name in names if "vision_model" in name or "scale" in name]

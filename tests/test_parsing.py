@@ -7,17 +7,11 @@ from typing import Literal
 import pytest
 import yaml
 
-from clipmap_hf.training.arguments import (
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    RunArguments,
-    StageArguments,
-    StudentArguments,
-    TeacherArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
+from clipmap_hf.cli.parsing import arguments_yaml, parse_arguments
+from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments, StageArguments
 
 
 @dataclass

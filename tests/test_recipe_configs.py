@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 import clipmap_hf
+from clipmap_hf.cli.arguments import StudentArguments
+from clipmap_hf.cli.parsing import arguments_yaml
+from clipmap_hf.cli.student import map_config
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_config
-from clipmap_hf.models import load_config
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, StageArguments, StudentArguments
-from clipmap_hf.training.parsing import arguments_yaml
-from clipmap_hf.training.setup import map_config
+from clipmap_hf.models.loading import load_config
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, StageArguments
 
 
 RECIPES = Path(clipmap_hf.__file__).parents[1] / "recipes"
@@ -62,13 +63,14 @@ def read(monkeypatch):
 
     def run(recipe: str, *argv: str) -> dict[str, object]:
         module, results = load_recipe(recipe), []
-        parse_arguments = module.parse_arguments
+        name = "parse_recipe" if hasattr(module, "parse_recipe") else "parse_arguments"
+        parse_all = getattr(module, name)
 
         def parse(*args, **kwargs):
-            results.extend(parse_arguments(*args, **kwargs))
+            results.extend(parse_all(*args, **kwargs))
             raise Parsed
 
-        monkeypatch.setattr(module, "parse_arguments", parse)
+        monkeypatch.setattr(module, name, parse)
         monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *argv])
         with pytest.raises(Parsed):
             module.main()

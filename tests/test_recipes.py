@@ -22,7 +22,7 @@ from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.evaluation.sets import EVAL_SETS
-from clipmap_hf.models import load_processor
+from clipmap_hf.models.loading import load_processor
 from clipmap_hf.ternary.model import sparsity
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from calibrated_starts import (
@@ -21,7 +20,6 @@ from calibrated_starts import (
 )
 from torch.nn import functional as F
 
-import clipmap_hf.mapping.refit
 from clipmap_hf.config import ClipMapConfig, TowerConfig
 
 
@@ -139,8 +137,8 @@ def test_heads_are_taken_from_all_layers_of_a_segment(shared_teacher, batches):
             assert (given - wanted).norm() < 1e-3 * wanted.norm(), name
 
 
-def test_gradient_steps_make_each_layers_error_smaller(shared_teacher, batches, monkeypatch):
-    monkeypatch.setattr(clipmap_hf.mapping.refit._TowerRefit, "descend", lambda tower, steps: None)
+def test_gradient_steps_make_each_layers_error_smaller(shared_teacher, batches, layer_by_layer):
+    layer_by_layer()
     pairs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     before, after = (
         started(shared_teacher, dataclasses.replace(SMALL, refit_steps=steps), batches) for steps in (0, 30)
@@ -152,12 +150,12 @@ def test_gradient_steps_make_each_layers_error_smaller(shared_teacher, batches, 
             assert descended < 0.99 * solved
 
 
-def test_gradient_steps_of_a_whole_tower_make_its_embeddings_error_smaller(shared_teacher, batches, monkeypatch):
+def test_gradient_steps_of_a_whole_tower_make_its_embeddings_error_smaller(shared_teacher, batches, layer_by_layer):
     config, errors = dataclasses.replace(SMALL, refit_steps=200), []
     pairs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     wanted = embeddings(shared_teacher, pairs)
     after = started(shared_teacher, config, batches)
-    monkeypatch.setattr(clipmap_hf.mapping.refit._TowerRefit, "descend", lambda tower, steps: None)
+    layer_by_layer()
     for mapper in (after, started(shared_teacher, config, batches)):
         given = embeddings(mapper.export(), pairs)
         errors.append([float((given[name] - wanted[name]).square().sum(dim=-1).mean()) for name in wanted])
@@ -189,21 +187,13 @@ def test_a_start_can_be_repeated(shared_teacher, batches, descended):
     assert_same(started(shared_teacher, dataclasses.replace(SMALL, refit_steps=3), batches), descended)
 
 
-def test_streams_in_files_give_the_same_bits(shared_teacher, batches, monkeypatch, descended):
-    files, memmap = [], np.memmap
-
-    def counted(*args, **kwargs):
-        files.append(memmap(*args, **kwargs))
-        return files[-1]
-
-    monkeypatch.setattr(clipmap_hf.mapping.refit, "IN_MEMORY", 0)
-    monkeypatch.setattr(clipmap_hf.mapping.refit.np, "memmap", counted)
+def test_streams_in_files_give_the_same_bits(shared_teacher, batches, streams_in_files, descended):
+    files = streams_in_files()
     assert_same(started(shared_teacher, dataclasses.replace(SMALL, refit_steps=3), batches), descended)
     assert len(files) > 2 * 2 * len(batches)
 
 
-def test_streams_that_fit_are_kept_in_memory(shared_teacher, batches, monkeypatch):
-    monkeypatch.setattr(clipmap_hf.mapping.refit.np, "memmap", lambda *_, **__: pytest.fail("a file"))
+def test_streams_that_fit_are_kept_in_memory(shared_teacher, batches, no_files):
     started(shared_teacher, SMALL, batches)
 
 

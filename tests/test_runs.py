@@ -12,22 +12,23 @@ import torch
 from conftest import randomize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig, compressor, distillation, starts
+from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig
+from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.families import CLIP
-from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.runs import run_distillation, run_mapping
-from clipmap_hf.starts import choose_student, start_compressor
-from clipmap_hf.teachers import Teacher, make_teacher_cache
-from clipmap_hf.training.arguments import (
-    CalibrationArguments,
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    RunArguments,
-    TeacherCacheArguments,
-)
+from clipmap_hf.models.model_id import ModelId
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.pipeline import distillation
+from clipmap_hf.pipeline import start as pipeline_start
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.distillation import run_distillation
+from clipmap_hf.pipeline.mapping import run_mapping
+from clipmap_hf.pipeline.start import choose_student, start_compressor
+from clipmap_hf.starts import start_mapper
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.teacher_cache.make import make_teacher_cache
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments
 from clipmap_hf.training.trainer import TrainResult
 
 
@@ -78,14 +79,15 @@ def distill(teacher, tiny_processor, data, tmp_path):
     """A function that distills a fresh student: `distill(teachers, data=…, cache=…, steps=…)`."""
 
     def run(teachers: list[Teacher], **values) -> tuple[TrainResult, list[dict], CLIPModel]:
-        student = WeightMapper(copy.deepcopy(teacher.model), SMALL).export()
+        student = start_mapper(copy.deepcopy(teacher.model), SMALL).export()
         numbers = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
         numbers |= {name: values.pop(name) for name in ("steps", "micro_batch_size", "freeze") if name in values}
         options = {"data": data, "output_dir": str(tmp_path / "out"), "resume": "never", "seed": 0} | values
-        given = {name: options.pop(name) for name in ("cache", "recipe") if name in options}
+        cache, recipe = options.pop("cache", None), options.pop("recipe", None)
         chosen, processor = options.pop("data"), options.pop("processor", tiny_processor)
         run = RunArguments(log_every=1, **options)
-        result = run_distillation(student, teachers, processor, DistillationArguments(**numbers), run, chosen, **given)
+        context = RunContext(run, chosen, recipe)
+        result = run_distillation(student, teachers, processor, DistillationArguments(**numbers), context, cache=cache)
         log = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
         return result, log, student
 
@@ -100,7 +102,7 @@ def test_a_cache_cannot_be_asked_for_streams(teacher, teachers, tiny_processor, 
     numbers = DistillationArguments(steps=1, batch_size=8, losses={"affinity": 1.0, "hidden": 1.0})
     cache, run = TeacherCacheArguments(str(tmp_path / "cache")), RunArguments(str(tmp_path / "out"))
     with pytest.raises(ValueError, match="leave out teacher_cache, or the loss"):
-        run_distillation(teacher.model, teachers, tiny_processor, numbers, run, data, cache=cache)
+        run_distillation(teacher.model, teachers, tiny_processor, numbers, RunContext(run, data), cache=cache)
     assert not (tmp_path / "cache").exists()
 
 
@@ -170,7 +172,7 @@ def test_a_distilled_student_is_written_with_its_card_and_results(distill, teach
 
 @pytest.mark.parametrize("freeze", ["vision", "text"])
 def test_a_frozen_tower_stays_as_it_is_and_the_other_learns(distill, teacher, teachers, freeze):
-    before = WeightMapper(copy.deepcopy(teacher.model), SMALL).export().state_dict()
+    before = start_mapper(copy.deepcopy(teacher.model), SMALL).export().state_dict()
     after = distill(teachers, freeze=freeze)[2].cpu().state_dict()
     changed = {CLIP.match(name).tower for name in before if not torch.equal(before[name], after[name])}
     assert changed - {None} == {"vision", "text"} - {freeze}
@@ -307,7 +309,9 @@ def test_a_mapping_trains_the_operators_and_writes_student_and_map(teacher_folde
     before = copy.deepcopy(compressor.mapper.state_dict())
     arguments = MappingArguments(steps=2, batch_size=8, micro_batch_size=4, warmup_steps=0)
     data = dataclasses.replace(data, eval_data=data.train_data)
-    result = run_mapping(compressor, arguments, RunArguments(str(tmp_path / "out")), data, recipe="steps: 2\n")
+    result = run_mapping(
+        compressor, arguments, RunContext(RunArguments(str(tmp_path / "out")), data, recipe="steps: 2\n")
+    )
     after = compressor.mapper.cpu().state_dict()
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name in before if name.endswith("delta")} | {"logit_scale"}
@@ -330,12 +334,13 @@ def test_a_mapping_is_not_gone_on_with_for_another_student(teacher_folder, data,
     for depth, words in (("interval_front", None), ("spread", 'student.depth was "interval_front", is "spread"')):
         config = dataclasses.replace(SMALL, depth=depth)
         compressor = ClipMapCompressor.from_pretrained(teacher_folder, student=config)
-        arguments = MappingArguments(steps=1, batch_size=8), RunArguments(str(tmp_path / "out")), data
+        arguments = MappingArguments(steps=1, batch_size=8)
+        context = RunContext(RunArguments(str(tmp_path / "out")), data)
         if words is None:
-            run_mapping(compressor, *arguments)
+            run_mapping(compressor, arguments, context)
         else:
             with pytest.raises(ValueError, match=words):
-                run_mapping(compressor, *arguments)
+                run_mapping(compressor, arguments, context)
 
 
 # Starts
@@ -350,17 +355,9 @@ def start(teacher_folder, data, tmp_path):
     def run(student: ClipMapConfig | None, source=teacher_folder, pairs: int = 8, data=data, calibration=None, **run):
         calibration = CalibrationArguments(calibration, pairs)
         arguments = RunArguments(**{"output_dir": str(tmp_path / "out")} | run)
-        return start_compressor(str(source), None, student, calibration, arguments, data)
+        return start_compressor(ModelId(str(source)), student, RunContext(arguments, data), calibration)
 
     return run
-
-
-@pytest.fixture
-def no_calibration(monkeypatch):
-    def refuse() -> None:
-        monkeypatch.setattr(compressor, "start_from_activations", lambda *_: pytest.fail("it was calibrated"))
-
-    return refuse
 
 
 def weights(compressor: ClipMapCompressor) -> torch.Tensor:
@@ -377,18 +374,18 @@ def test_a_start_is_that_of_the_library(start, teacher_folder, tiny_processor, d
     assert given.config == expected.config and given.config.initializer == (initializer or "calibrated")
 
 
-def test_other_initializers_start_without_data(start, data, no_calibration):
-    no_calibration()
+def test_other_initializers_start_without_data(start, data, no_start):
+    no_start()
     nowhere = dataclasses.replace(data, train_data="/no/such/pairs.parquet")
     for initializer in ("diagonal", "random"):
         config = dataclasses.replace(STARTED, initializer=initializer)
         assert start(config, data=nowhere).config == config
 
 
-def test_without_a_student_a_map_is_gone_on_with(start, tmp_path, no_calibration):
+def test_without_a_student_a_map_is_gone_on_with(start, tmp_path, no_start):
     first = start(STARTED)
     first.save_pretrained(tmp_path / "map")
-    no_calibration()
+    no_start()
     assert torch.equal(weights(start(None, source=tmp_path / "map")), weights(first))
 
 
@@ -408,11 +405,11 @@ def test_a_start_from_a_stream_takes_its_first_pairs(start, pairs_tars, tiny_pro
     assert torch.equal(weights(start(STARTED, data=stream)), weights(expected))
 
 
-def test_a_start_is_kept_and_taken_up_by_the_same_command(start, tmp_path, no_calibration):
+def test_a_start_is_kept_and_taken_up_by_the_same_command(start, tmp_path, no_start):
     first = start(STARTED)
     assert (tmp_path / "out" / "start" / "map" / "clipmap.safetensors").is_file()
     assert torch.equal(CLIPModel.from_pretrained(tmp_path / "out" / "start").logit_scale, first.export().logit_scale)
-    no_calibration()
+    no_start()
     again = start(STARTED)
     assert torch.equal(weights(again), weights(first)) and again.config == first.config
     assert again.teacher_id == first.teacher_id
@@ -421,55 +418,55 @@ def test_a_start_is_kept_and_taken_up_by_the_same_command(start, tmp_path, no_ca
 @pytest.mark.parametrize(
     "changes", [{"seed": 1}, {"pairs": 9}, {"resume": "never"}, {"student": dataclasses.replace(STARTED, refit=True)}]
 )
-def test_another_command_starts_anew(start, no_calibration, changes):
+def test_another_command_starts_anew(start, no_start, changes):
     start(STARTED)
-    no_calibration()
+    no_start()
     with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
         start(**{"student": STARTED} | changes)
 
 
-def test_a_start_for_another_student_takes_the_place_of_the_first(start, no_calibration):
+def test_a_start_for_another_student_takes_the_place_of_the_first(start, no_start):
     start(STARTED)
     other = dataclasses.replace(STARTED, projection_dim=16)
     second = start(other)
-    no_calibration()
+    no_start()
     assert torch.equal(weights(start(other)), weights(second))
 
 
 def test_a_start_that_was_not_written_to_its_end_is_not_taken_for_the_one_before(start, monkeypatch):
     start(STARTED)
     with monkeypatch.context() as patch:
-        patch.setattr(starts, "write_json", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(pipeline_start, "write_json", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             start(dataclasses.replace(STARTED, projection_dim=16))
     assert start(STARTED).config.projection_dim is None
 
 
-def test_a_stream_is_another_start(start, pairs_tars, no_calibration):
+def test_a_stream_is_another_start(start, pairs_tars, no_start):
     table = DataArguments(pairs_tars, image_column="png", caption_column=["txt"])
     start(STARTED, data=table)
-    no_calibration()
+    no_start()
     with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
         start(STARTED, data=dataclasses.replace(table, streaming=True))
 
 
-def test_other_calibration_data_is_another_start(start, pairs_parquet, tmp_path, no_calibration):
+def test_other_calibration_data_is_another_start(start, pairs_parquet, tmp_path, no_start):
     rows, path = load_pairs(str(pairs_parquet)), tmp_path / "calibration.parquet"
     rows.select(range(8)).to_parquet(path)
     start(STARTED, calibration=str(path))
     rows.select(range(8, 16)).to_parquet(path)
-    no_calibration()
+    no_start()
     with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
         start(STARTED, calibration=str(path))
 
 
-def test_other_weights_of_a_teacher_are_another_start(start, teacher_folder, tmp_path, no_calibration):
+def test_other_weights_of_a_teacher_are_another_start(start, teacher_folder, tmp_path, no_start):
     folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
     start(STARTED, source=folder)
     model = CLIPModel.from_pretrained(folder)
     model.visual_projection.weight.data += 1
     model.save_pretrained(folder)
-    no_calibration()
+    no_start()
     with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
         start(STARTED, source=folder)
 
@@ -477,11 +474,6 @@ def test_other_weights_of_a_teacher_are_another_start(start, teacher_folder, tmp
 # The shape within a budget
 
 BUDGET = dataclasses.replace(STARTED, vision=TowerConfig(), text=TowerConfig(), budget=Budget(params="100k"))
-
-
-@pytest.fixture
-def no_search(monkeypatch):
-    return lambda: monkeypatch.setattr(starts, "choose_shape", lambda *_: pytest.fail("it was searched"))
 
 
 @pytest.mark.parametrize("initializer", ["diagonal", "calibrated"])
@@ -507,7 +499,8 @@ def test_another_command_searches_anew(start, no_search, changes):
 
 
 def test_without_calibration_a_shape_is_chosen_without_data(teacher_folder, data, tmp_path, capsys):
-    nowhere, run = dataclasses.replace(data, train_data="/no/such/pairs.parquet"), RunArguments(str(tmp_path))
-    chosen = choose_student(str(teacher_folder), None, BUDGET, None, run, nowhere)
+    nowhere = dataclasses.replace(data, train_data="/no/such/pairs.parquet")
+    source, context = ModelId(str(teacher_folder)), RunContext(RunArguments(str(tmp_path)), nowhere)
+    chosen = choose_student(source, BUDGET, context, calibration=None)
     assert chosen.budget is None and "literature" in capsys.readouterr().out
-    assert choose_student(str(teacher_folder), None, chosen, None, run, nowhere) is chosen
+    assert choose_student(source, chosen, context, calibration=None) is chosen

@@ -8,8 +8,8 @@ import torch
 from onnx import parser
 from torch.nn import functional as F
 
-from clipmap_hf.evaluation.memory import peak_memory
-from clipmap_hf.evaluation.runtimes import RUNTIMES
+from clipmap_hf.costs.memory import peak_memory
+from clipmap_hf.costs.runtimes import RUNTIMES
 
 
 VISION = """

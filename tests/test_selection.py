@@ -10,20 +10,26 @@ from calibrated_starts import TOWERS, random_pairs, split
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
 from clipmap_hf.evaluation.retrieval import recall_at_k
-from clipmap_hf.features import ClipFeatures
 from clipmap_hf.losses import contrastive_loss
-from clipmap_hf.mapping.initializers import SELECTIONS
 from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.mapping.scores import Scores, TowerScores, keep, strongest
-from clipmap_hf.mapping.towers import Tower
-from clipmap_hf.selection import CRITERIA
-from clipmap_hf.selection.criteria import part_sums, taylor
-from clipmap_hf.selection.heat_map import errors_to_dict, heat_map
-from clipmap_hf.selection.mope import PruningErrors, pruning_errors
-from clipmap_hf.selection.start import start_from_selection
+from clipmap_hf.models.features import ClipFeatures
+from clipmap_hf.models.towers import Tower
+from clipmap_hf.starts import STARTS, start_mapper
+from clipmap_hf.starts.selection.criteria import magnitude, manual, part_sums, random_selection, taylor
+from clipmap_hf.starts.selection.heat_map import errors_to_dict, heat_map
+from clipmap_hf.starts.selection.mope import PruningErrors, mope, pruning_errors
+from clipmap_hf.starts.selection.scores import Scores, TowerScores, keep, strongest
 
 
 NARROW = ClipMapConfig(TowerConfig(48, num_hidden_layers=2), TowerConfig(32, num_hidden_layers=2), projection_dim=16)
+
+CRITERIA = {
+    "magnitude": magnitude,
+    "manual": manual,
+    "mope": mope,
+    "random_selection": random_selection,
+    "taylor": taylor,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +39,8 @@ def batches(shared_teacher) -> list[dict]:
 
 
 def selected(teacher, config: ClipMapConfig, name: str, batches) -> WeightMapper:
-    mapper = WeightMapper(teacher, dataclasses.replace(config, initializer=name))
-    start_from_selection(mapper, teacher, batches)
-    return mapper
-
-
-def test_the_mapper_knows_all_criteria():
-    assert set(SELECTIONS) == set(CRITERIA)
+    batches = batches if STARTS[name].reads_pairs else None
+    return start_mapper(teacher, dataclasses.replace(config, initializer=name), batches)
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -66,7 +67,7 @@ def test_operators_keep_whole_parts(shared_teacher, batches, name, depth, device
 
 def test_manual_is_the_front_slice(shared_teacher):
     manual = selected(shared_teacher, NARROW, "manual", []).export().state_dict()
-    diagonal = WeightMapper(shared_teacher, dataclasses.replace(NARROW, initializer="diagonal")).export().state_dict()
+    diagonal = start_mapper(shared_teacher, dataclasses.replace(NARROW, initializer="diagonal")).export().state_dict()
     for name, tensor in diagonal.items():
         assert torch.equal(manual[name], tensor), name
 

@@ -12,22 +12,17 @@ import pytest
 import torch
 
 from clipmap_hf import PRESETS, Budget, ClipMapConfig, TowerConfig
-from clipmap_hf.data import evaluation_pairs
+from clipmap_hf.cli.arguments import StudentArguments
+from clipmap_hf.cli.student import map_config, with_size
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
-from clipmap_hf.training import setup
-from clipmap_hf.training.arguments import DataArguments, RunArguments, StageArguments, StudentArguments
-from clipmap_hf.training.setup import (
-    evaluation_batches,
-    map_config,
-    run_stage,
-    sized,
-    source_files,
-    stage_seed,
-    training_collator,
-    training_pairs,
-)
-from clipmap_hf.training.stages import ContrastiveStage
+from clipmap_hf.data.sources import evaluation_batches, source_files, stage_seed, training_collator, training_pairs
+from clipmap_hf.pipeline import stage as pipeline_stage
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.stage import run_stage
+from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.stages.contrastive import ContrastiveStage
 
 
 def test_a_preset_is_taken_as_it_is():
@@ -68,23 +63,23 @@ def test_an_unknown_preset_is_an_error_that_names_the_presets():
 
 def test_a_size_is_a_preset_or_options_over_what_all_have_in_common():
     common = StudentArguments(initializer="mope", vision_num_hidden_layers=3)
-    assert sized(common, "tiny") == dataclasses.replace(common, student="tiny")
-    given = sized(common, "vision_num_hidden_layers=2,text_hidden_size=64,depth=score,tie_ffn=true")
+    assert with_size(common, "tiny") == dataclasses.replace(common, student="tiny")
+    given = with_size(common, "vision_num_hidden_layers=2,text_hidden_size=64,depth=score,tie_ffn=true")
     changes = {"vision_num_hidden_layers": 2, "text_hidden_size": 64, "depth": "score", "tie_ffn": True}
     assert given == dataclasses.replace(common, **changes)
-    within = sized(common, "params=30M,text_num_hidden_layers=2")
+    within = with_size(common, "params=30M,text_num_hidden_layers=2")
     assert within == dataclasses.replace(common, student={"params": "30M"}, text_num_hidden_layers=2)
 
 
 def test_a_size_has_a_preset_or_a_budget():
     with pytest.raises(ValueError, match="a preset and a budget; give one"):
-        sized(StudentArguments(), "student=small,params=30M")
+        with_size(StudentArguments(), "student=small,params=30M")
 
 
 @pytest.mark.parametrize("size", ["vision_width=2", "vision_hidden_size=", "text_hidden_size=64,tiny"])
 def test_a_size_that_says_nothing_known_is_an_error(size):
     with pytest.raises(ValueError, match="it takes option=value, with an option of .'student', 'vision_hidden_size'"):
-        sized(StudentArguments(), size)
+        with_size(StudentArguments(), size)
 
 
 @pytest.fixture
@@ -107,17 +102,16 @@ def test_without_evaluation_data_there_is_no_evaluation(data, tiny_processor):
     assert evaluation_batches(data, tiny_processor) is None
 
 
-def test_fewer_evaluation_pairs_than_processes_is_an_error(data, tiny_processor, monkeypatch):
-    monkeypatch.setattr(evaluation_pairs, "process_count", lambda: 25)
+def test_fewer_evaluation_pairs_than_processes_is_an_error(data, tiny_processor, as_process):
+    as_process(0, 25)
     with pytest.raises(ValueError, match=r"has 24 pairs, fewer than the 25 processes"):
         evaluation_batches(data, tiny_processor)
 
 
-def test_processes_share_the_evaluation_pairs(data, tiny_processor, monkeypatch):
-    monkeypatch.setattr(evaluation_pairs, "process_count", lambda: 5)
+def test_processes_share_the_evaluation_pairs(data, tiny_processor, as_process, monkeypatch):
     shares = []
     for index in range(5):
-        monkeypatch.setattr(evaluation_pairs, "process_index", lambda index=index: index)
+        as_process(index, 5)
         (batch,) = evaluation_batches(data, tiny_processor)
         shares.append(batch["input_ids"][:, 1].tolist())
     monkeypatch.undo()
@@ -192,15 +186,16 @@ def test_each_stage_has_a_seed_of_its_own(data, tiny_processor, monkeypatch):
     seen = []
 
     class Recorder:
-        def __init__(self, stage, arguments, run, pairs, collator, *rest):
+        def __init__(self, run, collator, **rest):
             seen.append((run.seed, collator.seed))
 
         def train(self):
             return None
 
-    monkeypatch.setattr(setup, "Trainer", Recorder)
+    monkeypatch.setattr(pipeline_stage, "Trainer", Recorder)
     for name, seed in (("mapping", 0), ("distillation", 0), ("mapping", 1), ("mapping", 0)):
-        run_stage(None, StageArguments(), RunArguments("out", seed=seed), data, tiny_processor, name=name)
+        context = RunContext(RunArguments("out", seed=seed), data)
+        run_stage(None, StageArguments(), context, tiny_processor, name=name)
     assert seen[0] == seen[3] and len(set(seen)) == 3 and all(run == collate for run, collate in seen)
 
 
@@ -211,13 +206,13 @@ def run_on(data, tiny_processor, shared_teacher, tmp_path, fresh_accelerator):
     def run(name: str = "pretrain", **values):
         options = {"steps": 3, "batch_size": 8, "output_dir": str(tmp_path / "out"), "log_every": 1}
         options |= {"train_data": data.train_data, "learning_rate": 1e-3, **values}
-        chosen = [
+        arguments, *run = [
             cls(**{f.name: options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options})
             for cls in (StageArguments, RunArguments, DataArguments)
         ]
         assert options.keys() <= {"config"}
-        stage = ContrastiveStage(copy.deepcopy(shared_teacher), 50.0, learn_logit_scale=False)
-        return stage, run_stage(stage, *chosen, tiny_processor, name=name, **options)
+        stage = ContrastiveStage(copy.deepcopy(shared_teacher))
+        return stage, run_stage(stage, arguments, RunContext(*run), tiny_processor, name=name, **options)
 
     return run
 

@@ -9,15 +9,16 @@ from transformers import CLIPConfig
 
 from clipmap_hf import PRESETS, Budget, ClipMapConfig, TowerConfig
 from clipmap_hf.config import student_config
-from clipmap_hf.evaluation.cost import model_cost
-from clipmap_hf.mapping.calibration import calibrate, calibration_batch
-from clipmap_hf.mapping.initializers.calibrated import residual_axes
-from clipmap_hf.mapping.towers import Tower
+from clipmap_hf.costs.cost import model_cost
+from clipmap_hf.models.towers import Tower
 from clipmap_hf.shapes import choice as choice_module
 from clipmap_hf.shapes import choose_shape, kept_energy, latency
 from clipmap_hf.shapes.energy import kept_of_tower
 from clipmap_hf.shapes.grid import COUNTED, Shape, TowerGrid, counted_costs, grid_of, of_depths, shaped
 from clipmap_hf.shapes.latency import latency_costs, measured_latency
+from clipmap_hf.starts.calibrated.axes import residual_axes
+from clipmap_hf.starts.calibrated.batches import calibration_batch
+from clipmap_hf.starts.calibrated.statistics import calibrate
 
 
 @pytest.fixture

@@ -15,37 +15,36 @@ from transformers import (
 
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig, TowerConfig, embedding_width, student_config
+from clipmap_hf.costs.cost import model_cost
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.collate import PairCollator, tokenized
 from clipmap_hf.data.pairs import load_pairs
-from clipmap_hf.evaluation.cost import model_cost
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.evaluation.zero_shot import evaluate_zero_shot, zero_shot_classifier
 from clipmap_hf.families import SIGLIP
-from clipmap_hf.features import ClipFeatures, encode_images, encode_texts
-from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, SELECTIONS, check_start
-from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.mapping.towers import Tower
-from clipmap_hf.models import load_model, load_processor
-from clipmap_hf.runs import run_distillation, run_mapping
-from clipmap_hf.selection.masks import Masks
-from clipmap_hf.selection.start import start_from_selection
-from clipmap_hf.teachers import Teacher
-from clipmap_hf.training.arguments import (
-    DataArguments,
-    DistillationArguments,
-    MappingArguments,
-    RunArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.logits import clamp_scale, learn_bias, logit_parameters, set_scale
+from clipmap_hf.models.features import ClipFeatures, encode_images, encode_texts
+from clipmap_hf.models.loading import load_model, load_processor
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.models.towers import Tower
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.distillation import run_distillation
+from clipmap_hf.pipeline.mapping import run_mapping
+from clipmap_hf.starts import STARTS, check_start, start_mapper
+from clipmap_hf.starts.selection.masks import Masks
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments
 from clipmap_hf.training.optimization import parameter_groups
-from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage
+from clipmap_hf.training.stages.contrastive import ContrastiveStage
+from clipmap_hf.training.stages.distillation import DistillationStage
+from clipmap_hf.training.stages.logits import clamp_scale, learn_bias, logit_parameters, set_scale
+from clipmap_hf.training.stages.mapping import MappingStage
 
 
 SMALL = ClipMapConfig(
     vision=TowerConfig(hidden_size=32, num_hidden_layers=2), text=TowerConfig(hidden_size=16, num_hidden_layers=2)
 )
-GOES_THROUGH_LAYERS = [*CALIBRATED_INITIALIZERS, "mope"]
+GOES_THROUGH_LAYERS = sorted(name for name, start in STARTS.items() if start.layerwise)
+SELECTIONS = ("magnitude", "manual", "random_selection", "taylor")
 MIXED = {"affinity": 1.0, "sigmoid": 0.1}
 
 
@@ -112,7 +111,7 @@ def test_the_joint_embedding_is_as_wide_as_the_vision_tower(siglip):
 
 def test_a_front_slice_is_what_it_says(siglip):
     """`in_proj` holds query, key and value: the front of each is kept, not the front of all three."""
-    teacher, student = siglip.state_dict(), WeightMapper(siglip, SMALL).export().state_dict()
+    teacher, student = siglip.state_dict(), start_mapper(siglip, SMALL).export().state_dict()
     name = "vision_model.head.attention.in_proj_weight"
     expected = teacher[name].unflatten(0, (3, 64))[:, :32, :32].flatten(0, 1)
     torch.testing.assert_close(student[name], expected, atol=0, rtol=0)
@@ -124,10 +123,10 @@ def test_a_front_slice_is_what_it_says(siglip):
         torch.testing.assert_close(student[name], teacher[name], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(set(SELECTIONS) - {"mope"}))
+@pytest.mark.parametrize("name", SELECTIONS)
 def test_selections_keep_whole_parts(siglip, batch, name):
-    mapper = WeightMapper(siglip, ClipMapConfig(vision=SMALL.vision, text=SMALL.text, initializer=name))
-    start_from_selection(mapper, siglip, [batch])
+    batches = [batch] if STARTS[name].reads_pairs else None
+    mapper = start_mapper(siglip, ClipMapConfig(vision=SMALL.vision, text=SMALL.text, initializer=name), batches)
     for operator in mapper.operators.values():
         assert (operator().sum(dim=-1) == 1).all() and (operator().amax(dim=-1) == 1).all()
     heads = mapper.operators["vision_pool"]().argmax(dim=-1).unflatten(0, (2, 16))
@@ -143,15 +142,15 @@ def test_dead_parts_of_the_pooling_head_are_not_kept(siglip, batch, name):
         tensor.unflatten(0, (3, 4, 16))[:, 0] = 0  # the first of four heads
     head.attention.out_proj.weight.data[:, :16] = 0
     head.mlp.fc1.weight.data[:100], head.mlp.fc1.bias.data[:100], head.mlp.fc2.weight.data[:, :100] = 0, 0, 0
-    mapper = WeightMapper(model, ClipMapConfig(vision=SMALL.vision, initializer=name))
-    start_from_selection(mapper, model, [batch])
+    batches = [batch] if STARTS[name].reads_pairs else None
+    mapper = start_mapper(model, ClipMapConfig(vision=SMALL.vision, initializer=name), batches)
     assert mapper.operators["vision_pool"]().argmax(dim=-1).min() >= 16
     assert mapper.operators["vision_pool_ffn"]().argmax(dim=-1).min() >= 100
 
 
 @pytest.mark.parametrize("name", GOES_THROUGH_LAYERS)
 def test_starts_that_go_through_layers_are_refused_with_those_that_work(folder, pairs_parquet, name):
-    check_start(SIGLIP, "taylor")
+    check_start(ClipMapConfig(initializer="taylor"), SIGLIP, has_pairs=True)
     with pytest.raises(
         ValueError, match=rf"initializer='{name}' goes through .* family 'siglip'.*'diagonal'.*'taylor'"
     ):
@@ -180,7 +179,7 @@ def test_the_cost_is_that_of_the_formula(siglip):
 
 def test_the_contrastive_stage_trains_the_sigmoid_loss_and_its_bias(siglip, batch):
     model = SiglipModel(siglip.config)
-    stage = ContrastiveStage(model, 10.0, True)
+    stage = ContrastiveStage(model, logit_scale=10.0, learn_logit_scale=True)
     assert model.logit_bias.item() == -10 and logit_parameters(model) == [model.logit_scale, model.logit_bias]
     output = stage([batch])
     with torch.no_grad():
@@ -200,16 +199,16 @@ def test_the_contrastive_stage_trains_the_sigmoid_loss_and_its_bias(siglip, batc
 
 
 def test_the_bias_is_trained_by_the_sigmoid_loss_only(siglip, tiny_teacher, batch):
-    student = WeightMapper(siglip, SMALL).export()
-    DistillationStage(student, [siglip], 50.0, False)
+    student = start_mapper(siglip, SMALL).export()
+    DistillationStage(student, teachers=[siglip])
     assert not student.logit_bias.requires_grad
-    stage = DistillationStage(student, [siglip], 50.0, False, MIXED)
+    stage = DistillationStage(student, teachers=[siglip], losses=MIXED)
     assert stage([batch])["sigmoid"].item() > 0 and student.logit_bias.requires_grad
-    mapper = WeightMapper(siglip, SMALL)
-    MappingStage(mapper, 50.0, False, losses={"sigmoid": 1.0})([batch])["loss"].backward()
+    mapper = start_mapper(siglip, SMALL)
+    MappingStage(mapper, losses={"sigmoid": 1.0})([batch])["loss"].backward()
     assert mapper.logit_bias.grad.item() != 0 and mapper.operators["vision_pool"].delta.grad.abs().max() > 0
     with pytest.raises(ValueError, match="learns a logit bias, which models of type 'siglip' have"):
-        DistillationStage(tiny_teacher, [tiny_teacher], 50.0, False, {"sigmoid": 1.0})
+        DistillationStage(tiny_teacher, teachers=[tiny_teacher], losses={"sigmoid": 1.0})
 
 
 def test_scale_and_bias_are_set_learned_and_bounded(siglip):
@@ -230,7 +229,7 @@ def test_a_siglip_is_compressed_from_end_to_end(folder, pairs_parquet, tiny_pair
     compressor = ClipMapCompressor.from_pretrained(folder, SMALL)
     assert "without token embedding" in str(compressor.cost())
     run = RunArguments(output_dir=str(tmp_path / "mapped"))
-    run_mapping(compressor, MappingArguments(losses={"sigmoid": 1.0}, **numbers), run, data)
+    run_mapping(compressor, MappingArguments(losses={"sigmoid": 1.0}, **numbers), RunContext(run, data))
     mapped = SiglipModel.from_pretrained(tmp_path / "mapped")
     assert not torch.equal(mapped.logit_bias, load_model(str(folder)).logit_bias)
     again = ClipMapCompressor.from_pretrained(tmp_path / "mapped")
@@ -241,7 +240,7 @@ def test_a_siglip_is_compressed_from_end_to_end(folder, pairs_parquet, tiny_pair
     teacher = Teacher.load(str(folder))
     cache = TeacherCacheArguments(teacher_cache=str(tmp_path / "cache"), views=1)
     distillation = DistillationArguments(losses=MIXED, **numbers)
-    run_distillation(mapped, [teacher], compressor.processor, distillation, run, data, cache=cache)
+    run_distillation(mapped, [teacher], compressor.processor, distillation, RunContext(run, data), cache=cache)
     student, processor = SiglipModel.from_pretrained(run.output_dir), load_processor(run.output_dir)
     collator = PairCollator(processor.tokenizer, processor.image_processor)
     metrics = evaluate_retrieval(student, [collator(list(load_pairs(str(pairs_parquet))))])

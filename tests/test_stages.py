@@ -11,17 +11,22 @@ from transformers import CLIPModel
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.build_cache import build_teacher_cache, finish_teacher_cache
 from clipmap_hf.data.collate import PairCollator, normalized_pixels
 from clipmap_hf.data.pairs import load_pairs
-from clipmap_hf.data.teacher_cache import TeacherCache, cache_manifest, model_fingerprint
-from clipmap_hf.features import ClipFeatures
 from clipmap_hf.losses import LOSSES, PAIR_LOSSES, affinity_loss, contrastive_loss
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.operators import Operator
-from clipmap_hf.training import stages
+from clipmap_hf.models.features import ClipFeatures
+from clipmap_hf.models.fingerprints import model_fingerprint
+from clipmap_hf.starts import start_mapper
+from clipmap_hf.teacher_cache.build import build_teacher_cache, finish_teacher_cache
+from clipmap_hf.teacher_cache.lookup import TeacherCache
+from clipmap_hf.teacher_cache.manifest import cache_manifest
 from clipmap_hf.training.arguments import DistillationArguments
-from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage, Stage
+from clipmap_hf.training.stages.base import Stage
+from clipmap_hf.training.stages.contrastive import ContrastiveStage
+from clipmap_hf.training.stages.distillation import DistillationStage
+from clipmap_hf.training.stages.mapping import MappingStage
 
 
 SMALL = ClipMapConfig(
@@ -35,21 +40,25 @@ STAGES = ("contrastive", "mapping", "distillation")
 
 @pytest.fixture
 def student(tiny_teacher) -> CLIPModel:
-    return WeightMapper(tiny_teacher, SMALL).export().train()
+    return start_mapper(tiny_teacher, SMALL).export().train()
 
 
 @pytest.fixture
 def build(tiny_teacher, student):
-    """A factory of stages by name: `build("mapping", logit_scale=50.0, learn_logit_scale=False)`."""
+    """A factory of stages by name: `build("mapping")`."""
 
     def stage(name: str, logit_scale: float = 50.0, learn_logit_scale: bool = False, **kwargs) -> Stage:
         if name == "contrastive":
-            return ContrastiveStage(student, logit_scale, learn_logit_scale)
+            return ContrastiveStage(student, logit_scale=logit_scale, learn_logit_scale=learn_logit_scale)
         if name == "mapping":
-            mapper = WeightMapper(tiny_teacher, SMALL)
+            mapper = start_mapper(tiny_teacher, SMALL)
             teachers = [tiny_teacher] if kwargs else []
-            return MappingStage(mapper, logit_scale, learn_logit_scale, teachers, **kwargs)
-        return DistillationStage(student, [tiny_teacher], logit_scale, learn_logit_scale, **kwargs)
+            return MappingStage(
+                mapper, logit_scale=logit_scale, learn_logit_scale=learn_logit_scale, teachers=teachers, **kwargs
+            )
+        return DistillationStage(
+            student, teachers=[tiny_teacher], logit_scale=logit_scale, learn_logit_scale=learn_logit_scale, **kwargs
+        )
 
     return stage
 
@@ -162,7 +171,13 @@ def test_embeddings_of_other_widths_are_compared_through_a_trained_map(student, 
     """Which is no part of the student, and the same in every process."""
     torch.manual_seed(0)
     numbers = torch.get_rng_state()
-    stage = DistillationStage(student, [tiny_teacher, other_teacher], 50.0, False, {"feature": 1.0}).train()
+    stage = DistillationStage(
+        student,
+        teachers=[tiny_teacher, other_teacher],
+        logit_scale=50.0,
+        learn_logit_scale=False,
+        losses={"feature": 1.0},
+    ).train()
     assert torch.equal(torch.get_rng_state(), numbers)
     maps = dict(stage.projectors.named_parameters())
     assert {name: tuple(one.shape) for name, one in maps.items()} == {
@@ -183,10 +198,13 @@ def test_embeddings_of_other_widths_are_compared_through_a_trained_map(student, 
 
 def test_embeddings_from_a_cache_are_compared_like_their_teachers(student, tiny_teacher, other_teacher, batch):
     teachers, losses = [tiny_teacher, other_teacher], {"feature": 1.0, "interactive": 1.0}
-    live = step(DistillationStage(student.eval(), teachers, 50.0, False, losses), [batch])
+    live = step(
+        DistillationStage(student.eval(), teachers=teachers, losses=losses),
+        [batch],
+    )
     embeds = [features(teacher, batch) for teacher in teachers]
     brought = batch | {"teacher_embeds": [(one.image_embeds, one.text_embeds) for one in embeds]}
-    cached = DistillationStage(student.eval(), [], 50.0, False, losses, teacher_dims=(32, 16))
+    cached = DistillationStage(student.eval(), losses=losses, teacher_dims=(32, 16))
     torch.testing.assert_close(step(cached, [brought]), live, atol=1e-6, rtol=1e-5)
 
 
@@ -194,7 +212,7 @@ def test_embeddings_from_a_cache_are_compared_like_their_teachers(student, tiny_
 def test_a_loss_that_no_teacher_is_there_for_is_an_error(student, tiny_batch, name):
     losses = {"contrastive": 1.0, name: 1.0}
     with pytest.raises(ValueError, match="needs the (features of at least one teacher|teacher itself)"):
-        DistillationStage(student, [], 50.0, False, losses)([tiny_batch])
+        DistillationStage(student, losses=losses)([tiny_batch])
 
 
 # The hidden loss
@@ -212,8 +230,8 @@ def streams(model: CLIPModel, batch) -> dict[str, torch.Tensor]:
 
 def test_the_hidden_loss_compares_what_layers_leave(student, tiny_teacher, batch):
     one_layer = ClipMapConfig(TowerConfig(num_hidden_layers=1), TowerConfig(num_hidden_layers=1))
-    student = WeightMapper(tiny_teacher, one_layer).export()
-    output = DistillationStage(student, [tiny_teacher], 50.0, False, HIDDEN).eval()([batch])
+    student = start_mapper(tiny_teacher, one_layer).export()
+    output = DistillationStage(student, teachers=[tiny_teacher], losses=HIDDEN).eval()([batch])
     own, theirs = (streams(model, batch) for model in (student, tiny_teacher))
     counts = batch["attention_mask"]
     text = ((own["text"] - theirs["text"]).square().mean(dim=-1) * counts).sum(dim=1) / counts.sum(dim=1)
@@ -223,13 +241,13 @@ def test_the_hidden_loss_compares_what_layers_leave(student, tiny_teacher, batch
 
 
 def test_a_copy_of_the_teacher_has_no_hidden_errors(tiny_teacher, batch):
-    stage = DistillationStage(copy.deepcopy(tiny_teacher), [tiny_teacher], 50.0, False, HIDDEN).eval()
+    stage = DistillationStage(copy.deepcopy(tiny_teacher), teachers=[tiny_teacher], losses=HIDDEN).eval()
     assert not list(stage.stream_projectors.parameters())
     assert stage([batch])["hidden"] < 1e-10
 
 
 def test_streams_of_other_widths_are_compared_through_a_trained_map(student, tiny_teacher, batch):
-    stage = DistillationStage(student, [tiny_teacher], 50.0, False, HIDDEN).train()
+    stage = DistillationStage(student, teachers=[tiny_teacher], losses=HIDDEN).train()
     maps = {name: tuple(one.shape) for name, one in stage.stream_projectors.named_parameters()}
     assert maps == {"vision.weight": (64, 32), "text.weight": (48, 16)}
     _, gradients = step(stage, [batch])
@@ -243,9 +261,9 @@ def test_a_mapping_has_no_hidden_loss(build):
 
 def test_the_hidden_loss_needs_teachers_of_the_same_patches(student, tiny_config):
     other = CLIPModel(tiny_config(vision={"patch_size": 16}))
-    DistillationStage(student, [other], 50.0, False)
+    DistillationStage(student, teachers=[other])
     with pytest.raises(ValueError, match="vision_config.patch_size is 8 in the student and 16 in the teacher"):
-        DistillationStage(student, [other], 50.0, False, HIDDEN)
+        DistillationStage(student, teachers=[other], losses=HIDDEN)
 
 
 @pytest.mark.parametrize(
@@ -360,21 +378,21 @@ def build_with_dropout(tiny_config):
 
     def stage(name: str) -> Stage:
         teacher = randomize(CLIPModel(tiny_config(vision=DROPOUT, text=DROPOUT)))
-        mapper = WeightMapper(teacher, SMALL)
+        mapper = start_mapper(teacher, SMALL)
         if name == "mapping":
-            return MappingStage(mapper, 50.0, learn_logit_scale=True).train()
+            return MappingStage(mapper, learn_logit_scale=True).train()
         if name == "contrastive":
-            return ContrastiveStage(mapper.export(), 50.0, learn_logit_scale=True).train()
-        return DistillationStage(mapper.export(), [teacher], 50.0, True, MIXED).train()
+            return ContrastiveStage(mapper.export(), learn_logit_scale=True).train()
+        return DistillationStage(mapper.export(), teachers=[teacher], learn_logit_scale=True, losses=MIXED).train()
 
     return stage
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_dropout_is_the_same_when_a_chunk_is_computed_again(build_with_dropout, batch, name, monkeypatch):
+def test_dropout_is_the_same_when_a_chunk_is_computed_again(build_with_dropout, batch, name, no_recomputation):
     stage, chunks = build_with_dropout(name), chunked(batch, 6)
     actual, other_numbers = step(stage, chunks), step(stage, chunks, seed=1)
-    monkeypatch.setattr(stages, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+    no_recomputation()
     assert_same_step(actual, step(stage, chunks))  # with the graphs of all chunks kept
     assert abs(other_numbers[0]["loss"] - actual[0]["loss"]) > 1e-4
 
@@ -502,7 +520,7 @@ def test_the_teacher_of_a_distillation_is_frozen_and_stays_in_eval_mode(build, t
 
 
 def test_the_teachers_of_a_distillation_are_neither_parameters_nor_saved(student, tiny_teacher, other_teacher):
-    stage = DistillationStage(student, [tiny_teacher, other_teacher], 50.0, False)
+    stage = DistillationStage(student, teachers=[tiny_teacher, other_teacher])
     assert {id(p) for p in stage.parameters()} == {id(p) for p in student.parameters()}
     assert set(stage.state_dict()) == {f"trained.{name}" for name in student.state_dict()}
     assert not {tiny_teacher, other_teacher} & set(stage.modules())
@@ -510,7 +528,7 @@ def test_the_teachers_of_a_distillation_are_neither_parameters_nor_saved(student
 
 def test_the_teachers_of_a_distillation_move_with_the_stage(student, tiny_teacher):
     teachers = [tiny_teacher, copy.deepcopy(tiny_teacher)]
-    DistillationStage(student, teachers, 50.0, False).to(torch.float64)
+    DistillationStage(student, teachers=teachers).to(torch.float64)
     assert {p.dtype for teacher in teachers for p in teacher.parameters()} == {torch.float64}
 
 
@@ -529,7 +547,7 @@ def test_all_student_weights_get_gradients_in_distillation(build, student, tiny_
 
 @pytest.mark.parametrize("size", [24, 6])
 def test_several_teachers_teach_the_mean_of_their_affinities(student, tiny_teacher, other_teacher, batch, size):
-    stage = DistillationStage(student.eval(), [tiny_teacher, other_teacher], 50.0, False)
+    stage = DistillationStage(student.eval(), teachers=[tiny_teacher, other_teacher])
     output = stage(chunked(batch, size))
     mine = features(student, batch)
     logits = [features(one, batch).logits_per_image() for one in (tiny_teacher, other_teacher)]
@@ -551,7 +569,7 @@ def test_a_teacher_that_reads_other_inputs_is_refused(tiny_teacher, tower, name,
     mine = getattr(getattr(other.config, f"{tower}_config"), name)
     setattr(getattr(other.config, f"{tower}_config"), name, value)
     with pytest.raises(ValueError, match=f"{tower}_config.{name} is {mine} in the student and {value} in the teacher"):
-        DistillationStage(tiny_teacher, teachers, 50.0, False)
+        DistillationStage(tiny_teacher, teachers=teachers)
 
 
 # Cached teachers
@@ -567,13 +585,19 @@ def with_embeds(chunk: dict, teachers: list[nn.Module]) -> dict:
 @pytest.mark.parametrize("size", [24, 6])
 def test_cached_embeddings_teach_like_their_teachers(student, tiny_teacher, other_teacher, batch, size):
     teachers, student = [tiny_teacher, other_teacher], student.eval()
-    live = step(DistillationStage(student, teachers, 50.0, False, MIXED), chunked(batch, size))
+    live = step(
+        DistillationStage(student, teachers=teachers, losses=MIXED),
+        chunked(batch, size),
+    )
     chunks = [with_embeds(chunk, teachers) for chunk in chunked(batch, size)]
-    cached = step(DistillationStage(student, [], 50.0, False, MIXED), chunks)
+    cached = step(DistillationStage(student, losses=MIXED), chunks)
     assert cached[0] == pytest.approx(live[0], abs=1e-3)
     assert_same_step(cached, live, tolerance=1e-2)
     # The order counts: each teacher's images belong to its own texts.
-    alone = step(DistillationStage(student, [other_teacher], 50.0, False, MIXED), chunked(batch, size))
+    alone = step(
+        DistillationStage(student, teachers=[other_teacher], losses=MIXED),
+        chunked(batch, size),
+    )
     assert abs(alone[0]["affinity"] - live[0]["affinity"]) > 1e-2
 
 
@@ -598,7 +622,7 @@ def test_a_built_cache_teaches_like_live_teachers(
     build_teacher_cache(tmp_path, teachers, rows, collator, manifest, batch_size=8, num_workers=workers)
     finish_teacher_cache(tmp_path)
     cached = dataclasses.replace(collator, teacher_cache=TeacherCache.open(tmp_path))
-    live, from_cache = (DistillationStage(student.eval(), one, 50.0, False) for one in (teachers, []))
+    live, from_cache = (DistillationStage(student.eval(), teachers=one) for one in (teachers, []))
     losses = []
     for epoch in range(3):
         chosen = [[{**rows[i], "epoch": epoch} for i in part] for part in (range(0, 24, 3), range(1, 24, 3))]
@@ -614,7 +638,7 @@ def test_a_built_cache_teaches_like_live_teachers(
 
 def test_a_student_as_large_as_its_teacher_is_not_mapped(tiny_teacher):
     with pytest.raises(ValueError, match="as large as its teacher.*Say what is to be smaller"):
-        MappingStage(WeightMapper(tiny_teacher, ClipMapConfig()), 50.0, False)
+        MappingStage(start_mapper(tiny_teacher, ClipMapConfig()))
 
 
 def test_the_student_of_a_mapping_is_a_plain_clip_model(build, tiny_batch):

@@ -10,7 +10,7 @@ from set_folders import COLORS, ColorModel, rows_for, write_parquet_set, write_s
 from clipmap_hf.data.images import BadRowError
 from clipmap_hf.evaluation.sets import EvalSet
 from clipmap_hf.evaluation.suite import evaluate_sets, summary_table
-from clipmap_hf.models import load_processor
+from clipmap_hf.models.loading import load_processor
 
 
 SETS = {

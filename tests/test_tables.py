@@ -1,7 +1,7 @@
 import base64
 
 from clipmap_hf.evaluation.retrieval import recall_columns
-from clipmap_hf.evaluation.tables import html_page, html_table, inline_png, markdown_table, scaled_column
+from clipmap_hf.files.tables import html_page, html_table, inline_png, markdown_table, scaled_column
 
 
 COLUMNS = [["model", "a<b", "c"], ["MB", "1.00", "12.00"]]

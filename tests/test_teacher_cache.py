@@ -16,14 +16,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from clipmap_hf.data import build_cache, cache_files
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.build_cache import build_teacher_cache, finish_teacher_cache
 from clipmap_hf.data.collate import PairCollator, content_key, normalized_pixels
-from clipmap_hf.data.teacher_cache import TeacherCache, cache_manifest, model_fingerprint
 from clipmap_hf.data.tokenizer import train_clip_tokenizer
-from clipmap_hf.data.view_batches import ViewCollator
-from clipmap_hf.features import encode_images, encode_texts
+from clipmap_hf.models.features import encode_images, encode_texts
+from clipmap_hf.models.fingerprints import model_fingerprint
+from clipmap_hf.teacher_cache import build as build_cache
+from clipmap_hf.teacher_cache import files as cache_files
+from clipmap_hf.teacher_cache.build import build_teacher_cache, finish_teacher_cache
+from clipmap_hf.teacher_cache.lookup import TeacherCache
+from clipmap_hf.teacher_cache.manifest import cache_manifest
+from clipmap_hf.teacher_cache.view_batches import ViewCollator
 
 
 VIEWS, BLOCK_SIZE, BATCH_SIZE = 3, 5, 6  # two rows per batch; a block is two batches and a half

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from clipmap_hf.export.gguf import GGUF_TYPES, write_gguf
 from clipmap_hf.ternary.config import TernaryConfig
-from clipmap_hf.ternary.gguf import GGUF_TYPES, write_gguf
 from clipmap_hf.ternary.model import pack_model
 
 

@@ -21,14 +21,14 @@ from transformers import (
 )
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig
-from clipmap_hf.features import ClipFeatures
-from clipmap_hf.hub.onnx import write_onnx
-from clipmap_hf.hub.open_clip_folder import write_open_clip_folder
-from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.models import check_float, load_model
+from clipmap_hf.export.onnx import write_onnx
+from clipmap_hf.export.open_clip_folder import write_open_clip_folder
+from clipmap_hf.models.features import ClipFeatures
+from clipmap_hf.models.loading import check_float, load_model
+from clipmap_hf.starts import start_mapper
 from clipmap_hf.ternary import int8
 from clipmap_hf.ternary.config import BACKENDS, METHOD, PARTS, TernaryConfig
-from clipmap_hf.ternary.integration import TernaryQuantizer, forget, mark, register, swap
+from clipmap_hf.ternary.integration import TernaryQuantizer, as_float_config, mark_as_packed, register, swap
 from clipmap_hf.ternary.layers import TERNARY, TernaryConv2d, TernaryEmbedding, TernaryLinear, TernaryModule
 from clipmap_hf.ternary.model import pack_model, set_backend, sparsity, ternary_modules
 from clipmap_hf.ternary.packing import ENCODINGS
@@ -453,7 +453,7 @@ def test_compiled_models_give_the_same(packed, tiny_batch, backend):
 def test_what_works_with_float_weights_refuses_packed_ones(packed, tiny_processor, tmp_path):
     small = ClipMapConfig(vision=TowerConfig(32, 2), text=TowerConfig(32, 2), initializer="diagonal")
     for work in (
-        lambda: WeightMapper(packed, small),
+        lambda: start_mapper(packed, small),
         lambda: write_onnx(tmp_path, packed, tiny_processor),
         lambda: write_open_clip_folder(tmp_path, packed, tiny_processor),
     ):
@@ -565,7 +565,7 @@ def test_a_convolution_is_packed_in_the_state_dict_only(packed):
 
 
 def test_a_model_of_a_packed_model_s_config_can_be_float(packed, tmp_path):
-    CLIPModel(forget(copy.deepcopy(packed.config))).save_pretrained(tmp_path)
+    CLIPModel(as_float_config(copy.deepcopy(packed.config))).save_pretrained(tmp_path)
     assert not any(isinstance(module, TernaryModule) for module in load_model(str(tmp_path)).modules())
 
 
@@ -573,7 +573,7 @@ def test_registering_twice_is_registering_once(tiny_teacher):
     register()
     register()
     swap(tiny_teacher, TernaryConfig(modules=["visual_projection"]))
-    mark(tiny_teacher, TernaryQuantizer(TernaryConfig(modules=["visual_projection"])))
+    mark_as_packed(tiny_teacher, TernaryQuantizer(TernaryConfig(modules=["visual_projection"])))
     assert tiny_teacher.config.vision_config.quantization_config["quant_method"] == METHOD
 
 

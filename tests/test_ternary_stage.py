@@ -8,28 +8,25 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
-from clipmap_hf import ternarization
 from clipmap_hf.config import ClipMapConfig
-from clipmap_hf.distillation import distill
-from clipmap_hf.evaluation.cost import CostReport, model_cost, with_bytes_of
-from clipmap_hf.features import ClipFeatures
-from clipmap_hf.runs import run_distillation, run_masking
-from clipmap_hf.teachers import Teacher
-from clipmap_hf.ternarization import run_ternarization
-from clipmap_hf.ternary.arguments import TernaryArguments
+from clipmap_hf.costs.cost import CostReport, model_cost, with_bytes_of
+from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.models.features import ClipFeatures
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.pipeline import ternarization
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.distillation import distill, run_distillation
+from clipmap_hf.pipeline.masking import run_masking
+from clipmap_hf.pipeline.ternarization import run_ternarization
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.ternary.config import TernaryConfig
 from clipmap_hf.ternary.layers import TernaryModule
 from clipmap_hf.ternary.model import pack_model, set_backend
-from clipmap_hf.ternary.stage import TernaryStage
-from clipmap_hf.training.arguments import (
-    DataArguments,
-    DistillationArguments,
-    MaskingArguments,
-    RunArguments,
-    TeacherCacheArguments,
-)
+from clipmap_hf.training.arguments import DistillationArguments, MaskingArguments, RunArguments
 from clipmap_hf.training.sharding import prepare_stage
-from clipmap_hf.training.stages import DistillationStage
+from clipmap_hf.training.stages.distillation import DistillationStage
+from clipmap_hf.training.stages.ternary import TernaryStage
+from clipmap_hf.training.ternary_arguments import TernaryArguments
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -47,7 +44,13 @@ def build(shared_teacher):
             parameter.requires_grad_(not (frozen and name.startswith(frozen)))
         teachers = [copy.deepcopy(shared_teacher)]
         return TernaryStage(
-            student, teachers, 50.0, False, FEATURE, config=TernaryConfig(**options), ramp_steps=ramp_steps
+            student,
+            teachers=teachers,
+            logit_scale=50.0,
+            learn_logit_scale=False,
+            losses=FEATURE,
+            config=TernaryConfig(**options),
+            ramp_steps=ramp_steps,
         )
 
     return stage
@@ -73,11 +76,11 @@ def test_the_loss_is_that_of_the_model_that_is_packed(build, tiny_batch, quantiz
     step(stage, tiny_batch)
     with torch.no_grad():
         loss = stage([tiny_batch])["loss"]
-        for model in (stage.student(), stage.packed()):
+        for model in (stage.student(), stage.export()):
             if model.config.__dict__.get("quantization_config"):
                 set_backend(model, "float")
             teachers = stage._teachers
-            same = DistillationStage(model, teachers, 50.0, False, FEATURE)([tiny_batch])["loss"]
+            same = DistillationStage(model, teachers=teachers, losses=FEATURE)([tiny_batch])["loss"]
             torch.testing.assert_close(same, loss, rtol=0, atol=0)
 
 
@@ -122,7 +125,14 @@ def test_rows_of_zeros_learn_levels_too(build, tiny_batch):
     stage = build(quantizer="learned")
     stage.trained.text_model.embeddings.token_embedding.weight.data[tiny_batch["input_ids"][0, 1]] = 0
     config = TernaryConfig(quantizer="learned")
-    stage = TernaryStage(stage.trained, stage._teachers, 50.0, False, FEATURE, config=config)
+    stage = TernaryStage(
+        stage.trained,
+        teachers=stage._teachers,
+        logit_scale=50.0,
+        learn_logit_scale=False,
+        losses=FEATURE,
+        config=config,
+    )
     stage([tiny_batch])["loss"].backward()
     assert all(one.grad.isfinite().all() for one in stage.parameters() if one.grad is not None)
 
@@ -139,30 +149,30 @@ def test_fsdp_is_refused(build):
 
 
 def test_packed_students_are_refused(tiny_teacher, tiny_processor):
-    packed, arguments = pack_model(tiny_teacher, TernaryConfig()), (RunArguments("unused"), DataArguments("unused"))
+    packed, context = (
+        pack_model(tiny_teacher, TernaryConfig()),
+        RunContext(RunArguments("unused"), DataArguments("unused")),
+    )
     for train, numbers in ((run_ternarization, TernaryArguments()), (run_distillation, DistillationArguments())):
         with pytest.raises(ValueError, match="Training works with float weights.*dequantize"):
-            train(packed, [], tiny_processor, numbers, *arguments, pairs=[{}])
+            train(packed, [], tiny_processor, numbers, context)
 
 
 def test_packed_models_are_not_masked(tiny_teacher, tiny_processor):
     source = Teacher(pack_model(tiny_teacher, TernaryConfig()), tiny_processor, "me/packed")
     with pytest.raises(ValueError, match="Masking works with float weights"):
-        run_masking(source, [], ClipMapConfig(), MaskingArguments(), RunArguments("a"), DataArguments("b"))
+        run_masking(source, [], ClipMapConfig(), MaskingArguments(), RunContext(RunArguments("a"), DataArguments("b")))
 
 
-def test_a_ramp_longer_than_the_training_is_refused(tiny_teacher, tiny_processor):
-    arguments = (
-        TernaryArguments(steps=4, ramp_steps=5, batch_size=1),
-        RunArguments("unused"),
-        DataArguments("unused"),
-    )
+def test_a_ramp_longer_than_the_training_is_refused(tiny_teacher, tiny_processor, pairs_parquet):
+    arguments = TernaryArguments(steps=4, ramp_steps=5, batch_size=1)
+    context = RunContext(RunArguments("unused"), DataArguments(str(pairs_parquet)))
     with pytest.raises(ValueError, match="ramp_steps=5 are more than the 4"):
-        run_ternarization(tiny_teacher, [], tiny_processor, *arguments, pairs=[{}])
+        run_ternarization(tiny_teacher, [], tiny_processor, arguments, context)
 
 
 def test_a_frozen_tower_stays_float(build):
-    packed = build(frozen="text_model").packed()
+    packed = build(frozen="text_model").export()
     assert not any(isinstance(module, TernaryModule) for module in packed.text_model.modules())
     assert isinstance(packed.get_submodule(NAME), TernaryModule)
 
@@ -198,8 +208,8 @@ def run(shared_teacher, tiny_processor, pairs_parquet, tmp_path):
         arguments = TernaryArguments(batch_size=8, learning_rate=1e-3, losses=FEATURE, **options)
         data = DataArguments(str(pairs_parquet), eval_data=str(pairs_parquet), crop_scale=[0.3, 1.0])
         output = RunArguments(str(tmp_path / folder), checkpoint_every=1, log_every=1)
-        student, said = copy.deepcopy(shared_teacher), {"cache": cache, "recipe": "a: 1\n"}
-        run_ternarization(student, [teacher], tiny_processor, arguments, output, data, **said)
+        student, context = copy.deepcopy(shared_teacher), RunContext(output, data, recipe="a: 1\n")
+        run_ternarization(student, [teacher], tiny_processor, arguments, context, cache=cache)
         return tmp_path / folder
 
     return start
@@ -252,6 +262,11 @@ def test_a_teacher_cache_holds_the_views_that_are_trained_on(run, tmp_path):
     torch.testing.assert_close(losses["cached"], losses["live"], rtol=0.02, atol=0)  # embeddings are kept in fp16
 
 
+class Halved(DistillationStage):
+    def export(self):
+        return copy.deepcopy(self.trained).half()
+
+
 def test_distillation_writes_what_is_exported(shared_teacher, tiny_processor, pairs_parquet, tmp_path):
     teacher = Teacher(copy.deepcopy(shared_teacher), tiny_processor, "me/teacher")
     distill(
@@ -259,11 +274,9 @@ def test_distillation_writes_what_is_exported(shared_teacher, tiny_processor, pa
         [teacher],
         tiny_processor,
         TernaryArguments(steps=1, batch_size=8),
-        RunArguments(str(tmp_path)),
-        DataArguments(str(pairs_parquet)),
-        make_stage=DistillationStage,
-        export=lambda stage: copy.deepcopy(stage.trained).half(),
-        said={"method": "It was halved."},
+        RunContext(RunArguments(str(tmp_path)), DataArguments(str(pairs_parquet))),
+        make_stage=Halved,
+        card={"method": "It was halved."},
     )
     assert "It was halved." in (tmp_path / "README.md").read_text()
     assert CLIPModel.from_pretrained(tmp_path).dtype == torch.float16

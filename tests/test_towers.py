@@ -5,7 +5,7 @@ import torch
 from conftest import CLIP_KINDS, clip_of_kind
 from transformers import CLIPModel
 
-from clipmap_hf.mapping.towers import Tower
+from clipmap_hf.models.towers import Tower
 
 
 @pytest.fixture(params=CLIP_KINDS)

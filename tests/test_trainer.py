@@ -22,10 +22,13 @@ from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
-from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.starts import start_mapper
 from clipmap_hf.training.arguments import RunArguments, StageArguments
 from clipmap_hf.training.preemption import EXIT_PREEMPTED, Preempted
-from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage, Stage
+from clipmap_hf.training.stages.base import Stage
+from clipmap_hf.training.stages.contrastive import ContrastiveStage
+from clipmap_hf.training.stages.distillation import DistillationStage
+from clipmap_hf.training.stages.mapping import MappingStage
 from clipmap_hf.training.trainer import Trainer
 
 
@@ -62,12 +65,10 @@ def prototypes(shared_teacher, tiny_config) -> dict[tuple[str, bool], Stage]:
     for dropout in (False, True):
         config = tiny_config(vision=DROPOUT, text=DROPOUT)
         teacher = randomize(CLIPModel(config)) if dropout else copy.deepcopy(shared_teacher)
-        student = WeightMapper(teacher, SMALL).export()
-        stages["contrastive", dropout] = ContrastiveStage(student, 50.0, learn_logit_scale=False)
-        stages["mapping", dropout] = MappingStage(WeightMapper(teacher, SMALL), 50.0, learn_logit_scale=False)
-        stages["distillation", dropout] = DistillationStage(
-            copy.deepcopy(student), [teacher], 50.0, learn_logit_scale=False
-        )
+        student = start_mapper(teacher, SMALL).export()
+        stages["contrastive", dropout] = ContrastiveStage(student)
+        stages["mapping", dropout] = MappingStage(start_mapper(teacher, SMALL))
+        stages["distillation", dropout] = DistillationStage(copy.deepcopy(student), teachers=[teacher])
     return stages
 
 
@@ -95,7 +96,7 @@ def trainer_of(stage_of, pairs, collator, tmp_path):
                 (to for to, cls in ((numbers, StageArguments), (options, RunArguments)) if name in _fields(cls)), rest
             )
             target[name] = value
-        return Trainer(stage, StageArguments(**numbers), RunArguments(**options), **rest)
+        return Trainer(stage=stage, arguments=StageArguments(**numbers), run=RunArguments(**options), **rest)
 
     return build
 
@@ -140,7 +141,7 @@ def test_every_trainable_parameter_changes_and_nothing_else(trainer_of, name):
 
 def test_the_teachers_of_a_distillation_do_not_change(trainer_of, tiny_teacher):
     teachers = [tiny_teacher, copy.deepcopy(tiny_teacher)]
-    stage = DistillationStage(WeightMapper(tiny_teacher, SMALL).export(), teachers, 50.0, False)
+    stage = DistillationStage(start_mapper(tiny_teacher, SMALL).export(), teachers=teachers)
     before = state(tiny_teacher)
     trainer_of(stage).train()
     assert not any(changed(before, teacher) or teacher.training for teacher in teachers)
@@ -166,7 +167,7 @@ def test_micro_batches_train_like_whole_batches(trainer_of, name):
 
 
 def test_a_learned_logit_scale_is_clamped_after_every_step(trainer_of, stage_of):
-    stage = ContrastiveStage(stage_of("contrastive").trained, 120.0, learn_logit_scale=True)
+    stage = ContrastiveStage(stage_of("contrastive").trained, logit_scale=120.0, learn_logit_scale=True)
     trainer = trainer_of(stage, steps=4, learning_rate=1e-4)
     trainer.train()
     scales = torch.tensor([line["logit_scale"] for line in log_of(trainer)])

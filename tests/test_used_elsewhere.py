@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, CLIPVisionModelWithProjection, pipeline
 
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
-from clipmap_hf.features import project_images, project_texts
+from clipmap_hf.models.features import project_images, project_texts
 
 
 @pytest.fixture(scope="module")

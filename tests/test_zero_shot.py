@@ -8,7 +8,7 @@ from clipmap_hf.evaluation.zero_shot import (
     zero_shot_classifier,
     zero_shot_metrics,
 )
-from clipmap_hf.features import encode_images
+from clipmap_hf.models.features import encode_images
 
 
 CLASSES = ["dog", "a cat", "owl"]

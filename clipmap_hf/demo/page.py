@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from PIL import Image
 
-from clipmap_hf.evaluation.tables import html_page, html_table, inline_png
+from clipmap_hf.files.tables import html_page, html_table, inline_png
 
 
 __all__ = ["retrieval_page"]

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from clipmap_hf.costs.cost import model_cost
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.images import decode_image, image_bytes
+from clipmap_hf.data.sources import evaluation_batches
 from clipmap_hf.demo.page import retrieval_page
-from clipmap_hf.evaluation.cost import model_cost
 from clipmap_hf.evaluation.retrieval import embed_pairs, recall_at_k, recall_columns
-from clipmap_hf.evaluation.tables import markdown_table
-from clipmap_hf.training.arguments import DataArguments
-from clipmap_hf.training.setup import evaluation_batches
+from clipmap_hf.files.tables import markdown_table
 
 
 __all__ = ["Contestant", "write_report"]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clipmap_hf.distributed import gather, process_index
-from clipmap_hf.features import Towers, evaluating
+from clipmap_hf.models.features import Towers, evaluating
 
 
 __all__ = ["embed_pairs", "evaluate_retrieval", "evaluate_towers", "recall_at_k", "recall_columns"]

@@ -18,19 +18,18 @@ from torch.utils.data import DataLoader, Subset
 from transformers import CLIPProcessor, PreTrainedModel
 
 import clipmap_hf
-from clipmap_hf.atomic import read_json, write_atomically, write_json
-from clipmap_hf.comparison import differences
 from clipmap_hf.data.collate import PairCollator, decoded
 from clipmap_hf.data.loader import start_worker
-from clipmap_hf.data.teacher_cache import model_fingerprint, tokenizer_fingerprint
 from clipmap_hf.distributed import join_processes, process_count, process_index
 from clipmap_hf.evaluation.average_precision import mean_average_precision
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.evaluation.set_files import SetFiles, SetRows, find_set
 from clipmap_hf.evaluation.sets import EvalSet
-from clipmap_hf.evaluation.tables import markdown_table
 from clipmap_hf.evaluation.zero_shot import zero_shot_classifier, zero_shot_logits, zero_shot_metrics
-from clipmap_hf.models import config_values
+from clipmap_hf.files.atomic import read_json, write_atomically, write_json
+from clipmap_hf.files.differences import differences
+from clipmap_hf.files.tables import markdown_table
+from clipmap_hf.models.fingerprints import config_values, model_fingerprint, tokenizer_fingerprint
 
 
 __all__ = ["evaluate_sets", "summary_table"]

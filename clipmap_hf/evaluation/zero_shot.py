@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from clipmap_hf.data.collate import tokenized
 from clipmap_hf.distributed import gather
-from clipmap_hf.features import encode_images, encode_texts, evaluating
+from clipmap_hf.models.features import encode_images, encode_texts, evaluating
 
 
 __all__ = ["DEFAULT_TEMPLATES", "evaluate_zero_shot", "zero_shot_classifier", "zero_shot_logits", "zero_shot_metrics"]

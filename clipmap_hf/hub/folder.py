@@ -7,15 +7,15 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import CLIPProcessor, PreTrainedModel
 
-from clipmap_hf.atomic import atomic_files, write_atomically
+from clipmap_hf.export.onnx import ONNX_FOLDER
+from clipmap_hf.files.atomic import atomic_files, write_atomically
 from clipmap_hf.hub.card import add_to_card
 from clipmap_hf.hub.results import EVAL_RESULTS_FOLDER, SetResults, benchmark_files
 
 
-__all__ = ["MAP_CONFIG", "MAP_FOLDER", "ONNX_FOLDER", "add_results", "write_student_folder"]
+__all__ = ["MAP_CONFIG", "MAP_FOLDER", "add_results", "write_student_folder"]
 
 MAP_FOLDER, MAP_CONFIG = "map", "clipmap_config.json"
-ONNX_FOLDER = "onnx"
 
 
 def write_student_folder(

@@ -11,13 +11,14 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from clipmap_hf.atomic import atomic_folder
-from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.config import PRESETS, ClipMapConfig
+from clipmap_hf.files.atomic import atomic_folder
 from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER
 from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.mapping.plan import MappingPlan
 
 
-__all__ = ["MAP_WEIGHTS", "load_map_weights", "map_file", "read_map_config", "write_map"]
+__all__ = ["MAP_WEIGHTS", "find_map", "load_mapper", "map_file", "read_map_config", "write_map"]
 
 MAP_WEIGHTS = "clipmap.safetensors"
 
@@ -61,6 +62,28 @@ def map_file(source: str, name: str, revision: str | None, kwargs: dict[str, Any
         return None
 
 
+def find_map(source: str, revision: str | None = None, **kwargs: Any) -> tuple[Path, dict[str, Any]]:
+    """
+    The config of the map in a folder or repository: its path, and what `read_map_config` reads there.
+
+    Args:
+        source: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        kwargs: Passed to the download.
+
+    Raises:
+        ValueError: If there is no map.
+        OSError: If the Hub cannot be asked.
+    """
+    path = map_file(source, MAP_CONFIG, revision, kwargs)
+    if path is None:
+        raise ValueError(
+            f"{source!r} holds no {MAP_FOLDER}/{MAP_CONFIG}, so there is no mapping to go on with. To start one, say "
+            f"what to make: student= one of {sorted(PRESETS)}, or a ClipMapConfig."
+        )
+    return path, read_map_config(path)
+
+
 def read_map_config(path: Path) -> dict[str, Any]:
     """
     The map's `teacher`, `teacher_revision`, and `map`, its `ClipMapConfig`.
@@ -75,21 +98,19 @@ def read_map_config(path: Path) -> dict[str, Any]:
     return {**content, "map": ClipMapConfig.from_dict(content["map"])}
 
 
-def load_map_weights(mapper: WeightMapper, path: Path) -> None:
+def load_mapper(path: Path, plan: MappingPlan, tensors: Mapping[str, torch.Tensor]) -> WeightMapper:
     """
-    Loads what `write_map` wrote.
+    The mapper whose weights `write_map` wrote.
+
+    Args:
+        path: The file.
+        plan: The mapping's.
+        tensors: The teacher's, as `plan.teacher_tensors` gives them.
 
     Raises:
         ValueError: If a tensor is missing, unknown or of another shape.
     """
-    tensors, expected = load_file(path), mapper.state_dict()
-    wrong = sorted(
-        name
-        for name in tensors.keys() | expected.keys()
-        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
-    )
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit the map's config; tensors missing, unknown or of another shape: {wrong}."
-        )
-    mapper.load_state_dict(tensors, strict=True)
+    try:
+        return WeightMapper.from_state(plan, tensors, load_file(path))
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the map's config; {error}") from error

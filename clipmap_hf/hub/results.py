@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from clipmap_hf.atomic import read_json
-from clipmap_hf.evaluation.tables import markdown_table
+from clipmap_hf.files.atomic import read_json
+from clipmap_hf.files.tables import markdown_table
 
 
 __all__ = ["EVAL_RESULTS_FOLDER", "SetResults", "benchmark_files", "model_index", "read_results", "results_table"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from clipmap_hf.features import ClipFeatures
+from clipmap_hf.models.features import ClipFeatures
 
 
 __all__ = ["affinity_loss"]

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from clipmap_hf.features import ClipFeatures
+from clipmap_hf.models.features import ClipFeatures
 
 
 __all__ = ["feature_loss"]

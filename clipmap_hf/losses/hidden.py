@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from clipmap_hf.features import ClipFeatures
+from clipmap_hf.models.features import ClipFeatures
 
 
 __all__ = ["hidden_errors", "hidden_loss"]

@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from clipmap_hf.features import ClipFeatures
 from clipmap_hf.losses.feature import check_widths
+from clipmap_hf.models.features import ClipFeatures
 
 
 __all__ = ["interactive_loss"]

@@ -2,8 +2,8 @@
 
 import torch
 
-from clipmap_hf.features import ClipFeatures
 from clipmap_hf.losses.affinity import affinity_loss, softmaxed
+from clipmap_hf.models.features import ClipFeatures
 
 
 __all__ = ["relational_loss"]

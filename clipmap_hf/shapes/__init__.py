@@ -2,6 +2,7 @@
 
 from clipmap_hf.shapes.choice import Candidate, Choice, choose_shape
 from clipmap_hf.shapes.energy import kept_energy
+from clipmap_hf.shapes.search import search_shape
 
 
-__all__ = ["Candidate", "Choice", "choose_shape", "kept_energy"]
+__all__ = ["Candidate", "Choice", "choose_shape", "kept_energy", "search_shape"]

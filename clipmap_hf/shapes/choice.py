@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from clipmap_hf.budget import Budget
-from clipmap_hf.config import ClipMapConfig, cut_towers, student_config
-from clipmap_hf.evaluation.tables import markdown_table, scaled_column
+from clipmap_hf.config import Budget, ClipMapConfig, cut_towers, student_config
+from clipmap_hf.files.tables import markdown_table, scaled_column
 from clipmap_hf.shapes.grid import Grid, Shape, Table, counted_costs, grid_of, shaped
 from clipmap_hf.shapes.latency import latency_costs, measured_latency
 from clipmap_hf.shapes.rules import Rule, energy_rule, literature_rule

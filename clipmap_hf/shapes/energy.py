@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from clipmap_hf.distributed import broadcast
-from clipmap_hf.mapping.calibration import TowerStatistics, calibrate
-from clipmap_hf.mapping.initializers.calibrated import stream_moment
-from clipmap_hf.mapping.scores import head_channels
-from clipmap_hf.mapping.start import CalibrationBatches
-from clipmap_hf.mapping.towers import Tower
+from clipmap_hf.models.towers import Tower
+from clipmap_hf.starts.calibrated.axes import stream_moment
+from clipmap_hf.starts.calibrated.batches import CalibrationBatches
+from clipmap_hf.starts.calibrated.statistics import TowerStatistics, calibrate
+from clipmap_hf.starts.selection.scores import head_channels
 
 
 __all__ = ["kept_energy", "kept_of_tower"]

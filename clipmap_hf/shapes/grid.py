@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from clipmap_hf.config import ClipMapConfig, student_config
-from clipmap_hf.evaluation.cost import model_cost, parameter_count
+from clipmap_hf.costs.cost import model_cost, parameter_count
 
 
 __all__ = ["COUNTED", "Grid", "Shape", "Table", "TowerGrid", "counted_costs", "grid_of", "of_depths", "shaped"]

@@ -5,11 +5,10 @@ import copy
 import torch
 from transformers import AutoModel, PretrainedConfig
 
-from clipmap_hf.budget import Budget
-from clipmap_hf.config import ClipMapConfig, student_config
+from clipmap_hf.config import Budget, ClipMapConfig, student_config
+from clipmap_hf.costs.latency import milliseconds, random_inputs
 from clipmap_hf.distributed import broadcast, join_processes, process_index
-from clipmap_hf.evaluation.latency import milliseconds, random_inputs
-from clipmap_hf.features import Towers
+from clipmap_hf.models.features import Towers
 from clipmap_hf.shapes.grid import Grid, Shape, Table, of_depths, shaped
 
 

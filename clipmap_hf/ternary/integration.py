@@ -13,7 +13,7 @@ from clipmap_hf.ternary.config import METHOD, TernaryConfig
 from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 
 
-__all__ = ["TernaryQuantizer", "configs", "forget", "mark", "named", "register", "swap"]
+__all__ = ["TernaryQuantizer", "as_float_config", "configs", "mark_as_packed", "named", "register", "swap"]
 
 _TOWERS = ("vision_config", "text_config")
 _PLACES = ("vision_model", "text_model", "visual_projection", "text_projection")  # that one tower does not have
@@ -56,7 +56,7 @@ class TernaryQuantizer(HfQuantizer):
 
     def remove_quantization_config(self, model: nn.Module) -> None:
         super().remove_quantization_config(model)
-        forget(model.config)
+        as_float_config(model.config)
 
     def is_serializable(self) -> bool:
         return True
@@ -102,7 +102,7 @@ def swap(model: nn.Module, config: TernaryConfig) -> None:
         model.set_submodule(place, TERNARY[type(module)](module, config))
 
 
-def mark(model: nn.Module, quantizer: TernaryQuantizer) -> None:
+def mark_as_packed(model: nn.Module, quantizer: TernaryQuantizer) -> None:
     """Lets transformers know that a model is packed, and how: in its config and in that of each tower."""
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
     for config in configs(model.config):
@@ -111,7 +111,7 @@ def mark(model: nn.Module, quantizer: TernaryQuantizer) -> None:
     model.config.quantization_config = quantizer.quantization_config
 
 
-def forget(config: Any) -> Any:
+def as_float_config(config: Any) -> Any:
     """A packed model's config, as that of a float one. Its towers' say that there is something to unpack, too."""
     for part in configs(config):
         part.__dict__.pop("quantization_config", None)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from clipmap_hf.models import check_float
+from clipmap_hf.models.loading import check_float
 from clipmap_hf.ternary.config import BACKENDS, TernaryConfig
-from clipmap_hf.ternary.integration import TernaryQuantizer, configs, mark, named, swap
+from clipmap_hf.ternary.integration import TernaryQuantizer, configs, mark_as_packed, named, swap
 from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 from clipmap_hf.ternary.quantizers import ternarized
 
@@ -62,7 +62,7 @@ def pack_model(
             module.store(trits, level)
             module.ready(dtype)
     _check_finite(model, packed)
-    mark(packed.requires_grad_(False), TernaryQuantizer(config))
+    mark_as_packed(packed.requires_grad_(False), TernaryQuantizer(config))
     for part in configs(packed.config):
         part.dtype = dtype
     return packed

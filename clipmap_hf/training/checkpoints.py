@@ -11,8 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from clipmap_hf.atomic import atomic_folder, temporary_folder
-from clipmap_hf.comparison import differences
+from clipmap_hf.files.atomic import atomic_folder, temporary_folder
+from clipmap_hf.files.differences import differences
 
 
 __all__ = ["Checkpoints", "Progress"]

@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from clipmap_hf.training.arguments import StageArguments
-from clipmap_hf.training.logits import logit_parameters
 from clipmap_hf.training.optimization import adamw
-from clipmap_hf.training.stages import Stage
+from clipmap_hf.training.stages.base import Stage
+from clipmap_hf.training.stages.logits import logit_parameters
 
 
 __all__ = ["can_step", "prepare_stage", "update_whole"]

@@ -15,16 +15,16 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, gather_object, send_to_device, tqdm
 
-from clipmap_hf.atomic import atomic_files
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.distributed import gather, join_processes
+from clipmap_hf.files.atomic import atomic_files
 from clipmap_hf.training.arguments import RunArguments, StageArguments
 from clipmap_hf.training.checkpoints import Checkpoints, Progress
 from clipmap_hf.training.optimization import learning_rate_at, step_count
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
 from clipmap_hf.training.sharding import can_step, prepare_stage, update_whole
-from clipmap_hf.training.stages import Stage
+from clipmap_hf.training.stages.base import Stage
 
 
 __all__ = ["TrainResult", "Trainer"]
@@ -79,6 +79,7 @@ class Trainer:
 
     def __init__(
         self,
+        *,
         stage: Stage,
         arguments: StageArguments,
         run: RunArguments,

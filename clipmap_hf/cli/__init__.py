@@ -1,0 +1,1 @@
+"""The command line: arguments of recipes, and how they are read."""

@@ -1,0 +1,53 @@
+"""The arguments that recipes share, listed once, so that they read the same YAML files."""
+
+from typing import Any
+
+from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
+from clipmap_hf.cli.parsing import optional, parse_arguments
+from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, MaskingArguments, RunArguments
+
+
+__all__ = ["COMPRESSION_STAGES", "SHARED", "STAGES", "parse_recipe"]
+
+# Top-level keys of a recipe's YAML, and its sections. What a recipe does not use, it leaves alone.
+SHARED = (
+    DataArguments,
+    TeacherArguments,
+    TeacherCacheArguments,
+    StudentArguments,
+    CalibrationArguments,
+    RunArguments,
+)
+STAGES = {"masking": MaskingArguments, "mapping": MappingArguments, "distillation": DistillationArguments}
+# Of recipes that do everything: masks and mapping are left out unless they are asked for.
+COMPRESSION_STAGES = STAGES | {name: optional(STAGES[name]) for name in ("masking", "mapping")}
+
+
+def parse_recipe(
+    *types: type, stages: dict[str, type] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
+    """
+    Reads the arguments of a recipe from the command line and from `--config file.yaml`; the command line wins.
+
+    Args:
+        types: Dataclasses of its options. The keys of those of `SHARED` that are not among them are left alone.
+        stages: Dataclasses of its YAML sections. Those of `STAGES` that are not among them are checked, and left
+            alone.
+        description: Shown by `--help`.
+
+    Returns:
+        An instance of each type, then of each stage.
+
+    Raises:
+        ValueError: If the YAML file has a key that no dataclass knows.
+    """
+    stages = stages or {}
+    return parse_arguments(
+        *types,
+        stages=stages,
+        others=tuple(kind for kind in SHARED if kind not in types),
+        other_stages={name: stage for name, stage in STAGES.items() if name not in stages},
+        description=description,
+    )

@@ -1,0 +1,9 @@
+"""What to make: sizes of a student, presets, budgets, and the model config that follows from them."""
+
+from clipmap_hf.config.budget import Budget
+from clipmap_hf.config.clipmap_config import ClipMapConfig, TowerConfig
+from clipmap_hf.config.presets import PRESETS
+from clipmap_hf.config.student import cut_towers, embedding_width, student_config
+
+
+__all__ = ["PRESETS", "Budget", "ClipMapConfig", "TowerConfig", "cut_towers", "embedding_width", "student_config"]

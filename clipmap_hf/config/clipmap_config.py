@@ -1,0 +1,169 @@
+"""What to make of a teacher: the sizes of the student's towers, and how the operators that make it start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from clipmap_hf.config.budget import Budget
+from clipmap_hf.config.names import DEPTH_NAMES, START_NAMES
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["ClipMapConfig", "TowerConfig"]
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """
+    The size of one tower. What is left out follows from the teacher: width and depth stay, the FFN keeps its ratio to
+    the width, and the head width is always kept (`CLIPConfig` can express nothing else).
+
+    Args:
+        hidden_size: Width.
+        intermediate_size: FFN width.
+        num_hidden_layers: Depth.
+        num_attention_heads: Heads; if given, it must be `hidden_size` over the teacher's head width.
+    """
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+
+    def resolve(self, teacher: PretrainedConfig, name: str) -> TowerConfig:
+        """
+        Fills in what was left out.
+
+        Args:
+            teacher: The config of the teacher's tower.
+            name: `vision` or `text`, for errors.
+
+        Raises:
+            ValueError: If the tower cannot be cut from this teacher; the message says what can.
+        """
+        head_width = teacher.hidden_size // teacher.num_attention_heads
+        width = self._checked(name, "hidden_size", teacher.hidden_size, teacher.hidden_size)
+        if width % head_width:
+            below, above = width // head_width * head_width, (width // head_width + 1) * head_width
+            near = " or ".join(str(w) for w in (below, above) if 0 < w <= teacher.hidden_size)
+            raise ValueError(
+                f"{name}.hidden_size={width} is not a multiple of the teacher's head width {head_width}, which is "
+                f"kept; pick {near}."
+            )
+        heads = width // head_width
+        if self.num_attention_heads not in (None, heads):
+            raise ValueError(
+                f"{name}.num_attention_heads={self.num_attention_heads} does not fit {name}.hidden_size={width}: with "
+                f"the teacher's head width {head_width} it must be {heads}."
+            )
+        default_ffn = width * teacher.intermediate_size // teacher.hidden_size
+        return TowerConfig(
+            width,
+            self._checked(name, "intermediate_size", teacher.intermediate_size, default_ffn),
+            self._checked(name, "num_hidden_layers", teacher.num_hidden_layers, teacher.num_hidden_layers),
+            heads,
+        )
+
+    def _checked(self, name: str, attribute: str, largest: int, default: int) -> int:
+        value = getattr(self, attribute)
+        value = default if value is None else value
+        if not isinstance(value, int) or not 1 <= value <= largest:
+            raise ValueError(f"{name}.{attribute}={value!r} must be an integer from 1 to the teacher's {largest}.")
+        return value
+
+
+@dataclass(frozen=True)
+class ClipMapConfig:
+    """
+    The student to make, and the mapping that makes it.
+
+    Args:
+        vision: Size of the vision tower.
+        text: Size of the text tower. A tower that is left as large as the teacher's is kept as it is, bit for bit.
+        projection_dim: Width of the joint embedding; the teacher's by default, so that the student's embeddings
+            live in the teacher's space.
+        budget: What the student may cost, a `Budget` or its values by name. Widths and depths that are not given are
+            then searched (`choose_shape`) instead of taken from the teacher.
+        initializer: How the width operators start, a key of `STARTS` (`diagonal` is Eq. 9). Some starts read
+            calibration data (`STARTS[name].reads_pairs`). By default `calibrated` with such data, `diagonal` without.
+        refit: Whether `calibrated` solves the student's layers one after another (`refit`).
+        refit_steps: Steps of gradient descent on each layer after it was solved, and as many on each tower: most of
+            the time of a start.
+        depth: Which teacher layers the depth operators start from: a key of `DEPTH_RULES`; `similarity` with
+            `calibrated` or `importance`, which takes the layers that change the residual stream most; or `score` with
+            a selection, which takes the layers that its criterion scores highest.
+        depth_per: One depth matrix per `tower` (the paper) or per tensor `kind`.
+        tie_ffn: Whether `fc2` reads through the transposed operator that `fc1` writes with. A.3 lists no such tie.
+        decay_towards: What weight decay pulls an operator to. `initial` keeps the inheritance; `zero` is the literal
+            AdamW on the operators, which at the paper's settings decays the inheritance itself away.
+        seed: Of random initializers.
+
+    Raises:
+        ValueError: If a name is unknown, or `refit_steps` is negative or no integer.
+        TypeError: If `vision` or `text` is no `TowerConfig`, or `budget` neither a `Budget` nor a mapping.
+    """
+
+    vision: TowerConfig = field(default_factory=TowerConfig)
+    text: TowerConfig = field(default_factory=TowerConfig)
+    projection_dim: int | None = None
+    budget: Budget | Mapping[str, Any] | None = None
+    initializer: str | None = None
+    refit: bool = True
+    refit_steps: int = 200
+    depth: str = "interval_front"
+    depth_per: Literal["tower", "kind"] = "tower"
+    tie_ffn: bool = False
+    decay_towards: Literal["initial", "zero"] = "initial"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("initializer", (None, *START_NAMES)),
+            ("depth", DEPTH_NAMES),
+            ("depth_per", ("tower", "kind")),
+            ("decay_towards", ("initial", "zero")),
+        ):
+            if getattr(self, name) not in allowed:
+                names = [one for one in allowed if one is not None]
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; allowed are {names}.")
+        if type(self.refit_steps) is not int or self.refit_steps < 0:
+            raise ValueError(f"refit_steps={self.refit_steps!r} must be an integer of at least 0.")
+        for name in ("vision", "text"):
+            if not isinstance(getattr(self, name), TowerConfig):
+                raise TypeError(f"{name} must be a TowerConfig, got {type(getattr(self, name)).__name__}.")
+        if isinstance(self.budget, Mapping):
+            object.__setattr__(self, "budget", Budget.from_dict(self.budget))
+        if not isinstance(self.budget, Budget | None):
+            raise TypeError(f"budget must be a Budget or its values by name, got {type(self.budget).__name__}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values as plain JSON types; without the budget, if there is none."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "budget" or value is not None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ClipMapConfig:
+        """
+        The inverse of `to_dict`.
+
+        Raises:
+            ValueError: If a key is unknown.
+        """
+        values = dict(values)
+        _check_keys(values, cls)
+        for name in ("vision", "text"):
+            if name in values:
+                _check_keys(values[name], TowerConfig)
+                values[name] = TowerConfig(**values[name])
+        return cls(**values)
+
+
+def _check_keys(values: dict[str, Any], cls: type) -> None:
+    allowed = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - allowed):
+        raise ValueError(f"Unknown keys {unknown} for {cls.__name__}; allowed are {sorted(allowed)}.")

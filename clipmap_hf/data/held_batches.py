@@ -1,0 +1,42 @@
+"""Batches that are made once and gone through several times."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from clipmap_hf.files.tensor_store import TensorStore
+
+
+__all__ = ["HeldBatches"]
+
+
+class HeldBatches:
+    """
+    Goes through batches as often as asked, but makes them once: the first pass keeps every batch, in memory or in
+    temporary files (`TensorStore`), and later passes read what was kept. Batches in a list are not copied.
+
+    Args:
+        batches: A list, a `DataLoader`, or whatever else begins anew at every iteration.
+
+    Raises:
+        TypeError: If `batches` is an iterator, which could be gone through only once by whoever comes first.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, torch.Tensor]]):
+        if iter(batches) is batches:
+            raise TypeError("Calibration goes through its batches several times; give a list or a DataLoader.")
+        self.batches = batches
+        self.held = list(batches) if isinstance(batches, (list, tuple)) else None
+
+    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        if self.held is not None:
+            return iter(self.held)
+        return self._first_pass()
+
+    def _first_pass(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        store, held = TensorStore(), []
+        for batch in self.batches:
+            store.expect(sum(tensor.nbytes for tensor in batch.values()))
+            held.append({name: store.keep(tensor) for name, tensor in batch.items()})
+            yield held[-1]
+        self.held = held

@@ -1,0 +1,89 @@
+"""From arguments to the pairs that they name: to train on, to evaluate on, and what tells them from others."""
+
+import glob
+import zlib
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.data.augment import Augmentation
+from clipmap_hf.data.collate import PairCollator
+from clipmap_hf.data.evaluation_pairs import evaluation_pairs
+from clipmap_hf.data.loader import PairDataset, PairStream
+from clipmap_hf.data.pairs import load_pairs
+
+
+__all__ = ["evaluation_batches", "source_files", "stage_seed", "training_collator", "training_pairs"]
+
+
+def training_pairs(data: DataArguments) -> PairDataset | PairStream:
+    """The training pairs that `data` names."""
+    pairs = load_pairs(
+        data.train_data,
+        split=data.train_split,
+        image_column=data.image_column,
+        caption_columns=[*data.caption_column, *data.keyword_column],
+        streaming=data.streaming,
+    )
+    return PairStream(pairs, data.shuffle_buffer) if data.streaming else PairDataset(pairs)
+
+
+def training_collator(data: DataArguments, processor, seed: int) -> PairCollator:
+    """A collator that augments; `processor` is a `CLIPProcessor`."""
+    augmentation = Augmentation(
+        scale=tuple(data.crop_scale),
+        flip=data.flip,
+        rotation=data.rotation,
+        color_jitter=data.color_jitter,
+        grayscale=data.grayscale,
+    )
+    return PairCollator(
+        processor.tokenizer,
+        processor.image_processor,
+        data.caption_column,
+        data.keyword_column,
+        data.caption_sampling,
+        augmentation,
+        seed,
+    )
+
+
+def evaluation_batches(
+    data: DataArguments, processor, batch_size: int = 256, num_workers: int = 0
+) -> DataLoader | None:
+    """
+    The pairs of `data.eval_data`, preprocessed, with all captions of the first column; of several processes, each has
+    its share of them. `None` if there is no evaluation data.
+
+    Raises:
+        ValueError: If there are fewer pairs than processes.
+    """
+    if data.eval_data is None:
+        return None
+    return evaluation_pairs(
+        data.eval_data,
+        processor,
+        split=data.eval_split,
+        image_column=data.image_column,
+        caption_column=data.caption_column[0],
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+
+
+def source_files(data: DataArguments) -> dict[str, Any]:
+    """What tells one set of training pairs from another: names and sizes of its files, or its id, and its columns."""
+    path = Path(data.train_data)
+    found = sorted(path.rglob("*") if path.is_dir() else map(Path, glob.glob(data.train_data, recursive=True)))
+    return {
+        "files": {one.name: one.stat().st_size for one in found if one.is_file()} or data.train_data,
+        "split": data.train_split,
+        "image_column": data.image_column,
+    }
+
+
+def stage_seed(name: str, seed: int) -> int:
+    """A stage's own seed: with one for all, a second stage would see the first one's batches and crops again."""
+    return zlib.crc32(f"{name}-{seed}".encode())

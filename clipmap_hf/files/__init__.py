@@ -1,0 +1,1 @@
+"""Files that are whole or absent, settings that differ, and tables."""

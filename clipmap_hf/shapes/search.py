@@ -1,0 +1,33 @@
+"""Chooses a shape for a teacher: by what its layers do on calibration pairs, or without them by the literature."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.shapes.choice import Choice, choose_shape
+from clipmap_hf.shapes.energy import kept_energy
+from clipmap_hf.shapes.grid import grid_of
+
+
+__all__ = ["search_shape"]
+
+
+def search_shape(
+    teacher: PreTrainedModel, config: ClipMapConfig, batches: Iterable[Mapping[str, torch.Tensor]] | None = None
+) -> Choice:
+    """
+    The best shape within a config's budget, by `kept_energy` if there are batches.
+
+    Args:
+        teacher: The model to compress; activations are computed where it lies.
+        config: With a budget. Sizes that it gives stay.
+        batches: As for `kept_energy`.
+
+    Raises:
+        ValueError: As in `choose_shape`. A given size that does not fit the teacher is refused before the batches are
+            read.
+    """
+    grid_of(teacher.config, config)
+    return choose_shape(teacher.config, config, None if batches is None else kept_energy(teacher, batches))

@@ -1,0 +1,1 @@
+"""The calibrated start: a student computed from what the teacher's activations on some pairs are like."""

@@ -1,0 +1,48 @@
+"""Gradient descent on parts of a student, over batches of streams."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from clipmap_hf.distributed import process_count, sum_over_processes
+from clipmap_hf.starts.calibrated.streams import Streams
+
+
+__all__ = ["descend"]
+
+_LEARNING_RATE = 1e-3
+_STEP_TOKENS = 2048  # about as many are in a step
+
+
+@torch.enable_grad()
+def descend(
+    module: nn.Module,
+    batches: Sequence[Streams],
+    steps: int,
+    error: Callable[[Streams, torch.Tensor], torch.Tensor],
+) -> None:
+    """
+    Trains a module by Adam, at a rate that falls linearly; each step is on some items of a batch, drawn by a seed.
+
+    Args:
+        module: Trained in place; afterwards its parameters need no gradient.
+        batches: At least one in each process.
+        steps: How many.
+        error: From a batch and the items of it to what is to become small.
+    """
+    parameters = list(module.requires_grad_(True).parameters())
+    optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        streams = batches[int(torch.randint(len(batches), (), generator=generator))]
+        count = _STEP_TOKENS // streams.weights.shape[1] + 1
+        items = torch.randperm(len(streams.weights), generator=generator)[:count]
+        gradients = torch.autograd.grad(error(streams, items), parameters)
+        sum_over_processes(gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient / process_count()
+        optimizer.step()
+        schedule.step()
+    module.requires_grad_(False).zero_grad()

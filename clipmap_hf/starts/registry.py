@@ -1,0 +1,117 @@
+"""Every way in which the operators of a mapping may start, in one table."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.families import Family, family_for
+from clipmap_hf.mapping.depth import DEPTH_RULES
+from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.starts.calibrated.start import calibrated
+from clipmap_hf.starts.free import diagonal, kaiming, random, start_by, xavier
+from clipmap_hf.starts.selection.criteria import magnitude, manual, random_selection, taylor
+from clipmap_hf.starts.selection.importance import importance
+from clipmap_hf.starts.selection.mope import mope
+from clipmap_hf.starts.selection.start import select_by
+
+
+__all__ = ["STARTS", "Start", "check_start", "make_plan", "start_mapper", "start_of"]
+
+Batches = Iterable[Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """
+    A way to start.
+
+    Args:
+        make: From the teacher, the plan and batches of calibration pairs to the mapper.
+        reads_pairs: Whether it looks at the batches.
+        depth_rule: The depth rule that it brings with it, beside those of `DEPTH_RULES`.
+        folds: Whether the teacher is folded and the student's weights are corrected (`MappingPlan`).
+        layerwise: Whether it goes through the teacher layer by layer, which a family must allow.
+    """
+
+    make: Callable[[PreTrainedModel, MappingPlan, Batches], WeightMapper]
+    reads_pairs: bool = False
+    depth_rule: str | None = None
+    folds: bool = False
+    layerwise: bool = False
+
+
+STARTS = {
+    "calibrated": Start(calibrated, reads_pairs=True, depth_rule="similarity", folds=True, layerwise=True),
+    "diagonal": Start(start_by(diagonal)),
+    "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=True),
+    "kaiming": Start(start_by(kaiming)),
+    "magnitude": Start(select_by(magnitude), depth_rule="score"),
+    "manual": Start(select_by(manual), depth_rule="score"),
+    "mope": Start(select_by(mope), reads_pairs=True, depth_rule="score", layerwise=True),
+    "random": Start(start_by(random)),
+    "random_selection": Start(select_by(random_selection), depth_rule="score"),
+    "taylor": Start(select_by(taylor), reads_pairs=True, depth_rule="score"),
+    "xavier": Start(start_by(xavier)),
+}
+
+
+def start_mapper(teacher: PreTrainedModel, config: ClipMapConfig, batches: Batches | None = None) -> WeightMapper:
+    """
+    Starts to map a teacher into a smaller model.
+
+    Args:
+        teacher: The model to compress; what a start computes, it computes where the teacher lies.
+        config: The student's size and how the operators start, `diagonal` by default.
+        batches: Of `pixel_values`, `input_ids` and, for selections, `attention_mask`, for the starts that read pairs;
+            gone through several times. Of several processes, each has its own.
+
+    Raises:
+        TypeError: If `batches` is an iterator.
+        ValueError: If the start does not fit the family, the depth rule or the presence of batches; if there are no
+            pairs, or no images; if the sizes do not fit the teacher.
+    """
+    check_start(config, family_for(teacher.config), has_pairs=batches is not None)
+    return start_of(config).make(teacher, make_plan(teacher, config), () if batches is None else batches)
+
+
+def make_plan(teacher: PreTrainedModel, config: ClipMapConfig) -> MappingPlan:
+    """The plan of a mapping that starts as `config` says."""
+    return MappingPlan.make(teacher, config, folds=start_of(config).folds)
+
+
+def start_of(config: ClipMapConfig) -> Start:
+    """The start that a config names; `diagonal`, if it names none."""
+    return STARTS[config.initializer or "diagonal"]
+
+
+def check_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> None:
+    """
+    Checks that a start can be made, before anything is computed.
+
+    Args:
+        config: Names the start and the depth rule.
+        family: The teacher's.
+        has_pairs: Whether there is calibration data.
+
+    Raises:
+        ValueError: If the start needs pairs and there are none, or the reverse; if it goes through layers, and that is
+            not written for the family; if the depth rule is that of another start.
+    """
+    name, start = config.initializer or "diagonal", start_of(config)
+    if start.layerwise and not family.layerwise:
+        allowed = sorted(name for name, other in STARTS.items() if not other.layerwise)
+        raise ValueError(
+            f"initializer={name!r} goes through the teacher's layers one by one, which is not written for the "
+            f"family {family.name!r}. Name one of {allowed}; of these, only 'taylor' reads calibration data."
+        )
+    if start.reads_pairs != has_pairs:
+        verb = "does not start from data; leave calibration_data out" if has_pairs else "needs calibration_data"
+        readers = sorted(name for name, other in STARTS.items() if other.reads_pairs)
+        raise ValueError(f"initializer={name!r} {verb}. Those that need it are {readers}.")
+    rules = sorted({*DEPTH_RULES, start.depth_rule} - {None})
+    if config.depth not in rules:
+        raise ValueError(f"depth={config.depth!r} is no rule of initializer={name!r}; allowed are {rules}.")

@@ -1,0 +1,129 @@
+"""Scores of a teacher's parts by its weights, or by their gradients."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from clipmap_hf.config import embedding_width
+from clipmap_hf.distributed import sum_over_processes
+from clipmap_hf.families import family_for
+from clipmap_hf.losses import contrastive_loss
+from clipmap_hf.models.features import ClipFeatures
+from clipmap_hf.starts.selection.scores import Scores, TowerScores
+
+
+__all__ = ["magnitude", "manual", "part_sums", "random_selection", "taylor"]
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def manual(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Scores:
+    """TinyCLIP's manual inheritance: the first channels, heads and neurons; of layers, too, the first count most."""
+    return _scores_like(teacher, lambda size: -torch.arange(size, dtype=torch.float32))
+
+
+def random_selection(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Scores:
+    """A draw, the least that any other criterion should beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return _scores_like(teacher, lambda size: torch.rand(size, generator=generator))
+
+
+@torch.no_grad()
+def magnitude(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Scores:
+    """The sum of squares of all weights that write or read a part."""
+    return part_sums(teacher, {name: tensor.double().square() for name, tensor in teacher.state_dict().items()})
+
+
+@torch.no_grad()
+def taylor(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Scores:
+    """
+    First-order estimate of what the contrastive loss gains without a part: the absolute sum of weight times gradient
+    over all that writes the part, plus that over all that reads it (MoPE-CLIP, after DynaBERT).
+
+    Args:
+        teacher: The model, on the device to compute on.
+        batches: Of `pixel_values`, `input_ids` and `attention_mask`; the gradient is that of the sum of their losses.
+            Of several processes, each has its own.
+        seed: Not used.
+    """
+    model = teacher.eval()
+    # Copies of the parameters' handles, as those of a frozen teacher take no gradient.
+    weights = {name: parameter.detach().requires_grad_() for name, parameter in model.named_parameters()}
+    gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with torch.enable_grad():
+            inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+            output = functional_call(model, weights, args=(), kwargs=inputs)
+            loss = contrastive_loss(ClipFeatures.from_output(output, weights["logit_scale"]))
+            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        for name, gradient in zip(gradients, found, strict=True):
+            gradients[name] += 0 if gradient is None else gradient
+    sum_over_processes(gradients.values())
+    return part_sums(teacher, {name: tensor.double() * gradients[name] for name, tensor in model.named_parameters()})
+
+
+def part_sums(teacher: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> Scores:
+    """
+    For each part the absolute sum of values over all that writes it, plus that over all that reads it; a layer has
+    what its heads and neurons have.
+
+    Args:
+        teacher: The model.
+        values: Of its tensors, by their names and of their shapes.
+    """
+    sums = defaultdict(float)
+    family = family_for(teacher.config)
+    for name, spec in family.specs(teacher.state_dict(), teacher.config).items():
+        value = values[name].unflatten(0, (spec.rule.stacked, -1)).sum(dim=0) if spec.tower else None
+        for axis, space in enumerate(spec.rule.axes):
+            if space is not None:
+                others = [other for other in range(len(spec.rule.axes)) if other != axis]
+                sums[spec.tower, spec.layer, space] += value.sum(dim=others) if others else value
+    embed = sum(one.abs() for (_, _, space), one in sums.items() if space in ("embed", "embed.in"))
+    return Scores(*(_tower_sums(teacher, name, sums) for name in ("vision", "text")), embed=embed)
+
+
+def _tower_sums(teacher: PreTrainedModel, tower: str, sums: Mapping[tuple, torch.Tensor]) -> TowerScores:
+    config = getattr(teacher.config, f"{tower}_config")
+    width = config.hidden_size // config.num_attention_heads
+
+    def of_layer(layer: int | None, *spaces: str) -> list[torch.Tensor]:
+        return [
+            one for (where, index, space), one in sums.items() if (where, index) == (tower, layer) and space in spaces
+        ]
+
+    def by_head(found: list[torch.Tensor]) -> torch.Tensor:
+        return sum(one.unflatten(0, (-1, width)).sum(dim=1).abs() for one in found)
+
+    layers = range(config.num_hidden_layers)
+    of_heads = [of_layer(index, "query", "key", "value", "value.in") for index in layers]
+    heads = torch.stack([by_head(found) for found in of_heads])
+    neurons = torch.stack([sum(one.abs() for one in of_layer(index, "ffn", "ffn.in")) for index in layers])
+    stream = ("residual", "residual.in", "patch")
+    channels = sum(one.abs() for (where, _, space), one in sums.items() if where == tower and space in stream)
+    scores = TowerScores(channels, heads, neurons, heads.sum(dim=1) + neurons.sum(dim=1))
+    if pool := of_layer(None, "pool", "pool.in"):
+        scores.pool_heads = by_head(pool)
+        scores.pool_neurons = sum(one.abs() for one in of_layer(None, "pool_ffn", "pool_ffn.in"))
+    return scores
+
+
+def _scores_like(teacher: PreTrainedModel, scores_of: Callable[[int], torch.Tensor]) -> Scores:
+    towers = []
+    for name in ("vision", "text"):
+        config = getattr(teacher.config, f"{name}_config")
+        layers = range(config.num_hidden_layers)
+        heads, neurons = (
+            torch.stack([scores_of(size) for _ in layers])
+            for size in (config.num_attention_heads, config.intermediate_size)
+        )
+        of_tower = TowerScores(scores_of(config.hidden_size), heads, neurons, scores_of(len(layers)))
+        if name == "vision" and "pool" in family_for(teacher.config).spaces:
+            of_tower.pool_heads = scores_of(config.num_attention_heads)
+            of_tower.pool_neurons = scores_of(config.intermediate_size)
+        towers.append(of_tower)
+    return Scores(*towers, embed=scores_of(embedding_width(teacher.config)))

@@ -1,0 +1,1 @@
+"""The embeddings of frozen teachers, computed once and kept."""

@@ -1,0 +1,56 @@
+"""What the embeddings in a teacher cache depend on."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clipmap_hf.data.collate import PairCollator
+from clipmap_hf.models.fingerprints import tokenizer_fingerprint
+
+
+__all__ = ["cache_manifest"]
+
+_FORMAT = 1
+
+
+def cache_manifest(
+    teachers: Sequence[Mapping[str, Any]], collator: PairCollator, views: int, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    Everything that the embeddings in a cache depend on, as JSON would give it back.
+
+    Args:
+        teachers: What names each teacher: id, revision, `model_fingerprint`, projection dimension.
+        collator: Makes the views and captions.
+        views: Number of views per image.
+        data: What names the pairs, such as file names and sizes.
+
+    Raises:
+        ValueError: If the collator does not augment.
+    """
+    if collator.augmentation is None:
+        raise ValueError("A teacher cache holds augmented views; give the collator an augmentation, as for training.")
+    manifest = {
+        "format": _FORMAT,
+        "teachers": list(teachers),
+        "image_processor": {
+            "size": collator.size,
+            "mean": collator.image_processor.image_mean,
+            "std": collator.image_processor.image_std,
+        },
+        "tokenizer": {
+            "hash": tokenizer_fingerprint(collator.tokenizer),
+            "model_max_length": collator.tokenizer.model_max_length,
+        },
+        "augmentation": dataclasses.asdict(collator.augmentation),
+        "seed": collator.seed,
+        "views": views,
+        "captions": {
+            "caption_columns": list(collator.caption_columns),
+            "keyword_columns": list(collator.keyword_columns),
+            "caption_sampling": collator.caption_sampling,
+        },
+        "data": data,
+    }
+    return json.loads(json.dumps(manifest))
