@@ -23,7 +23,7 @@ endif
 NODE_MODULES := tests/transformers_js/node_modules
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all style quality clean
+.PHONY: help install demo test test-all style quality imports clean
 .NOTPARALLEL: # two pips in one environment get in each other's way
 
 help: ## Show the targets
@@ -47,6 +47,9 @@ style: $(VENV)/.installed-quality ## Format, and fix what ruff can fix
 quality: $(VENV)/.installed-quality ## Check lint and format without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+imports: ## Print which folder of the package imports from which
+	$(PYTHON) tests/import_order.py
 
 clean: ## Remove caches, build products and the demo's output; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache demo-output

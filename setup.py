@@ -66,8 +66,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     keywords="CLIP compression distillation mapping transformers vision-language",
-    packages=find_packages(include=["clipmap_hf", "clipmap_hf.*"]),
+    packages=[*find_packages(include=["clipmap_hf", "clipmap_hf.*"]), "clipmap_hf.recipes"],
+    package_dir={"clipmap_hf.recipes": "recipes"},
     package_data={
+        "clipmap_hf.recipes": ["configs/**/*.yaml", "accelerate_configs/*.yaml"],
         "clipmap_hf": [
             "py.typed",
             "hub/templates/*.md",

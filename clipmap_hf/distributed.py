@@ -31,7 +31,7 @@ def join_processes() -> PartialState:
         ValueError: If there are several processes, but nothing they could talk by: each would train for itself, and
             they would overwrite each other's files.
     """
-    # One may wait for another until its share of a teacher cache is made; launchers end all when one fails.
+    # Long, because a process may wait for others to make a teacher cache. Launchers end all if one fails.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=12))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != started:
@@ -54,7 +54,7 @@ def process_count() -> int:
 
 
 def process_index() -> int:
-    """Which of them this one is."""
+    """The index of this process among them."""
     return dist.get_rank() if process_count() > 1 else 0
 
 
@@ -104,7 +104,7 @@ class _Gather(Function):
         dist.all_gather(gathered, padded)
         ctx.first = sum(counts[: process_index()])
         ctx.count = len(rows)
-        return torch.cat([one[:count] for one, count in zip(gathered, counts, strict=True)])
+        return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:

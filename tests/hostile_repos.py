@@ -106,7 +106,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a tensor too many": (edit_weights(more=torch.zeros(1)), r"not part of the model: \['more'\]"),
     "a tensor too few": (edit_weights(logit_scale=None), r"missing: \['logit_scale'\]"),
-    "shards outside": (shards_outside, r"said to lie outside of it, in \['\.\./elsewhere\.safetensors'\]"),
+    "shards outside": (shards_outside, r"listed to lie outside of it, in \['\.\./elsewhere\.safetensors'\]"),
     "shards missing": (shards_missing, "lacks .*model-00001-of-00002.safetensors"),
     "weights cut off": (cut_off, "incomplete metadata"),
     "a huge header": (huge_header, "header"),

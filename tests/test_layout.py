@@ -4,60 +4,16 @@ import ast
 from pathlib import Path
 
 import pytest
+from import_order import ORDER, RANKS, ROOT, imported_rooms, picture, room_of
 
-import clipmap_hf
 
-
-ROOT = Path(clipmap_hf.__file__).parent
 REPOSITORY = ROOT.parent
 MODULES = sorted(ROOT.rglob("*.py"))
-# From left to right: a module imports from its own part and from those before it.
-ORDER = (
-    ("files", "distributed"),
-    ("config",),
-    ("families",),
-    ("models",),
-    ("losses",),
-    ("mapping",),
-    ("data",),
-    ("evaluation",),
-    ("costs",),
-    ("starts",),
-    ("shapes",),
-    ("ternary",),
-    ("teacher_cache",),
-    ("training",),
-    ("export",),
-    ("hub",),
-    ("compressor",),
-    ("pipeline",),
-    ("cli",),
-    ("demo",),
-)
-RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def part(path: Path) -> str:
-    """The part of the package that a module belongs to: `mapping`, `config`, …"""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-def imported_parts(path: Path) -> set[str]:
-    """The parts of the package that a module imports from, at its head or in a function."""
-    names = set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "clipmap_hf"}
-    return {name.split(".")[1] for name in names if name.startswith("clipmap_hf.")}
 
 
 def public_names(path: Path) -> list[str] | None:
@@ -76,19 +32,21 @@ def as_ruff_sorts(names: list[str]) -> list[str]:
 def test_imports_go_one_way(path):
     if path == ROOT / "__init__.py":
         return  # its lazy imports are checked in test_public_api.py
-    assert part(path) in RANKS, f"{part(path)} has no place in ORDER; give it one, and write it into CONTRIBUTING.md"
-    wrong = {other for other in imported_parts(path) if RANKS[other] > RANKS[part(path)]}
+    assert room_of(path) in RANKS, (
+        f"{room_of(path)} has no place in ORDER; give it one, and write it into CONTRIBUTING.md"
+    )
+    wrong = {other for other in imported_rooms(path) if RANKS[other] > RANKS[room_of(path)]}
     assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}, which stand to its right"
 
 
 def test_only_what_runs_whole_recipes_knows_the_facade():
-    users = {part(path) for path in MODULES if "compressor" in imported_parts(path)}
+    users = {room_of(path) for path in MODULES if "compressor" in imported_rooms(path)}
     assert users - {"compressor"} <= {"pipeline", "demo", "__init__"}
 
 
 def test_the_check_of_imports_sees_imports():
-    assert {"config", "families", "mapping"} <= imported_parts(ROOT / "mapping" / "plan.py")
-    assert "hub" in imported_parts(ROOT / "compressor.py")
+    assert {"config", "families", "mapping"} <= imported_rooms(ROOT / "mapping" / "plan.py")
+    assert "hub" in imported_rooms(ROOT / "compressor.py")
 
 
 @each_module
@@ -150,3 +108,17 @@ def test_the_order_of_imports_is_the_one_that_contributing_gives():
     written = [name for name in line.split(" → ") if name in RANKS]
     assert len(written) > 5
     assert [RANKS[name] for name in written] == sorted(RANKS[name] for name in written)
+
+
+def test_every_folder_of_the_package_has_its_place_in_the_order():
+    rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    rooms |= {path.stem for path in ROOT.glob("*.py")} - {"__init__"}
+    assert rooms == set(RANKS)
+
+
+def test_the_root_keeps_the_facade_and_what_processes_exchange():
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "compressor.py", "distributed.py"}
+
+
+def test_the_picture_has_a_row_for_each_room():
+    assert [line.split()[1] for line in picture().splitlines()[1:]] == [room for rank in ORDER for room in rank]

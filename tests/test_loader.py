@@ -64,7 +64,7 @@ def test_a_plan_shares_a_batch_out():
 
 
 def test_a_batch_that_processes_cannot_share_is_an_error():
-    with pytest.raises(ValueError, match="batch_size=10 .* multiple of their number, 4"):
+    with pytest.raises(ValueError, match="batch_size=10 .* multiple of the number of processes, 4"):
         BatchPlan(10, world_size=4)
     with pytest.raises(ValueError, match="micro_batch_size=5 must divide the 8 pairs"):
         BatchPlan(16, 5, world_size=2)

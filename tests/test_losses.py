@@ -140,7 +140,7 @@ def test_images_and_texts_are_treated_alike(name):
 
 @pytest.mark.parametrize("name", EMBEDDING_LOSSES)
 def test_embeddings_of_other_widths_cannot_be_compared(name):
-    with pytest.raises(ValueError, match=r"student's width 4 must be the teachers', but theirs are \[4, 16\]"):
+    with pytest.raises(ValueError, match=r"student's width is 4 and the teachers' are \[4, 16\]"):
         LOSSES[name](random_features(0, dim=4), random_features(1, dim=4), random_features(1, dim=16))
 
 

@@ -57,8 +57,8 @@ def test_chosen_sets_come_by_names_by_commas_and_by_suite_each_once():
 @pytest.mark.parametrize(
     ("names", "suite", "message"),
     [
-        (["imagenet", "mnist"], None, r"Evaluation sets \['imagenet'\] are unknown; choose of \['caltech101', .*\]"),
-        ([], None, r"Evaluation sets \[\]"),
+        (["imagenet", "mnist"], None, r"Evaluation sets \['imagenet'\] are unknown; choose from \['caltech101', .*\]"),
+        ([], None, r"No evaluation set is named; choose from \['caltech101', .*\]"),
         (["mnist"], "vtab", r"suite='vtab' is unknown; the suites are \['paper'\]"),
     ],
 )

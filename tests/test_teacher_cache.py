@@ -484,7 +484,7 @@ def test_blocks_of_bad_rows_are_empty(teachers, rows, collator, tmp_path):
 
 
 def test_an_incomplete_cache_says_how_far_it_is(teachers, rows, collator, tmp_path):
-    with pytest.raises(ValueError, match="There is no teacher cache in .*build one first"):
+    with pytest.raises(ValueError, match="There is no teacher cache in .*build it first"):
         TeacherCache.open(tmp_path)
     build(tmp_path, teachers, rows, collator, rank=1, world_size=2)
     progress = "2 blocks of at most 5 rows are written, and 1 of 2 processes are done"

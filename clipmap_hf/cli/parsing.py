@@ -42,7 +42,7 @@ def parse_arguments(
         argv: Arguments instead of `sys.argv[1:]`.
 
     Returns:
-        One instance per dataclass type, then one per stage.
+        An instance of each dataclass type, then of each stage.
 
     Raises:
         ValueError: If the YAML file has a key that no dataclass knows.
@@ -50,14 +50,14 @@ def parse_arguments(
     from transformers import HfArgumentParser  # seconds to import on a cold disk, and only needed here
 
     stages = stages or {}
-    asked = [*(("", one) for one in dataclass_types), *((f"{name}_", stage) for name, stage in stages.items())]
-    as_options = [_as_options(prefix, one) for prefix, one in asked]
+    asked = [*(("", kind) for kind in dataclass_types), *((f"{name}_", stage) for name, stage in stages.items())]
+    as_options = [_as_options(prefix, kind) for prefix, kind in asked]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path, help="YAML file with values for these options; the command line wins")
     config, argv = finder.parse_known_args(sys.argv[1:] if argv is None else argv)
     if config.config is not None:
-        known = {f"{prefix}{f.name}": f for prefix, one in asked for f in dataclasses.fields(one)}
-        ignored = {f.name for one in others for f in dataclasses.fields(one)} - known.keys()
+        known = {f"{prefix}{f.name}": f for prefix, kind in asked for f in dataclasses.fields(kind)}
+        ignored = {f.name for kind in others for f in dataclasses.fields(kind)} - known.keys()
         argv = _yaml_options(config.config, known, ignored, {**stages, **(other_stages or {})}, stages) + argv
     parser = HfArgumentParser(
         as_options,
@@ -68,16 +68,16 @@ def parse_arguments(
     )
     parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return tuple(
-        one(**{f.name: _value(f, getattr(values, f"{prefix}{f.name}")) for f in dataclasses.fields(one)})
-        for (prefix, one), values in zip(asked, parsed, strict=False)  # a namespace with `config` comes last
+        kind(**{f.name: _value(f, getattr(values, f"{prefix}{f.name}")) for f in dataclasses.fields(kind)})
+        for (prefix, kind), values in zip(asked, parsed, strict=False)  # a namespace with `config` comes last
     )
 
 
 def arguments_yaml(*arguments: Any, **stages: Any) -> str:
     """Resolved arguments as YAML that `--config` reads back; `stages` become sections under their names."""
-    plain = {key: value for one in arguments for key, value in dataclasses.asdict(one).items()}
+    plain = {key: value for values in arguments for key, value in dataclasses.asdict(values).items()}
     content = {key: value for key, value in plain.items() if value != []}  # an option takes at least one value
-    content |= {name: dataclasses.asdict(one) for name, one in stages.items()}
+    content |= {name: dataclasses.asdict(stage) for name, stage in stages.items()}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
@@ -127,7 +127,7 @@ def _option(of: dataclasses.Field, name: str, value: Any) -> list[str]:
         value = _as_words(value)
     if isinstance(value, dict):
         raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
-    return [f"--{name}", *(_word(one) for one in (value if isinstance(value, list) else [value]))]
+    return [f"--{name}", *(_word(item) for item in (value if isinstance(value, list) else [value]))]
 
 
 def _word(value: Any) -> str:

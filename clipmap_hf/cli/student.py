@@ -52,7 +52,7 @@ def with_size(arguments: StudentArguments, size: str) -> StudentArguments:
     """
     if "=" not in size:
         return dataclasses.replace(arguments, student=size)
-    options, measures = ([f.name for f in dataclasses.fields(one)] for one in (arguments, Budget))
+    options, measures = ([f.name for f in dataclasses.fields(kind)] for kind in (arguments, Budget))
     values, budget = {}, {}
     for word in size.split(","):
         name, _, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""What a student may cost at most, in one of four measures."""
+"""A budget: the most that a student may cost, in one of four measures."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Budget:
         params: All parameters, the token embedding included.
         macs: Multiply-accumulates of one image and one text of full length.
         bytes: Size of the fp32 weights.
-        latency_ms: Milliseconds in which one batch of images and one of texts go through the model.
+        latency_ms: Milliseconds in which a batch of images and a batch of texts go through the model.
         batch_size: Of a latency: images, and texts, in a batch; 1 by default.
         device: Of a latency: what the model runs on, `cpu` by default.
 
@@ -76,7 +76,7 @@ class Budget:
         Raises:
             ValueError: If a name is unknown.
         """
-        allowed = [one.name for one in fields(cls)]
+        allowed = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(allowed)):
             raise ValueError(f"Unknown keys {unknown} for a budget; allowed are {allowed}.")
         return cls(**values)

@@ -20,7 +20,7 @@ __all__ = ["ClipMapConfig", "TowerConfig"]
 @dataclass(frozen=True)
 class TowerConfig:
     """
-    The size of one tower. What is left out follows from the teacher: width and depth stay, the FFN keeps its ratio to
+    The size of a tower. What is left out follows from the teacher: width and depth stay, the FFN keeps its ratio to
     the width, and the head width is always kept (`CLIPConfig` can express nothing else).
 
     Args:
@@ -129,7 +129,7 @@ class ClipMapConfig:
             ("decay_towards", ("initial", "zero")),
         ):
             if getattr(self, name) not in allowed:
-                names = [one for one in allowed if one is not None]
+                names = [value for value in allowed if value is not None]
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; allowed are {names}.")
         if type(self.refit_steps) is not int or self.refit_steps < 0:
             raise ValueError(f"refit_steps={self.refit_steps!r} must be an integer of at least 0.")
@@ -142,7 +142,7 @@ class ClipMapConfig:
             raise TypeError(f"budget must be a Budget or its values by name, got {type(self.budget).__name__}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """All values as plain JSON types; without the budget, if there is none."""
+        """Returns all values as plain JSON types; a budget of `None` is left out."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name != "budget" or value is not None}
 

@@ -60,12 +60,12 @@ def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> Pretrain
 
 
 def embedding_width(config: PretrainedConfig) -> int:
-    """The width of a model's joint embedding; SigLIP has no projection of images, and that of its vision tower."""
+    """Returns the width of a model's joint embedding. SigLIP projects no images: there it is the vision tower's."""
     return getattr(config, "projection_dim", config.vision_config.hidden_size)
 
 
 def cut_towers(teacher: PretrainedConfig, student: PretrainedConfig) -> tuple[str, ...]:
-    """Which of `vision` and `text` are smaller in the student; the joint embedding belongs to both."""
+    """Names the towers, `vision` or `text`, that are smaller in the student; the joint embedding belongs to both."""
     sizes = [field.name for field in dataclasses.fields(TowerConfig)]
 
     def size(config: PretrainedConfig, tower: str) -> list[int]:

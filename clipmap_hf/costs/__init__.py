@@ -1,1 +1,1 @@
-"""What a model costs: parameters, multiply-accumulates, time and memory; and several models compared."""
+"""What models cost: parameters, multiply-accumulates, time and memory; and comparisons of several models."""

@@ -1,4 +1,4 @@
-"""Several model folders measured in one run: retrieval, parameters, MACs, files, times and memory of each."""
+"""Measures several model folders in one run: recall, parameters, MACs, file sizes, times and memory."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ TOWERS = ("vision", "text")
 @dataclass(frozen=True)
 class Contender:
     """
-    A row of the comparison.
+    A row of the comparison: a model and what runs it.
 
     Args:
-        folder: Of the model.
-        runtime: What runs it, one of `RUNTIMES`.
+        folder: Folder of the model.
+        runtime: Name of the runtime, a key of `RUNTIMES`.
     """
 
     folder: Path
@@ -37,14 +37,15 @@ class Contender:
 @dataclass(frozen=True)
 class Measured:
     """
-    What was measured of one contender.
+    The measurements of a contender.
 
     Args:
-        recall: Of `evaluate_retrieval`.
-        cost: By the config: parameters and MACs.
-        file_bytes: Of the files that hold the weights.
-        milliseconds: Of a batch, of each round: `{("vision", 1): […], …}`, by tower and batch size.
-        memory: Of a process that loads it and runs one batch of the largest size.
+        recall: Result of `evaluate_retrieval`.
+        cost: Parameters and MACs, computed from the config.
+        file_bytes: Size of the files that hold the weights.
+        milliseconds: Times of a batch, by tower and batch size, with a value for each round:
+            `{("vision", 1): […], …}`.
+        memory: Memory of a process that loads the model and runs one batch of the largest size.
     """
 
     recall: Mapping[str, float]
@@ -54,38 +55,41 @@ class Measured:
     memory: PeakMemory
 
     def pair_milliseconds(self, batch_size: int) -> list[float]:
-        """Of a batch of images and one of texts, of each round."""
+        """Returns the time of a batch of images plus that of a batch of texts, for each round."""
         return [sum(both) for both in zip(*(self.milliseconds[tower, batch_size] for tower in TOWERS), strict=True)]
 
 
 def contenders(models: Sequence[str], runtimes: Sequence[str] = ("transformers",)) -> dict[str, Contender]:
     """
-    Each model by each runtime that finds its files there, by name: the folder's, and the runtime's if it is another
-    than transformers.
+    Combines each model with each runtime that finds weight files in the model's folder.
 
     Args:
-        models: Folders or Hub ids; of the Hub, only what transformers loads is downloaded.
-        runtimes: Of `RUNTIMES`.
+        models: Folders or Hub ids. From the Hub, only the files that transformers loads are downloaded.
+        runtimes: Keys of `RUNTIMES`.
+
+    Returns:
+        The contenders by name: the name of the model, and in brackets that of the runtime unless it is transformers.
 
     Raises:
         OSError: If a model is missing or the Hub cannot be reached.
-        ValueError: If a runtime is unknown or finds files in none of the models, or a model has none for any runtime.
+        ValueError: If a runtime is unknown, if it finds files for none of the models, or if a model has files for none
+            of the runtimes.
     """
     if unknown := sorted(set(runtimes) - set(RUNTIMES)):
         raise ValueError(f"Unknown runtimes {unknown}; allowed are {list(RUNTIMES)}.")
-    folders = {name: _folder(model) for name, model in zip(_names(models), models, strict=True)}
+    folders = {name: _find_folder(model) for name, model in zip(_name_models(models), models, strict=True)}
     found = {}
     for name, folder in folders.items():
-        here = [runtime for runtime in runtimes if RUNTIMES[runtime].files(folder)]
-        if not here:
+        usable = [runtime for runtime in runtimes if RUNTIMES[runtime].files(folder)]
+        if not usable:
             looked_for = {runtime: RUNTIMES[runtime].patterns for runtime in runtimes}
             raise ValueError(f"{folder} holds no weights that can be run; looked for {looked_for}.")
-        for runtime in here:
+        for runtime in usable:
             title = name if runtime == "transformers" else f"{name} ({runtime})"
             found[title] = Contender(folder, runtime)
-    if idle := sorted(set(runtimes) - {one.runtime for one in found.values()}):
-        patterns = {runtime: RUNTIMES[runtime].patterns for runtime in idle}
-        raise ValueError(f"None of {list(models)} can be run by {idle}: there must be {patterns}.")
+    if unused := sorted(set(runtimes) - {contender.runtime for contender in found.values()}):
+        patterns = {runtime: RUNTIMES[runtime].patterns for runtime in unused}
+        raise ValueError(f"None of {list(models)} can be run by {unused}: there must be files like {patterns}.")
     return found
 
 
@@ -97,18 +101,21 @@ def measure(
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> dict[str, Measured]:
     """
-    Measures all of them, by turns where it is time.
+    Measures all contenders. Times are measured in turns, see `milliseconds_by_turns`.
 
     Args:
-        rows: As `contenders` gives them.
-        pairs: From a folder to the evaluation pairs, collated by its processor.
-        rounds: Measurements of each time.
-        device: What the models run on.
-        batch_sizes: Whose times are taken.
+        rows: The contenders by name, as `contenders` returns them.
+        pairs: Function that returns the evaluation pairs for a model's folder, collated by the model's processor.
+        rounds: Number of measurements of each time.
+        device: Device that the models run on.
+        batch_sizes: Batch sizes that are measured. Memory is measured at the largest.
+
+    Returns:
+        The measurements by name.
     """
-    towers = {name: RUNTIMES[one.runtime].load(one.folder, device) for name, one in rows.items()}
-    configs = {name: load_config(str(one.folder)) for name, one in rows.items()}
-    recalls = {name: evaluate_towers(towers[name], pairs(one.folder)) for name, one in rows.items()}
+    towers = {name: RUNTIMES[row.runtime].load(row.folder, device) for name, row in rows.items()}
+    configs = {name: load_config(str(row.folder)) for name, row in rows.items()}
+    recalls = {name: evaluate_towers(towers[name], pairs(row.folder)) for name, row in rows.items()}
     runs = {
         (name, tower, size): run
         for size in batch_sizes
@@ -120,16 +127,16 @@ def measure(
         name: Measured(
             recall=recalls[name],
             cost=model_cost(configs[name]),
-            file_bytes=sum(path.stat().st_size for path in RUNTIMES[one.runtime].files(one.folder)),
+            file_bytes=sum(path.stat().st_size for path in RUNTIMES[row.runtime].files(row.folder)),
             milliseconds={(tower, size): times[name, tower, size] for tower in TOWERS for size in batch_sizes},
-            memory=peak_memory(one.folder, one.runtime, max(batch_sizes), device),
+            memory=peak_memory(row.folder, row.runtime, max(batch_sizes), device),
         )
-        for name, one in rows.items()
+        for name, row in rows.items()
     }
 
 
-def _names(models: Sequence[str]) -> list[str]:
-    """The last parts of their paths; where two have the same, all in full."""
+def _name_models(models: Sequence[str]) -> list[str]:
+    """Names folders by the last part of their path. If two names were equal, all models have their full path."""
     short = [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
     names = short if len(set(short)) == len(short) else list(models)
     if len(set(names)) < len(names):
@@ -137,8 +144,8 @@ def _names(models: Sequence[str]) -> list[str]:
     return names
 
 
-def _folder(model: str) -> Path:
-    load_config(model)  # says what is wrong with a name
+def _find_folder(model: str) -> Path:
+    load_config(model)  # raises a helpful error if the name is wrong
     if Path(model).is_dir():
         return Path(model)
     return Path(snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]))

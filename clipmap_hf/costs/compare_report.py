@@ -1,4 +1,4 @@
-"""The comparison of several models as JSON, Markdown, a picture of quality against cost, and one HTML page."""
+"""Writes a comparison of several models as JSON, Markdown and HTML, and plots quality against cost."""
 
 import html
 import io
@@ -14,7 +14,7 @@ import transformers
 
 from clipmap_hf.costs.compare import TOWERS, Measured
 from clipmap_hf.costs.cost import cost_columns
-from clipmap_hf.costs.latency import speedups, spread
+from clipmap_hf.costs.latency import Spread, speedups, spread
 from clipmap_hf.evaluation.retrieval import recall_columns
 from clipmap_hf.files.tables import html_page, html_table, inline_png, markdown_table, scaled_column
 
@@ -30,16 +30,16 @@ def write_comparison(folder: Path, rows: Rows, pairs: str, device: str) -> str:
     Writes `results.json`, `results.md`, `quality.png` and `index.html`.
 
     Args:
-        folder: Where to; made if it is not there.
-        rows: What was measured, by name; the others' times are compared with the first's.
-        pairs: What retrieval was measured on, as it is to be named.
-        device: What the models ran on.
+        folder: Folder to write to. It is created if needed.
+        rows: The measurements by name. Times are compared with those of the first model.
+        pairs: Name of the data that retrieval was measured on, for the notes below the tables.
+        device: Device that the models ran on.
 
     Returns:
         The tables as Markdown.
     """
     conditions = {"pairs": pairs, **_conditions(device)}
-    results = {"conditions": conditions, "models": {name: _values(one) for name, one in rows.items()}}
+    results = {"conditions": conditions, "models": {name: _json_values(row) for name, row in rows.items()}}
     main, times, (note, note_on_times) = _main_columns(rows), _time_columns(rows), _notes(rows, conditions)
     picture = quality_plot(rows)
     markdown = "\n\n".join([markdown_table(main), note, markdown_table(times), note_on_times])
@@ -60,17 +60,22 @@ def write_comparison(folder: Path, rows: Rows, pairs: str, device: str) -> str:
 
 
 def quality_plot(rows: Rows) -> bytes:
-    """Mean recall against parameters, MACs, files and the time of one pair, a point for each model, as PNG."""
-    from matplotlib.figure import Figure  # not a dependency: the extra `plots`
+    """
+    Plots the mean recall against parameters, MACs, file sizes and the time of one pair. Each model is a point.
+
+    Returns:
+        The plot as PNG.
+    """
+    from matplotlib.figure import Figure  # optional, from the extra `plots`
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     costs = {
-        "parameters (M)": [one.cost.parameters / 1e6 for one in rows.values()],
-        "MACs of a pair (G)": [one.cost.macs / 1e9 for one in rows.values()],
-        "weight files (MB)": [one.file_bytes / 1e6 for one in rows.values()],
-        "one pair (ms)": [spread(one.pair_milliseconds(min(_sizes(rows)))).median for one in rows.values()],
+        "parameters (M)": [row.cost.parameters / 1e6 for row in rows.values()],
+        "MACs of a pair (G)": [row.cost.macs / 1e9 for row in rows.values()],
+        "weight files (MB)": [row.file_bytes / 1e6 for row in rows.values()],
+        "one pair (ms)": [spread(row.pair_milliseconds(min(_batch_sizes(rows)))).median for row in rows.values()],
     }
-    recalls = {name: 100 * one.recall["mean_recall"] for name, one in rows.items()}
+    recalls = {name: 100 * row.recall["mean_recall"] for name, row in rows.items()}
     figure = Figure(figsize=(14, 4), layout="constrained")
     for axes, (title, values) in zip(figure.subplots(1, len(costs), sharey=True), costs.items(), strict=True):
         for (name, recall), value, marker in zip(recalls.items(), values, cycle("osD^vP*"), strict=False):
@@ -89,85 +94,90 @@ def quality_plot(rows: Rows) -> bytes:
 
 def _main_columns(rows: Rows) -> list[list[str]]:
     measured = list(rows.values())
-    recalls = [one.recall for one in measured]
-    files = scaled_column([one.file_bytes for one in measured], "MK")
+    recalls = [row.recall for row in measured]
+    files = scaled_column([row.file_bytes for row in measured], "MK")
+    pairs = [
+        [f"pairs/s at batch {size}", *(_pairs_cell(rows, row, size) for row in measured)]
+        for size in _batch_sizes(rows)
+    ]
     return [
         ["model", *rows],
         *recall_columns(recalls, ks=(1,)),
-        ["mean recall", *(f"{100 * one['mean_recall']:.1f}" for one in recalls)],
-        *cost_columns([one.cost for one in measured]),
+        ["mean recall", *(f"{100 * recall['mean_recall']:.1f}" for recall in recalls)],
+        *cost_columns([row.cost for row in measured]),
         [f"weight files ({files[0]}B)", *files[1:]],
-        *([f"pairs/s at batch {size}", *(_pairs_cell(rows, one, size) for one in measured)] for size in _sizes(rows)),
-        ["peak memory (MB)", *(f"{one.memory.bytes / 1e6:,.0f}" for one in measured)],
-        ["without libraries", *(f"{(one.memory.bytes - one.memory.libraries) / 1e6:,.0f}" for one in measured)],
+        *pairs,
+        ["peak memory (MB)", *(f"{row.memory.bytes / 1e6:,.0f}" for row in measured)],
+        ["without libraries", *(f"{(row.memory.bytes - row.memory.libraries) / 1e6:,.0f}" for row in measured)],
     ]
 
 
-def _pairs_cell(rows: Rows, one: Measured, size: int) -> str:
-    """Pairs per second, and how many times as many as the first has."""
-    pairs = size * 1000 / spread(one.pair_milliseconds(size)).median
-    return f"{pairs:,.1f} ({_of_first(rows, one, size).median:.2f}×)"
+def _pairs_cell(rows: Rows, row: Measured, size: int) -> str:
+    """Formats a model's pairs per second, and their ratio to those of the first model."""
+    pairs = size * 1000 / spread(row.pair_milliseconds(size)).median
+    return f"{pairs:,.1f} ({_speedup(rows, row, size).median:.2f}×)"
 
 
-def _of_first(rows: Rows, one: Measured, size: int):
+def _speedup(rows: Rows, row: Measured, size: int) -> Spread:
+    """Computes how many times as fast a model is as the first model."""
     first = next(iter(rows.values()))
-    return spread(speedups(first.pair_milliseconds(size), one.pair_milliseconds(size)))
+    return spread(speedups(first.pair_milliseconds(size), row.pair_milliseconds(size)))
 
 
 def _time_columns(rows: Rows) -> list[list[str]]:
-    """A line for each model and batch size."""
-    lines = [(name, size) for size in _sizes(rows) for name in rows]
+    """Makes the columns of the table of times, which has a line for each model and batch size."""
+    lines = [(name, size) for size in _batch_sizes(rows) for name in rows]
     columns = [["model", *(name for name, _ in lines)], ["batch", *(str(size) for _, size in lines)]]
-    for tower, what in zip(TOWERS, ("image", "text"), strict=True):
-        spreads = [spread(rows[name].milliseconds[tower, size]) for name, size in lines]
-        rates = [size * 1000 / one.median for (_, size), one in zip(lines, spreads, strict=True)]
+    for tower, item in zip(TOWERS, ("image", "text"), strict=True):
+        times = [spread(rows[name].milliseconds[tower, size]) for name, size in lines]
+        rates = [size * 1000 / time.median for (_, size), time in zip(lines, times, strict=True)]
         columns += [
-            [f"{what} batch (ms)", *(f"{one.median:.2f}" for one in spreads)],
-            ["quartiles", *(f"{one.lower:.2f} – {one.upper:.2f}" for one in spreads)],
-            [f"{what}s/s", *(f"{rate:,.1f}" for rate in rates)],
+            [f"{item} batch (ms)", *(f"{time.median:.2f}" for time in times)],
+            ["quartiles", *(f"{time.lower:.2f} – {time.upper:.2f}" for time in times)],
+            [f"{item}s/s", *(f"{rate:,.1f}" for rate in rates)],
         ]
-    ratios = [_of_first(rows, rows[name], size) for name, size in lines]
+    ratios = [_speedup(rows, rows[name], size) for name, size in lines]
     return [
         *columns,
-        ["pairs, times the first", *(f"{one.median:.2f}" for one in ratios)],
-        ["quartiles", *(f"{one.lower:.2f} – {one.upper:.2f}" for one in ratios)],
+        ["pairs/s, ratio to the first", *(f"{ratio.median:.2f}" for ratio in ratios)],
+        ["quartiles", *(f"{ratio.lower:.2f} – {ratio.upper:.2f}" for ratio in ratios)],
     ]
 
 
 def _notes(rows: Rows, conditions: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands below the main table, and below that of the times."""
+    """Returns the note below the main table, and the note below the table of times."""
     rounds = len(next(iter(next(iter(rows.values())).milliseconds.values())))
     return (
-        f"Recall in percent on {conditions['pairs']}. MACs of one image, and of one text of full length. Pairs per "
-        "second: a batch of images, then as many texts of full length; in brackets, how many times as many as the "
-        f"first model's. Memory: the most that a process of its own had resident for batches of {max(_sizes(rows))} "
-        "(on a GPU: had allocated there), and that without what was resident before the model was loaded.",
-        f"Medians and quartiles of {rounds} rounds; in each, all models had their turn, and ratios are those of a "
-        f"round. {conditions['device']}, {conditions['threads']} threads, torch {conditions['torch']}, transformers "
-        f"{conditions['transformers']}.",
+        f"Recall in percent on {conditions['pairs']}. MACs are those of one image, and of one text of full length. "
+        "Pairs per second are measured on a batch of images, followed by as many texts of full length; in brackets, "
+        "the ratio to the first model. Peak memory is the most that was resident in a separate process with batches "
+        f"of {max(_batch_sizes(rows))} (on a GPU, the most that was allocated there); without libraries, it leaves "
+        "out what was resident before the model was loaded.",
+        f"Medians and quartiles of {rounds} rounds. Each round measures all models in turn, and ratios are those of "
+        f"the same round. {conditions['device']}, {conditions['threads']} threads, torch {conditions['torch']}, "
+        f"transformers {conditions['transformers']}.",
     )
 
 
-def _sizes(rows: Rows) -> list[int]:
-    return list(dict.fromkeys(size for one in rows.values() for _, size in one.milliseconds))
+def _batch_sizes(rows: Rows) -> list[int]:
+    return list(dict.fromkeys(size for row in rows.values() for _, size in row.milliseconds))
 
 
-def _values(one: Measured) -> dict[str, Any]:
-    """As JSON."""
+def _json_values(row: Measured) -> dict[str, Any]:
     times = [
         {"tower": tower, "batch_size": size, **spread(values)._asdict(), "rounds": list(values)}
-        for (tower, size), values in one.milliseconds.items()
+        for (tower, size), values in row.milliseconds.items()
     ]
     return {
-        **one.recall,
-        "parameters": one.cost.parameters,
-        "parameters_without_token_embedding": one.cost.parameters_without_token_embedding,
-        "vision_macs": one.cost.vision_macs,
-        "text_macs": one.cost.text_macs,
-        "file_bytes": one.file_bytes,
+        **row.recall,
+        "parameters": row.cost.parameters,
+        "parameters_without_token_embedding": row.cost.parameters_without_token_embedding,
+        "vision_macs": row.cost.vision_macs,
+        "text_macs": row.cost.text_macs,
+        "file_bytes": row.file_bytes,
         "milliseconds": times,
-        "peak_memory_bytes": one.memory.bytes,
-        "libraries_memory_bytes": one.memory.libraries,
+        "peak_memory_bytes": row.memory.bytes,
+        "libraries_memory_bytes": row.memory.libraries,
     }
 
 

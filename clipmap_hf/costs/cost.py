@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates per tower and bytes, from its config alone."""
+"""Computes what a model costs from its config alone: parameters, multiply-accumulates per tower, and bytes."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ __all__ = ["Cost", "CostReport", "cost_columns", "cost_table", "model_cost", "pa
 @dataclass(frozen=True)
 class Cost:
     """
-    What a CLIP model costs.
+    The cost of a CLIP model.
 
     Args:
-        parameters: All parameters, each tied one counted once.
-        token_embedding_parameters: Those of the token embedding, a lookup that costs no multiplications.
-        vision_macs: Multiply-accumulates of one image through the vision tower and its projection.
-        text_macs: The same of one caption of full context length through the text tower and its projection.
-        bytes: Size of the weights, in the dtype that was asked for (fp32 by default).
+        parameters: Number of all parameters. Tied parameters are counted once.
+        token_embedding_parameters: Parameters of the token embedding, a lookup that costs no multiplications.
+        vision_macs: Multiply-accumulates of one image in the vision tower and its projection.
+        text_macs: Multiply-accumulates of one caption of full context length in the text tower and its projection.
+        bytes: Size of the weights in the requested dtype (fp32 by default).
     """
 
     parameters: int
@@ -35,7 +35,7 @@ class Cost:
 
     @property
     def parameters_without_token_embedding(self) -> int:
-        """Parameters that take part in multiplications or additions."""
+        """Number of parameters that take part in multiplications or additions."""
         return self.parameters - self.token_embedding_parameters
 
     @property
@@ -46,16 +46,16 @@ class Cost:
 
 def model_cost(config: CLIPConfig, dtype: torch.dtype = torch.float32) -> Cost:
     """
-    The cost of the model that `config` describes, without allocating it.
+    Computes the cost of the model that `config` describes, without allocating the model.
 
-    Matrix products and convolutions are counted, attention in full (the causal half is not subtracted), as in the
-    tables of TinyCLIP and CLIP-Map; additions, norms and activations are not.
+    Matrix products and convolutions are counted, but additions, norms and activations are not. Attention is counted in
+    full (the causal half is not subtracted), as in the tables of TinyCLIP and CLIP-Map.
 
     Args:
-        config: Of a `CLIPModel` or a model with the same parts; left as it is.
-        dtype: Of the weights in the file.
+        config: Config of a `CLIPModel` or of a model with the same parts. It is not changed.
+        dtype: Dtype of the weights in the file.
     """
-    with torch.device("meta"):  # here scaled-dot-product attention falls apart into products that the counter sees
+    with torch.device("meta"):  # attention runs as matrix products on this device, and the counter sees these
         model = AutoModel.from_config(copy.deepcopy(config))
         vision_macs, text_macs = _vision_macs(model), _text_macs(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -67,22 +67,25 @@ def model_cost(config: CLIPConfig, dtype: torch.dtype = torch.float32) -> Cost:
 
 
 def parameter_count(config: CLIPConfig) -> int:
-    """All parameters of the model that `config` describes: those of `model_cost`, in a tenth of its time."""
+    """Counts all parameters of the model that `config` describes. Takes a tenth of the time of `model_cost`."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoModel.from_config(copy.deepcopy(config)).parameters())
 
 
 def with_bytes_of(cost: Cost, model: PreTrainedModel) -> Cost:
-    """The cost with the bytes that a model's tensors have, packed ones among them."""
+    """Returns a copy of `cost` with the bytes of a model's tensors, some of which may be packed."""
     return replace(cost, bytes=sum(tensor.nbytes for tensor in model.state_dict().values()))
 
 
 def cost_table(costs: Mapping[str, Cost]) -> str:
     """
-    An aligned Markdown table of named costs; the last column compares parameters with the first entry.
+    Formats costs as an aligned Markdown table. Its last column compares the parameters with those of the first entry.
+
+    Args:
+        costs: The costs by name.
 
     Raises:
-        ValueError: If there is nothing to show.
+        ValueError: If there are no costs.
     """
     if not costs:
         raise ValueError("costs is empty; give at least one `name: Cost`.")
@@ -100,7 +103,7 @@ def cost_table(costs: Mapping[str, Cost]) -> str:
 
 
 def cost_columns(costs: Sequence[Cost]) -> list[list[str]]:
-    """Columns of a table, header first: parameters with and without the token embedding, MACs of each tower."""
+    """Makes table columns, header first: parameters with and without the token embedding, and MACs of each tower."""
     sizes = [n for cost in costs for n in (cost.parameters, cost.parameters_without_token_embedding)]
     sizes = scaled_column(sizes, "MK")
     macs = scaled_column([n for cost in costs for n in (cost.vision_macs, cost.text_macs)], "GMK")
@@ -128,7 +131,7 @@ def _text_macs(model: PreTrainedModel) -> int:
 
 
 class CostReport(dict[str, Cost]):
-    """Costs by name; prints as `cost_table`."""
+    """A dict of costs by name. It prints as a `cost_table`."""
 
     def __str__(self) -> str:
         return cost_table(self)

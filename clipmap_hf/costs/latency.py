@@ -1,4 +1,4 @@
-"""How long towers take: medians of repeated passes, those of several models by turns so that their ratios hold."""
+"""Measures how long towers take: medians of repeated passes, and several models in turns to compare them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -17,8 +17,11 @@ Name = TypeVar("Name")
 @torch.no_grad()
 def milliseconds(run: Callable[[], Any], seconds: float) -> float:
     """
-    Median milliseconds of a call, of as many as `seconds` take, with as many threads as the process has. What a GPU
-    was given is waited for.
+    Measures the median time of a call in milliseconds, with all threads of the process. Waits for the GPU to finish.
+
+    Args:
+        run: The function to call.
+        seconds: Calls are repeated for at least this time.
     """
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median * 1000
@@ -28,13 +31,16 @@ def milliseconds_by_turns(
     runs: Mapping[Name, Callable[[], Any]], rounds: int, seconds: float = 0.2
 ) -> dict[Name, list[float]]:
     """
-    `milliseconds` of each call in each round. All are called in every round, one after the other: what else the
-    machine does meets all of them, and the ratios of a round are nearly free of it.
+    Measures several calls in turns. Every round measures all calls, one after the other. If the machine is busy with
+    something else, this affects all calls alike, and the ratios of a round hardly change.
 
     Args:
-        runs: What is called.
-        rounds: Measurements of each.
-        seconds: At least, that one measurement takes.
+        runs: The functions to call, by name.
+        rounds: Number of rounds.
+        seconds: Each measurement takes at least this time.
+
+    Returns:
+        The `milliseconds` of each call in each round, by name.
     """
     times = {name: [] for name in runs}
     for _ in range(rounds):
@@ -44,7 +50,7 @@ def milliseconds_by_turns(
 
 
 class Spread(NamedTuple):
-    """Median and quartiles."""
+    """Median, lower quartile and upper quartile."""
 
     median: float
     lower: float
@@ -52,20 +58,22 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles of the values of all rounds."""
+    """Returns the median and the quartiles of some values."""
     lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return Spread(median, lower, upper)
 
 
 def speedups(first: Sequence[float], other: Sequence[float]) -> list[float]:
-    """How many times as fast the other was, in each round."""
-    return [one / time for one, time in zip(first, other, strict=True)]
+    """Returns, for each round, how many times as fast `other` was as `first`."""
+    return [first_time / other_time for first_time, other_time in zip(first, other, strict=True)]
 
 
 def random_inputs(config: PretrainedConfig, batch_size: int) -> dict[str, torch.Tensor]:
     """
-    Noise and random texts of full length for a model of this config: `pixel_values` `(batch, channels, size, size)`,
-    `input_ids` and `attention_mask` `(batch, length)`.
+    Makes random images and random texts of full length for a model of this config.
+
+    Returns:
+        `pixel_values` `(batch, channels, size, size)`, and `input_ids` and `attention_mask` `(batch, length)`.
     """
     image, text = config.vision_config, config.text_config
     input_ids = torch.randint(text.vocab_size, (batch_size, text.max_position_embeddings))

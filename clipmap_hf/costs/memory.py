@@ -1,4 +1,4 @@
-"""How much memory a model needs at most: loaded and run once in a process of its own."""
+"""Measures the peak memory of a model, which is loaded and run once in a separate process."""
 
 import re
 import resource
@@ -20,11 +20,11 @@ __all__ = ["PeakMemory", "peak_memory"]
 @dataclass(frozen=True)
 class PeakMemory:
     """
-    Of a process that ran a model.
+    The peak memory of a process that ran a model.
 
     Args:
-        bytes: The most that was resident at a time; on a GPU, the most that torch had allocated there.
-        libraries: Of them, what was so before the model was loaded.
+        bytes: Most bytes that were resident at any time. On a GPU, most bytes that torch had allocated there.
+        libraries: Bytes that were resident before the model was loaded. They are part of `bytes`.
     """
 
     bytes: int
@@ -33,31 +33,31 @@ class PeakMemory:
 
 def peak_memory(folder: Path, runtime: str, batch_size: int, device: str = "cpu") -> PeakMemory:
     """
-    Loads a model and takes one batch through each tower, in a process of its own.
+    Loads a model and runs one batch through each tower, in a separate process.
 
     Args:
-        folder: Of the model.
-        runtime: One of `RUNTIMES`.
-        batch_size: Images, and texts of full length.
-        device: Where.
+        folder: Folder of the model.
+        runtime: Name of the runtime, a key of `RUNTIMES`.
+        batch_size: Number of images, and of texts of full length.
+        device: Device that the model runs on.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_run_once, folder, runtime, batch_size, device).result()
 
 
 def _run_once(folder: Path, runtime: str, batch_size: int, device: str) -> PeakMemory:
-    before = _high_water_mark(device)
+    before = _peak_bytes(device)
     batch = random_inputs(load_config(str(folder)), batch_size)
     with torch.no_grad():
         for run in RUNTIMES[runtime].load(folder, device).passes(batch).values():
             run()
-    return PeakMemory(_high_water_mark(device), before)
+    return PeakMemory(_peak_bytes(device), before)
 
 
-def _high_water_mark(device: str) -> int:
+def _peak_bytes(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would begin at what the process that started this one had resident
+    if status.exists():  # Linux: not `ru_maxrss`, which would include the peak of the parent process
         return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes

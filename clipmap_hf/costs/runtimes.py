@@ -1,4 +1,4 @@
-"""What runs a model folder: transformers, or ONNX Runtime on an export beside the weights."""
+"""The runtimes of a model folder: transformers, and ONNX Runtime for an export that lies beside the weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,26 +21,26 @@ class Runtime:
     A way to run a model folder.
 
     Args:
-        load: From the folder and a device to its towers.
-        patterns: Of the files that hold its weights, relative to the folder.
+        load: Function that loads the towers from a folder onto a device.
+        patterns: Glob patterns of the files that hold the weights, relative to the folder.
     """
 
     load: Callable[[Path, str], Towers]
     patterns: tuple[str, ...]
 
     def files(self, folder: Path) -> list[Path]:
-        """The files that hold the weights; empty where the folder cannot be run so."""
+        """Returns the files that hold the weights. The list is empty if this runtime cannot run the folder."""
         found = [sorted(folder.glob(pattern)) for pattern in self.patterns]
         return sum(found, []) if all(found) else []
 
 
-def _transformers(folder: Path, device: str) -> Towers:
+def _load_transformers(folder: Path, device: str) -> Towers:
     return Towers.of_model(load_model(str(folder)).to(device))
 
 
-def _onnx(folder: Path, device: str, suffix: str) -> Towers:
-    """Raises `ValueError` on another device than the CPU."""
-    import onnxruntime  # not a dependency: the extra `onnx`
+def _load_onnx(folder: Path, device: str, suffix: str) -> Towers:
+    """Loads the towers of an export. Raises a `ValueError` on any device but the CPU."""
+    import onnxruntime  # optional, from the extra `onnx`
 
     if device != "cpu":
         raise ValueError(f"Exports run on the CPU, got device={device!r}; compare them with device='cpu'.")
@@ -53,28 +53,31 @@ def _onnx(folder: Path, device: str, suffix: str) -> Towers:
         for tower in ("vision", "text")
     )
     return Towers(
-        lambda pixel_values: _embeds(vision, "image_embeds", pixel_values=pixel_values),
-        lambda input_ids, mask: _embeds(text, "text_embeds", input_ids=input_ids, attention_mask=mask),
+        lambda pixel_values: _embed(vision, "image_embeds", pixel_values=pixel_values),
+        lambda input_ids, mask: _embed(text, "text_embeds", input_ids=input_ids, attention_mask=mask),
         torch.device("cpu"),
     )
 
 
-def _embeds(session, output: str, **inputs: torch.Tensor) -> torch.Tensor:
-    """Normalized; of the inputs, a session gets those that it knows (a text tower may do without its mask)."""
-    known = {one.name for one in session.get_inputs()}
+def _embed(session, output: str, **inputs: torch.Tensor) -> torch.Tensor:
+    """Runs a session and normalizes its output. Inputs that it does not know, such as a mask, are left out."""
+    known = {node.name for node in session.get_inputs()}
     (embeds,) = session.run([output], {name: tensor.numpy() for name, tensor in inputs.items() if name in known})
     return F.normalize(torch.from_numpy(embeds), dim=-1)
 
 
-def _exports(suffix: str) -> Runtime:
-    """Both towers under the names that Transformers.js looks for; large weights lie in files beside the graph."""
+def _onnx_runtime(suffix: str) -> Runtime:
+    """
+    Makes the runtime of an export. Its files have the names that Transformers.js looks for. Large weights lie in
+    additional files, whose names continue that of the graph's file.
+    """
     patterns = tuple(f"onnx/{tower}_model{suffix}.onnx*" for tower in ("vision", "text"))
-    return Runtime(partial(_onnx, suffix=suffix), patterns)
+    return Runtime(partial(_load_onnx, suffix=suffix), patterns)
 
 
 RUNTIMES = {
-    "transformers": Runtime(_transformers, ("model*.safetensors",)),
-    "onnx": _exports(""),
-    "onnx_int8": _exports("_int8"),
-    "onnx_quantized": _exports("_quantized"),
+    "transformers": Runtime(_load_transformers, ("model*.safetensors",)),
+    "onnx": _onnx_runtime(""),
+    "onnx_int8": _onnx_runtime("_int8"),
+    "onnx_quantized": _onnx_runtime("_quantized"),
 }

@@ -1,4 +1,4 @@
-"""Where pairs come from and how they are read, as dataclasses that the command line reads too."""
+"""Arguments that say where pairs come from and how they are read, as dataclasses and command-line options."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,8 +19,12 @@ class DataArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Read `train_data` shard by shard instead of making a local table of it."}
     )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows that a stream is shuffled among, per worker."})
-    eval_data: str | None = field(default=None, metadata={"help": "Pairs to measure retrieval on; same forms."})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Size of the buffer that shuffles a stream, in rows per worker."}
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Pairs to measure retrieval on, in the same forms as `train_data`."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split of `train_data`."})
     eval_split: str = field(
         default="train", metadata={"help": "Split of `eval_data` (plain files have only `train`)."}
@@ -30,23 +34,28 @@ class DataArguments:
     )
     caption_column: list[str] = field(
         default_factory=lambda: ["caption"],
-        metadata={"help": "Columns of the captions: strings, or lists of captions. The first column is evaluated."},
+        metadata={"help": "Columns of captions: strings, or lists of captions. Evaluation reads the first column."},
     )
     keyword_column: list[str] = field(
-        default_factory=list, metadata={"help": "Columns of keyword lists; with random sampling, training joins some."}
+        default_factory=list,
+        metadata={"help": "Columns of keyword lists. `random` sampling may make a caption of some of the keywords."},
     )
     caption_sampling: Literal["first", "random"] = field(
-        default="first", metadata={"help": "Train on the first caption column, or on one of all columns."}
+        default="first",
+        metadata={"help": "Train on the first caption column, or on a random column of captions or keywords."},
     )
     crop_scale: list[float] = field(
-        default_factory=lambda: [0.9, 1.0], metadata={"help": "Area range of the random resized crop."}
+        default_factory=lambda: [0.9, 1.0],
+        metadata={"help": "Smallest and largest area of the random crop, as shares of the image."},
     )
     flip: float = field(default=0.0, metadata={"help": "Probability of a horizontal flip."})
     rotation: float = field(default=0.0, metadata={"help": "Largest random rotation, in degrees."})
-    color_jitter: float = field(default=0.0, metadata={"help": "Largest change of brightness, contrast, saturation."})
-    grayscale: float = field(default=0.0, metadata={"help": "Probability of dropping all color."})
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Largest relative change of brightness, contrast and saturation."}
+    )
+    grayscale: float = field(default=0.0, metadata={"help": "Probability of turning an image gray."})
     max_bad_fraction: float = field(
-        default=0.01, metadata={"help": "Share of undecodable rows at which the run stops; fewer are skipped."}
+        default=0.01, metadata={"help": "Largest share of unusable rows to skip. With more, the run stops."}
     )
     image_backend: Literal["pil", "torchvision"] = field(
         default="pil", metadata={"help": "Backend of the image processor in evaluation."}
@@ -63,12 +72,15 @@ class DataArguments:
 
 @dataclass
 class CalibrationArguments:
-    """The pairs that `calibrated`, `importance`, `taylor` and `mope` start from."""
+    """The calibration pairs, which the starts `calibrated`, `importance`, `taylor` and `mope` need."""
 
     calibration_data: str | None = field(
-        default=None, metadata={"help": "Where they come from, with columns as `train_data`, which is the default."}
+        default=None,
+        metadata={"help": "Calibration pairs, with the same columns as `train_data`, which is the default."},
     )
-    calibration_pairs: int = field(default=2048, metadata={"help": "How many there are, of all processes together."})
+    calibration_pairs: int = field(
+        default=2048, metadata={"help": "Number of calibration pairs, of all processes together."}
+    )
 
     def __post_init__(self):
         check_ranges(self, above_0=("calibration_pairs",))

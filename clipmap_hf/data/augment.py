@@ -1,4 +1,4 @@
-"""Training augmentations on PIL images, each a pure function of (image, random generator)."""
+"""Augments PIL images for training; all augmentations are pure functions of an image and a random generator."""
 
 import math
 import random
@@ -14,8 +14,15 @@ def random_resized_crop(
     image: Image.Image, size: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> Image.Image:
     """
-    Crops a random box of `scale` times the image's area and a log-uniform aspect `ratio`, and resizes it to
-    `(size, size)` bicubically in one step. After ten boxes that do not fit, the last is clipped to the image's sides.
+    Crops a random box and resizes it bicubically, in one step. Up to ten boxes are drawn until one of them fits into
+    the image. If none fits, the last box is clipped to the image.
+
+    Args:
+        image: The image.
+        size: Side of the resulting square, in pixels.
+        scale: Smallest and largest area of the box, as fractions of the image's area.
+        ratio: Smallest and largest aspect ratio of the box, width over height. It is drawn log-uniformly.
+        rng: Random generator.
     """
     width, height = image.size
     for _ in range(10):
@@ -33,15 +40,16 @@ def random_resized_crop(
 @dataclass(frozen=True)
 class Augmentation:
     """
-    Random resized crop, then, where asked, horizontal flip, rotation, color jitter and grayscale.
+    A random rotation, a random resized crop, a horizontal flip, color jitter and grayscale, in this order. By default,
+    there is only the crop.
 
     Args:
-        scale: Range of the crop's area, as a fraction of the image's.
-        ratio: Range of the crop's aspect ratio, width over height.
+        scale: Smallest and largest area of the crop, as fractions of the image's area.
+        ratio: Smallest and largest aspect ratio of the crop, width over height.
         flip: Probability of a horizontal flip.
-        rotation: Largest angle of a random rotation, in degrees; corners are filled with white.
+        rotation: Largest angle of a random rotation, in degrees. Corners are filled with white.
         color_jitter: Largest relative change of brightness, contrast and saturation.
-        grayscale: Probability of dropping all color.
+        grayscale: Probability of turning an image gray.
     """
 
     scale: tuple[float, float] = (0.9, 1.0)
@@ -52,7 +60,7 @@ class Augmentation:
     grayscale: float = 0.0
 
     def __call__(self, image: Image.Image, size: int, rng: random.Random) -> Image.Image:
-        """Returns an RGB image of `(size, size)` pixels; equal states of `rng` give equal pixels."""
+        """Returns an RGB image of `(size, size)` pixels. Equal states of `rng` give equal pixels."""
         if self.rotation:
             angle = rng.uniform(-self.rotation, self.rotation)
             image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255))

@@ -1,4 +1,4 @@
-"""Batches of calibration pairs: a few of any data set, not augmented, the same at every iteration."""
+"""Batches of calibration pairs: a sample of a data set, without augmentation and the same in every iteration."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,19 +20,19 @@ _BATCH_SIZE = 64
 
 class CalibrationPairs:
     """
-    Iterates over batches of `pixel_values` and, if there are captions, `input_ids`; each process has its own.
+    Iterates over batches of `pixel_values` and, if there are captions, `input_ids`. Each process has its own pairs.
 
     Args:
-        rows: With a column `image` and, or else images are all there is, `caption`. Of a data set with random access,
-            pairs are drawn; of a stream, the first are taken.
+        rows: A data set with the column `image` and, unless images are enough, the column `caption`. From a data set
+            with random access, pairs are drawn at random. From a stream, the first pairs are taken.
         processor: The model's `CLIPProcessor`.
-        pairs: How many to take, of all processes together; all, if there are fewer.
-        max_bad_fraction: Rows that may be unusable, as in `RowTally`.
-        seed: Of the draw.
+        pairs: Number of pairs to take, of all processes together. If there are fewer, all are taken.
+        max_bad_fraction: Share of the rows that may be unusable, as in `RowTally`.
+        seed: Seed of the draw.
 
     Raises:
-        ValueError: If there are no images, or fewer pairs than processes; while iterating, if too many rows cannot be
-            used.
+        ValueError: If there are no images or fewer pairs than processes. While iterating, if too many rows are
+            unusable.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From undecoded pairs to a model batch: decode, augment or preprocess, draw a caption, tokenize."""
+"""Turns undecoded pairs into a batch for the model: decodes and preprocesses images, draws and tokenizes captions."""
 
 import hashlib
 import logging
@@ -22,23 +22,27 @@ logger = logging.getLogger(__name__)
 
 
 def content_key(content: bytes | str) -> int:
-    """64 bits that name an image file or a text by its content, the same wherever it is stored."""
+    """Returns a 64-bit key of an image file or a text, which depends on nothing but its content."""
     content = content.encode() if isinstance(content, str) else content
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def filled_texts(caption: Any) -> list[str]:
-    """The strings of a caption, which may be one or a list, that are not blank."""
+    """Returns the texts of a caption, which is a string or a list of strings. Blank texts are left out."""
     texts = caption if isinstance(caption, list) else [caption]
     return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
 def caption_text(caption: str | list[str] | None, rng: random.Random | None = None) -> str:
     """
-    A caption as one string. A list (keywords) is joined by commas, with `rng` in random order and random number.
+    Returns a caption as a single string.
+
+    Args:
+        caption: A string, or a list of strings (keywords), which are joined by commas.
+        rng: If it is given, a random number of the keywords is joined, in random order. By default, all are joined.
 
     Raises:
-        BadRowError: If there is no text.
+        BadRowError: If all texts are blank.
     """
     words = filled_texts(caption)
     if not words:
@@ -52,8 +56,11 @@ def caption_text(caption: str | list[str] | None, rng: random.Random | None = No
 
 def tokenized(tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
     """
-    `input_ids` and `attention_mask`, `(texts, length)`, truncated to `model_max_length`. A tokenizer that gives no
-    mask is that of a model that reads its padding (SigLIP): each text has the full length, and nothing is masked.
+    Tokenizes texts and truncates them to the tokenizer's `model_max_length`. If the tokenizer makes no mask, its model
+    reads padding as well (SigLIP). Then each text is padded to the full length, and nothing is masked.
+
+    Returns:
+        `input_ids` and `attention_mask`, both `(texts, length)`.
     """
     padding = True if "attention_mask" in tokenizer.model_input_names else "max_length"
     ids = tokenizer(list(texts), padding=padding, truncation=True, return_tensors="pt")
@@ -64,21 +71,24 @@ def tokenized(tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def normalized_pixels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The `pixel_values` of a batch, `(images, 3, size, size)`, as the model takes them; training ships bytes."""
+    """
+    Returns the `pixel_values` of a batch, `(images, 3, size, size)`, as the model takes them. Training batches hold
+    bytes, which are normalized here. Other batches are normalized already.
+    """
     pixels = batch["pixel_values"]
     if pixels.dtype != torch.uint8:
         return pixels
-    # In place, for a fresh tensor of this size at every step of the way takes three times as long.
+    # Works in place: a new tensor of this size for each operation would take three times as long.
     mean, std = (batch[name][:, None, None] for name in ("image_mean", "image_std"))
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def decoded(row: Mapping[str, Any]) -> tuple[bytes, Image.Image]:
     """
-    The image file of a row, and its image.
+    Returns the content of a row's image file, and the decoded image.
 
     Raises:
-        BadRowError: If there is none, or the reader could not read the row.
+        BadRowError: If there is no image, if it cannot be decoded, or if the reader could not read the row.
     """
     if row.get("error") is not None:
         raise BadRowError(row["error"])
@@ -96,25 +106,32 @@ class _Example(NamedTuple):
 @dataclass
 class PairCollator:
     """
-    Turns rows into `pixel_values (images, 3, size, size)`, `input_ids` and `attention_mask` `(texts, length)`,
-    `image_of_text` `(texts,)`, and `bad_rows`, the number of rows left out by reason; nothing but that if no row is
-    left. In training there is one text per image, and the pixels are bytes that `normalized_pixels` reads; in
-    evaluation all captions of the first column are kept, and without caption columns there are just the pixels.
+    Turns rows into a batch with the entries
 
-    In training, crop and caption are functions of `seed`, the row, and the view, which is the row's `epoch`, or its
-    remainder by `views`: they are the same in any batch, order, process and worker.
+    - `pixel_values`, `(images, 3, size, size)`; in training, these are bytes for `normalized_pixels`,
+    - `input_ids` and `attention_mask`, `(texts, length)`, and `image_of_text`, `(texts,)`, if there are captions,
+    - `bad_rows`, the number of rows left out, by reason. If no row is left, there is no other entry.
+
+    In training, there is one text per image. In evaluation, all captions of the first caption column are kept.
+
+    In training, the crop and the caption depend only on `seed`, on the row, and on the number of the view. They are
+    the same in any batch, order, process and worker. The number of the view is the row's `epoch`, modulo `views` if
+    that is given.
 
     Args:
-        tokenizer: The model's tokenizer; captions are truncated to its `model_max_length`.
-        image_processor: The model's image processor. Without `augmentation` it does all preprocessing; with one, it
-            gives size, mean and standard deviation.
-        caption_columns: Columns of the captions: strings, or lists of strings, each a caption.
-        keyword_columns: Columns of keyword lists, of which training makes a caption in random order and number.
-        caption_sampling: `first` takes the first caption column, `random` draws one of all columns per example.
-        augmentation: Applied to training images; `None` in evaluation.
-        seed: Of everything random.
-        views: How many different examples to make of a row before they repeat; unlimited by default.
-        teacher_cache: A `TeacherCache` that adds `teacher_embeds`, what its teachers made of the same views.
+        tokenizer: The model's tokenizer. Captions are truncated to its `model_max_length`.
+        image_processor: The model's image processor. Without an augmentation, it does all preprocessing. With an
+            augmentation, only its size, mean and standard deviation are used.
+        caption_columns: Columns of the captions: strings, or lists of strings, each a caption. Without columns, the
+            batch has no texts.
+        keyword_columns: Columns of keyword lists. A caption made of keywords joins a random number of them in random
+            order.
+        caption_sampling: `first` takes the first caption column. `random` draws a column of captions or keywords for
+            each example.
+        augmentation: Augmentation of training images; `None` in evaluation.
+        seed: Seed of all random choices.
+        views: Number of different examples of a row before they repeat; unlimited by default.
+        teacher_cache: A `TeacherCache` that adds `teacher_embeds`, its teachers' embeddings of the same views.
     """
 
     tokenizer: Any
@@ -138,7 +155,7 @@ class PairCollator:
         return self.batch(examples) | {"bad_rows": dict(bad)} if examples else {"bad_rows": dict(bad)}
 
     def batch(self, examples: Sequence[_Example]) -> dict[str, Any]:
-        """The tensors of `examples`, as `view` makes them."""
+        """Collates examples, such as those that `view` makes."""
         if not self.caption_columns:
             return self._pixels([example.image for example in examples])
         texts = [text for example in examples for text in example.texts]
@@ -154,10 +171,10 @@ class PairCollator:
         return batch
 
     def view(self, row: Mapping[str, Any], content: bytes, image: Image.Image, view: int) -> _Example:
-        """A training example of a row whose image file `content` was decoded to `image`."""
+        """Makes a training example of a row, whose image file `content` was decoded to `image`."""
         key = content_key(content)
         rng = random.Random(f"{self.seed}-{key}-{view}")
-        image = self.augmentation(image, self.size, rng)  # first: rows of one image may draw among other captions
+        image = self.augmentation(image, self.size, rng)  # before the caption: equal images get equal crops
         return _Example(image, self._texts(row, rng), key, view)
 
     @property
@@ -178,12 +195,12 @@ class PairCollator:
     def _texts(self, row: Mapping[str, Any], rng: random.Random) -> list[str]:
         first = row[self.caption_columns[0]]
         if self.caption_sampling == "first":
-            return [caption_text(_one_of(first, rng))]
+            return [caption_text(_draw_text(first, rng))]
         columns = [*self.caption_columns, *self.keyword_columns]
         filled = [column for column in columns if filled_texts(row[column])]  # some rows have no keywords
         column = rng.choice(filled) if filled else columns[0]
         is_keywords = column in self.keyword_columns
-        return [caption_text(row[column] if is_keywords else _one_of(row[column], rng), rng)]
+        return [caption_text(row[column] if is_keywords else _draw_text(row[column], rng), rng)]
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         if self.augmentation is None:
@@ -196,6 +213,6 @@ class PairCollator:
         }
 
 
-def _one_of(caption: str | list[str], rng: random.Random) -> str | None:
+def _draw_text(caption: str | list[str], rng: random.Random) -> str | None:
     texts = filled_texts(caption)
     return rng.choice(texts) if texts else None

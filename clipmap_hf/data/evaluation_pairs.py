@@ -1,4 +1,4 @@
-"""Image–text pairs for evaluation: all of them, in order, with all captions."""
+"""Loads image–text pairs for evaluation: all pairs in order, with all captions."""
 
 from typing import Any
 
@@ -24,16 +24,16 @@ def evaluation_pairs(
     num_workers: int = 0,
 ) -> DataLoader:
     """
-    The pairs of `source`, preprocessed; of several processes, each has its share of them.
+    Loads batches of preprocessed pairs. Several processes share the pairs.
 
     Args:
         source: Hub id, image folder, or path or glob of parquet files or webdataset tars.
         processor: Tokenizer and image processor of the model.
-        split: Of the data set; plain files have only `train`.
+        split: Split of the data set. Plain files have only `train`.
         image_column: Column of the images.
-        caption_column: Column of the captions, strings or lists.
-        batch_size: Images at a time.
-        num_workers: Worker processes that decode.
+        caption_column: Column of the captions: strings, or lists of strings.
+        batch_size: Images per batch.
+        num_workers: Worker processes that decode images.
 
     Raises:
         ValueError: If there are fewer pairs than processes.

@@ -1,4 +1,4 @@
-"""Batches that are made once and gone through several times."""
+"""Batches that are made once and read several times."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -12,14 +12,14 @@ __all__ = ["HeldBatches"]
 
 class HeldBatches:
     """
-    Goes through batches as often as asked, but makes them once: the first pass keeps every batch, in memory or in
-    temporary files (`TensorStore`), and later passes read what was kept. Batches in a list are not copied.
+    Makes batches once, and can iterate over them any number of times. The first iteration keeps every batch, in memory
+    or in temporary files (`TensorStore`). Later iterations read the kept batches. Batches in a list are not copied.
 
     Args:
-        batches: A list, a `DataLoader`, or whatever else begins anew at every iteration.
+        batches: A list, a `DataLoader`, or any other object that starts anew at every iteration.
 
     Raises:
-        TypeError: If `batches` is an iterator, which could be gone through only once by whoever comes first.
+        TypeError: If `batches` is an iterator, which can be read only once.
     """
 
     def __init__(self, batches: Iterable[Mapping[str, torch.Tensor]]):

@@ -1,4 +1,4 @@
-"""From an undecoded image to RGB pixels, whatever mode it is stored in; what cannot be decoded is a `BadRowError`."""
+"""Decodes images of any mode to RGB pixels, and raises a `BadRowError` for images that cannot be decoded."""
 
 import io
 import warnings
@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 __all__ = ["BadRowError", "decode_image", "image_bytes"]
 
-# What Pillow raises for broken files: OSError, ValueError and SyntaxError as documented, RuntimeError for AVIF and for
-# pixel formats that it does not know.
+# Pillow's errors for broken files. OSError, ValueError and SyntaxError are documented. A RuntimeError is raised for
+# AVIF files and for unknown pixel formats.
 _UNDECODABLE = (OSError, ValueError, SyntaxError, RuntimeError)
 
 
@@ -21,8 +21,8 @@ class BadRowError(ValueError):
     A row that cannot become a training pair.
 
     Args:
-        reason: What is wrong, in a few words that many rows share; rows are counted by it.
-        detail: What is wrong with this row.
+        reason: The kind of error, in a few words that many rows share. Rows are counted by reason.
+        detail: The details of this row's error.
     """
 
     def __init__(self, reason: str, detail: object = ""):
@@ -32,10 +32,11 @@ class BadRowError(ValueError):
 
 def image_bytes(image: dict[str, Any] | None) -> bytes:
     """
-    The file of an undecoded `datasets` image (`{"bytes", "path"}`), read if only its path is given.
+    Returns the content of an undecoded `datasets` image (`{"bytes", "path"}`). If only the path is given, the file is
+    read.
 
     Raises:
-        BadRowError: If there is none, or it is empty or unreadable.
+        BadRowError: If there is no image, or it is empty or unreadable.
     """
     try:
         content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
@@ -50,15 +51,18 @@ def image_bytes(image: dict[str, Any] | None) -> bytes:
 
 def decode_image(content: bytes) -> Image.Image:
     """
-    Decodes an image file to RGB: turned upright by its EXIF, transparency on white, the first frame of an animation.
-    Numbers of more than 8 bits are scaled to 8.
+    Decodes an image file to RGB. The image is turned upright as its EXIF data says, and transparent pixels are laid on
+    white. Of an animation, the first frame is taken. Values of more than 8 bits are scaled to 8 bits.
+
+    Args:
+        content: Content of the file.
 
     Raises:
-        BadRowError: If it is truncated, no image, or so large that decoding it would be an attack.
+        BadRowError: If the file is truncated, is no image, or has so many pixels that it may be a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # among millions of files, every oddity that Pillow knows of
+            warnings.simplefilter("ignore")  # millions of files would trigger all warnings that Pillow has
             return _rgb(content)
     except Image.DecompressionBombError as error:
         raise BadRowError("decompression bomb", error) from error
@@ -69,10 +73,10 @@ def decode_image(content: bytes) -> Image.Image:
 def _rgb(content: bytes) -> Image.Image:
     with Image.open(io.BytesIO(content)) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):  # Pillow would clip to 255, that is turn nearly everything white
+        if image.mode.startswith("I;16"):  # Pillow would clip values to 255, which turns nearly all pixels white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
-            image = _scaled(np.asarray(image))
+            image = _scale_to_8_bits(np.asarray(image))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -80,8 +84,8 @@ def _rgb(content: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-def _scaled(values: np.ndarray) -> Image.Image:
-    """Gray numbers whose scale the file does not say: the largest becomes white, zero or the smallest black."""
+def _scale_to_8_bits(values: np.ndarray) -> Image.Image:
+    """Scales gray values of unknown range: the largest becomes white, and zero or a negative smallest value black."""
     values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
     low = min(values.min(), 0.0)
     return Image.fromarray(((values - low) * (255 / max(values.max() - low, 1e-30))).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""The order of training pairs: endless steps, each a list of chunks, the same whenever a run is taken up again."""
+"""The order of training pairs: endless steps, each a list of chunks, which stay the same when a run is resumed."""
 
 import multiprocessing
 import os
@@ -20,18 +20,18 @@ __all__ = ["BatchPlan", "PairDataset", "PairStream", "start_worker"]
 @dataclass(frozen=True)
 class BatchPlan:
     """
-    How the pairs of an optimizer step are shared out.
+    How the pairs of an optimizer step are split over processes and chunks.
 
     Args:
         batch_size: Pairs per step, of all processes together.
-        micro_batch_size: Pairs per chunk; by default all that a process has in a step.
-        seed: Of the order.
+        micro_batch_size: Pairs per chunk. By default, all pairs of a process in a step are one chunk.
+        seed: Seed of the order.
         num_workers: Worker processes that collate.
         rank: Index of this process.
         world_size: Number of processes.
 
     Raises:
-        ValueError: If a size does not divide the one above it.
+        ValueError: If the processes cannot have equally many pairs, or the chunks of a process cannot.
     """
 
     batch_size: int
@@ -44,8 +44,8 @@ class BatchPlan:
     def __post_init__(self):
         if self.batch_size % self.world_size:
             raise ValueError(
-                f"batch_size={self.batch_size} is that of all processes together and must be a multiple of their "
-                f"number, {self.world_size}."
+                f"batch_size={self.batch_size} counts the pairs of all processes and must be a multiple of the number "
+                f"of processes, {self.world_size}."
             )
         if self.micro_batch_size and self.local_size % self.micro_batch_size:
             raise ValueError(
@@ -66,13 +66,13 @@ class BatchPlan:
 
 class PairDataset(Dataset):
     """
-    Pairs with random access. Every epoch has its own order; what does not fill a batch at its end is left out.
+    Pairs with random access. Every epoch has its own order. Pairs at its end that do not fill a batch are left out.
 
     Args:
         pairs: The result of `load_pairs`.
 
     Raises:
-        ValueError: In `steps`, if there are fewer pairs than a batch has.
+        ValueError: In `steps`, if there are fewer pairs than a batch needs.
     """
 
     def __init__(self, pairs: datasets.Dataset):
@@ -86,7 +86,7 @@ class PairDataset(Dataset):
         return {**self.pairs[index], "epoch": epoch}
 
     def steps(self, plan: BatchPlan, collator: Callable, start: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """The chunks of this process in step `start` and all that follow."""
+        """Yields, for step `start` and all later steps, the list of this process's chunks."""
         if len(self) < plan.batch_size:
             raise ValueError(
                 f"The data has {len(self)} pairs, fewer than batch_size={plan.batch_size}. Use more data, or a "
@@ -94,45 +94,50 @@ class PairDataset(Dataset):
             )
         sampler = _EpochSampler(len(self), plan, start)
         loader = DataLoader(self, batch_sampler=sampler, **_loading(plan, collator))
-        return _grouped(iter(loader), plan)
+        return _group_chunks(iter(loader), plan)
 
 
 class PairStream:
     """
-    Pairs that are read in order, shard by shard, endlessly. Each process has its own shards, which its workers share
-    out anew in every epoch; each worker reads several at a time and shuffles the rows in a buffer.
+    Pairs that are read in order, shard by shard, endlessly. Each process has its own shards. In every epoch, the
+    workers of the process share these shards in a new way. Each worker reads several shards at a time and shuffles
+    their rows in a buffer.
 
     Args:
         pairs: The result of `load_pairs` with `streaming=True`.
-        shuffle_buffer: Rows to shuffle among, in each worker.
+        shuffle_buffer: Size of the buffer of each worker, in rows.
 
     Raises:
-        ValueError: In `steps`, if there are fewer shards than workers; while reading, if a worker's have no rows.
+        ValueError: In `steps`, if there are fewer shards than workers. While reading, if the shards of a worker have
+            no rows.
     """
 
     def __init__(self, pairs: datasets.IterableDataset, shuffle_buffer: int = 1000):
         self.pairs, self.shuffle_buffer = pairs, shuffle_buffer
 
     def steps(self, plan: BatchPlan, collator: Callable, start: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """The chunks of this process in step `start` and all that follow; those before are read and dropped."""
-        lanes = max(plan.num_workers, 1)
-        readers = plan.world_size * lanes
+        """
+        Yields, for step `start` and all later steps, the list of this process's chunks. Rows of earlier steps are read
+        and dropped.
+        """
+        workers = max(plan.num_workers, 1)
+        readers = plan.world_size * workers
         if self.pairs.num_shards < readers:
             raise ValueError(
                 f"The data has {self.pairs.num_shards} shards, fewer than the {readers} that read it "
                 f"({plan.world_size} processes, num_workers={plan.num_workers}). Split it into more files, or use "
                 "fewer workers."
             )
-        # Workers take turns, a chunk each, and a new loader starts with the first; so all of them go back to the same
-        # chunk, and what is too much is dropped here.
-        turns, rest = divmod(start * (plan.local_size // plan.chunk_size), lanes)
+        # Workers deliver one chunk each in turn, and a new loader starts with the first worker. So all workers skip
+        # the same number of chunks. Chunks of an unfinished turn are read and dropped here.
+        turns, rest = divmod(start * (plan.local_size // plan.chunk_size), workers)
         rows = _EndlessRows(self, plan, skip=turns * plan.chunk_size)
         loader = iter(DataLoader(rows, plan.chunk_size, **_loading(plan, collator)))
-        return _grouped(islice(loader, rest, None), plan)
+        return _group_chunks(islice(loader, rest, None), plan)
 
 
 class _EpochSampler(Sampler):
-    """Yields the `(epoch, index)` keys of chunk after chunk, from step `start` on, for the plan's process."""
+    """Yields the `(epoch, index)` keys of each chunk of the plan's process, from step `start` on."""
 
     def __init__(self, length: int, plan: BatchPlan, start: int):
         self.length, self.plan, self.start = length, plan, start
@@ -149,7 +154,7 @@ class _EpochSampler(Sampler):
 
 
 class _EndlessRows(IterableDataset):
-    """The rows of a stream's process, epoch after epoch; in a worker, `datasets` picks the worker's shards."""
+    """The rows of the plan's process, epoch after epoch. In a worker, `datasets` picks the worker's shards."""
 
     def __init__(self, stream: PairStream, plan: BatchPlan, skip: int):
         self.pairs = stream.pairs.shard(num_shards=plan.world_size, index=plan.rank, contiguous=False)
@@ -160,7 +165,7 @@ class _EndlessRows(IterableDataset):
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for epoch in count():
-            # Not `set_epoch`: it writes to memory that the workers share, and they are not in the same epoch.
+            # `set_epoch` would write to memory that the workers share, but they are not in the same epoch.
             generator = _epoch_generator(self.plan, epoch)
             row = None
             for row in self.pairs.shuffle(generator=generator, buffer_size=self.shuffle_buffer):
@@ -173,11 +178,11 @@ class _EndlessRows(IterableDataset):
 
 
 def _epoch_generator(plan: BatchPlan, epoch: int) -> np.random.Generator:
-    return np.random.default_rng([plan.seed, epoch])  # of a list, so that no epoch is one of another seed
+    return np.random.default_rng([plan.seed, epoch])  # a list: no epoch gets the generator of another seed
 
 
 def _loading(plan: BatchPlan, collator: Callable) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(plan.seed)  # or the loader would draw from, and change, the global one
+    generator = torch.Generator().manual_seed(plan.seed)  # the default would change the global generator
     return {
         "collate_fn": collator,
         "num_workers": plan.num_workers,
@@ -189,22 +194,28 @@ def _loading(plan: BatchPlan, collator: Callable) -> dict[str, Any]:
 
 def start_worker(worker: int) -> None:
     """
-    For a `DataLoader`'s workers to begin with. They end with the process that reads from them, also when that is
-    killed (children of a server of forks would stay), and not before: a SIGTERM for the whole group is the trainer's
-    to answer, which needs them until its step, or evaluation, is finished.
+    Prepares a worker process of a `DataLoader`, as its `worker_init_fn`. The worker must end together with the process
+    that reads from it:
+
+    - Not later: if that process is killed, a worker that was started by a fork server would go on. So a thread waits
+      for the process to end.
+    - Not earlier: the trainer answers a SIGTERM to the process group, but first finishes its step or evaluation, which
+      needs the workers. So the worker leaves the group.
     """
     os.setpgid(0, 0)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _grouped(chunks: Iterator[dict[str, Any]], plan: BatchPlan) -> Iterator[list[dict[str, Any]]]:
+def _group_chunks(chunks: Iterator[dict[str, Any]], plan: BatchPlan) -> Iterator[list[dict[str, Any]]]:
+    """Yields the chunks of each step as a list."""
     try:
         while step := list(islice(chunks, plan.local_size // plan.chunk_size)):
             yield step
     except (ConnectionError, EOFError) as error:
-        if not plan.num_workers or str(error).startswith("Caught "):  # raised by the data; a worker's comes as text
+        # The data raised this error, here or in a worker: PyTorch reports a worker's error with a text in front.
+        if not plan.num_workers or str(error).startswith("Caught "):
             raise
         raise RuntimeError(
-            "A DataLoader worker exited unexpectedly while it handed over a batch; was it killed, for want of memory?"
+            "A DataLoader worker exited unexpectedly while it handed over a batch; was it killed for lack of memory?"
         ) from error

@@ -1,4 +1,4 @@
-"""Image–text pairs from a Hub id, an image folder, parquet files or webdataset tars, images left undecoded."""
+"""Loads image–text pairs from a Hub id, an image folder, parquet files or webdataset tars, with undecoded images."""
 
 import glob
 from collections.abc import Sequence
@@ -24,16 +24,18 @@ def load_pairs(
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """
-    Loads pairs with the column `image` (undecoded bytes or path) and the caption columns. Tars have the column `error`
-    too: what could not be read in place of a row, else `None`.
+    Loads pairs with the column `image` (undecoded bytes or path) and the caption columns. Pairs from tars also have
+    the column `error`: the reason why a row could not be read, otherwise `None`.
 
     Args:
         source: A folder of images (with captions in `metadata.jsonl` or `metadata.csv`), a path or glob of `.parquet`
             files or webdataset tars (`.tar`, `.tar.gz`, `.tgz`), or the id of a data set on the Hub.
-        split: Split to read; local files have only `train` unless an image folder holds others.
-        image_column: Column of the images; in tars, their extension.
-        caption_columns: Columns of the captions, each a string or a list of strings; in tars, extensions of texts.
-        streaming: Return an `IterableDataset` that reads the source in order, the same rows, instead of a `Dataset`.
+        split: Split to read. Local files have only `train`, unless an image folder holds other splits.
+        image_column: Column of the images; in tars, the extension of the image files.
+        caption_columns: Columns of the captions, each a string or a list of strings; in tars, the extensions of the
+            text files.
+        streaming: Whether to return an `IterableDataset` that reads the source in order, with the same rows, instead
+            of a `Dataset`.
 
     Raises:
         ValueError: If nothing is found at `source`, or a column is missing.
@@ -69,13 +71,13 @@ def undecoded(
     pairs: Dataset | IterableDataset, source: str, image_column: str, caption_columns: Sequence[str]
 ) -> Dataset | IterableDataset:
     """
-    The columns of pairs that are read, the image's as `image` and left undecoded.
+    Selects the columns of pairs that will be read. The image column is renamed to `image` and left undecoded.
 
     Args:
         pairs: The pairs.
-        source: What errors call them.
+        source: Name of the pairs in error messages.
         image_column: Column of the images.
-        caption_columns: What other columns to keep.
+        caption_columns: Other columns to keep.
 
     Raises:
         ValueError: If a column is missing.

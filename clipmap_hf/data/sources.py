@@ -1,4 +1,4 @@
-"""From arguments to the pairs that they name: to train on, to evaluate on, and what tells them from others."""
+"""Loads the pairs that arguments name, for training and for evaluation, and tells sources of pairs apart."""
 
 import glob
 import zlib
@@ -19,7 +19,7 @@ __all__ = ["evaluation_batches", "source_files", "stage_seed", "training_collato
 
 
 def training_pairs(data: DataArguments) -> PairDataset | PairStream:
-    """The training pairs that `data` names."""
+    """Loads the training pairs that `data` names."""
     pairs = load_pairs(
         data.train_data,
         split=data.train_split,
@@ -31,7 +31,7 @@ def training_pairs(data: DataArguments) -> PairDataset | PairStream:
 
 
 def training_collator(data: DataArguments, processor, seed: int) -> PairCollator:
-    """A collator that augments; `processor` is a `CLIPProcessor`."""
+    """Makes the collator of training pairs, which augments images. `processor` is a `CLIPProcessor`."""
     augmentation = Augmentation(
         scale=tuple(data.crop_scale),
         flip=data.flip,
@@ -54,8 +54,17 @@ def evaluation_batches(
     data: DataArguments, processor, batch_size: int = 256, num_workers: int = 0
 ) -> DataLoader | None:
     """
-    The pairs of `data.eval_data`, preprocessed, with all captions of the first column; of several processes, each has
-    its share of them. `None` if there is no evaluation data.
+    Loads batches of preprocessed evaluation pairs, with all captions of the first caption column. Several processes
+    share the pairs.
+
+    Args:
+        data: Names the pairs in `eval_data`.
+        processor: Tokenizer and image processor of the model.
+        batch_size: Images per batch.
+        num_workers: Worker processes that decode images.
+
+    Returns:
+        The batches, or `None` if `data` names no evaluation pairs.
 
     Raises:
         ValueError: If there are fewer pairs than processes.
@@ -74,16 +83,22 @@ def evaluation_batches(
 
 
 def source_files(data: DataArguments) -> dict[str, Any]:
-    """What tells one set of training pairs from another: names and sizes of its files, or its id, and its columns."""
+    """
+    Describes the source of the training pairs, so that a change can be noticed: names and sizes of its files, or its
+    Hub id, and the split and the image column.
+    """
     path = Path(data.train_data)
     found = sorted(path.rglob("*") if path.is_dir() else map(Path, glob.glob(data.train_data, recursive=True)))
     return {
-        "files": {one.name: one.stat().st_size for one in found if one.is_file()} or data.train_data,
+        "files": {file.name: file.stat().st_size for file in found if file.is_file()} or data.train_data,
         "split": data.train_split,
         "image_column": data.image_column,
     }
 
 
 def stage_seed(name: str, seed: int) -> int:
-    """A stage's own seed: with one for all, a second stage would see the first one's batches and crops again."""
+    """
+    Returns the seed of a training stage. If all stages shared a seed, the second stage would see the batches and crops
+    of the first stage again.
+    """
     return zlib.crc32(f"{name}-{seed}".encode())

@@ -1,4 +1,4 @@
-"""Counts the rows that cannot be used, and stops where they are too many."""
+"""Counts the rows that cannot be used, and raises an error if there are too many."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,14 +12,15 @@ __all__ = ["RowTally"]
 @dataclass
 class RowTally:
     """
-    Counts rows.
+    Counts the rows that were read, and those of them that cannot be used.
 
     Args:
-        max_bad_fraction: Rows that may be unusable, as a fraction of those read or of 1000, whichever is more.
-        rows: Counted so far.
+        max_bad_fraction: Largest number of unusable rows, as a fraction of the rows read or of 1000 rows, whichever
+            is more.
+        rows: Number of rows read so far.
 
     Raises:
-        ValueError: In `add`, once there are too many.
+        ValueError: In `add`, if there are too many unusable rows.
     """
 
     max_bad_fraction: float
@@ -29,19 +30,22 @@ class RowTally:
         self.bad_rows = Counter()
 
     def add(self, rows: int, bad_rows: Mapping[str, int]) -> None:
+        """Counts further rows, of which `bad_rows` gives the number of unusable rows by reason."""
         self.rows += rows
         self.bad_rows.update(bad_rows)
         if self.bad_rows.total() > self.max_bad_fraction * max(self.rows, 1000):
             raise ValueError(
                 f"Of the first {self.rows} rows, {self.reasons()} cannot be used, more than "
-                f"max_bad_fraction={self.max_bad_fraction} allows. Mend the data, or allow more."
+                f"max_bad_fraction={self.max_bad_fraction} allows. Repair the data, or allow more."
             )
 
     def counting(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yields batches, and counts their `rows` and `bad_rows`."""
         for batch in batches:
             self.add(batch["rows"], batch["bad_rows"])
             yield batch
 
     def reasons(self) -> str:
+        """Describes how many rows are unusable, and why."""
         found = ", ".join(f"{number} {reason}" for reason, number in sorted(self.bad_rows.items()))
         return f"{self.bad_rows.total()} ({found})"

@@ -1,4 +1,4 @@
-"""Pairs from webdataset tars, read front to back; a broken tar loses its own rest, not the run."""
+"""Reads pairs from webdataset tars, from front to back; of a broken tar, only the rest is lost."""
 
 import logging
 import os
@@ -15,13 +15,17 @@ __all__ = ["StrictHeader", "member_key", "shard_rows", "tar_pairs"]
 logger = logging.getLogger(__name__)
 
 _ROWS_SEEN_FOR_COLUMNS = 100
-_BLOCK = 1 << 16  # of a read; smaller ones cost calls, larger ones copies of what is left of a block
-# A broken header of gzip is a TypeError; ValueError and OverflowError come from numbers that were overwritten.
+_BLOCK = 1 << 16  # bytes per read: smaller blocks need more calls, larger blocks more copying of their rest
+# Errors of broken tars: a broken header of gzip raises a TypeError; overwritten numbers raise a ValueError or an
+# OverflowError.
 _BROKEN = (tarfile.TarError, EOFError, OSError, TypeError, ValueError, OverflowError)
 
 
 def member_key(name: str) -> tuple[str, str]:
-    """The part of a member's name that its row shares, and the column: `('a/000', 'seg.png')` of `a/000.seg.PNG`."""
+    """
+    Splits the name of a file in a tar into the key of its row and the name of its column. For `a/000.seg.PNG`, these
+    are `a/000` and `seg.png`.
+    """
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return f"{folder}{slash}{stem}" if stem else "", suffix.lower()
@@ -31,12 +35,13 @@ def shard_rows(
     files: Sequence[tuple[str, int, int]], image_column: str, caption_columns: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """
-    The rows of tar after tar: `image` (undecoded), the captions as text, and `error`. What a row lacks is `None`. In
-    place of what cannot be read, and of the rows of a tar without any, there is one row whose `error` says so.
+    Yields the rows of several tars: `image` (undecoded), the captions as text, and `error`. Entries that a row lacks
+    are `None`. If the rest of a tar cannot be read, or a tar has no rows, a row with the reason in `error` stands for
+    it.
 
     Args:
-        files: Path, size and time of change of every tar. The path alone is read; the others make `datasets` see that
-            a file is another one than that in its cache.
+        files: Path, size and modification time of every tar. Only the path is used here. With the others, `datasets`
+            notices that a file has changed since it was cached.
         image_column: Extension of the images.
         caption_columns: Extensions of the captions.
     """
@@ -58,10 +63,17 @@ def tar_pairs(
     files: Sequence[str], image_column: str, caption_columns: Sequence[str], streaming: bool
 ) -> Dataset | IterableDataset:
     """
-    The rows of `shard_rows` as a data set: copied to the cache, or, `streaming`, read every time, a shard per file.
+    Makes a data set of the rows of `shard_rows`.
+
+    Args:
+        files: Paths of the tars.
+        image_column: Extension of the images.
+        caption_columns: Extensions of the captions.
+        streaming: Whether to read the tars anew each time, with a shard per file, instead of copying them to the
+            cache.
 
     Raises:
-        ValueError: If no file holds a row, or no row has one of the columns.
+        ValueError: If no tar holds a row, or none of the first rows has one of the columns.
     """
     _check_columns(files, [image_column, *caption_columns])
     captions = {column: Value("string") for column in caption_columns}
@@ -77,7 +89,7 @@ def tar_pairs(
 
 
 def _check_columns(files: Sequence[str], columns: Sequence[str]) -> None:
-    """Raises a `ValueError` if none of the first rows of the first file that has any has one of `columns`."""
+    """Raises a `ValueError` if a column is missing in all of the first rows of the first file that has rows."""
     for path in files:
         found = set()
         try:
@@ -85,7 +97,7 @@ def _check_columns(files: Sequence[str], columns: Sequence[str]) -> None:
             for _, members in islice(groups, _ROWS_SEEN_FOR_COLUMNS):
                 found |= {member_key(name)[1] for name, _ in members}
         except _BROKEN as reason:
-            logger.debug("%s: %s", path, reason)  # shard_rows will warn of it
+            logger.debug("%s: %s", path, reason)  # shard_rows will log a warning
         if found:
             missing = [column for column in columns if column.lower() not in found]
             if missing:
@@ -109,11 +121,11 @@ def _row(
 
 
 def _groups(path: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Every key and its wanted members, complete ones at once, for what comes next may be broken."""
+    """Yields the key and the wanted files of each row. Complete rows come at once: what follows may be broken."""
     key, group, pending = None, {}, False
     for name, read in _members(path):
         stem, column = member_key(name)
-        if stem != key or column in group:  # a column that comes again begins another row
+        if stem != key or column in group:  # a repeated column begins a new row
             if pending:
                 yield key, group
             key, group, pending = stem, {}, True
@@ -127,22 +139,22 @@ def _groups(path: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]
 
 
 def _members(path: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Name and reader of every file of a tar that has a key and a column."""
+    """Yields the name and a function that reads the content, for every file of a tar that has a key and a column."""
     with tarfile.open(path, "r|*", tarinfo=StrictHeader, bufsize=_BLOCK) as tar:
         for member in iter(tar.next, None):
-            tar.members.clear()  # or all headers would stay in memory
+            tar.members.clear()  # otherwise, all headers would stay in memory
             if member.isreg() and all(member_key(member.name)):
                 yield member.name, tar.extractfile(member).read
 
 
 class StrictHeader(tarfile.TarInfo):
-    """Raises where `tarfile` would take a cut or overwritten header for the end of the tar."""
+    """Raises an error for a truncated or overwritten header, which `tarfile` would take for the end of the tar."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # the zeros that end every whole tar
+        except tarfile.EOFHeaderError:  # zeros, which end every complete tar
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error

@@ -1,4 +1,4 @@
-"""The embedded example: a small CLIP trained on emoji drawings, and the drawings; see README.md beside this file."""
+"""The embedded example: a small CLIP that was trained on emoji drawings, and the drawings; see README.md here."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Students of one size, made of a teacher in five ways on equally many pairs."""
+"""Trains students of one size, which are made from a teacher in five ways and see equally many pairs."""
 
 import copy
 import dataclasses
@@ -32,29 +32,33 @@ __all__ = ["Contest"]
 
 class Contest:
     """
-    The students and what they have in common.
+    Trains the students of the demo.
 
     Args:
         teacher: The teacher.
-        student: The size to make of it.
-        calibration: The pairs that the calibrated student starts from.
-        context: The run; its output folder has a folder for each student.
+        student: Size of the students.
+        calibration: Calibration pairs of the calibrated start.
+        context: Context of the run. Its output folder gets a folder for each student.
     """
 
     def __init__(
         self, teacher: Teacher, student: ClipMapConfig, calibration: CalibrationArguments, context: RunContext
     ):
         self.teacher, self.student, self.calibration, self.context = teacher, student, calibration, context
-        # A report evaluates all models at the end.
+        # Without evaluation, since the report evaluates all models at the end.
         self.training_only = dataclasses.replace(context, data=dataclasses.replace(context.data, eval_data=None))
 
     def contestants(self, stages: Mapping[str, StageArguments]) -> dict[str, Contestant]:
         """
-        The teacher and its students by name.
+        Trains all students.
 
         Args:
-            stages: Those of CLIP-Map, `mapping` and `distillation`; and `calibrated`, `ternary`, `manual` and
-                `scratch`, which go on for as many pairs as the two together, those of calibration among them.
+            stages: Arguments of the stages: `mapping` and `distillation` for CLIP-Map; `calibrated`, `ternary`,
+                `manual` and `scratch` for the other students. The number of steps of the latter is set so that every
+                student sees as many pairs as CLIP-Map in its two stages, including calibration pairs.
+
+        Returns:
+            The teacher and its students, by name.
         """
         compressor = self._start("diagonal")
         inherited = compressor.export()
@@ -64,21 +68,22 @@ class Contest:
         started = self._start("calibrated").export()
         started = Contestant(started, self.calibration.calibration_pairs, time.perf_counter() - began)
 
-        def for_as_many(name: str, before: int = 0) -> StageArguments:
-            return dataclasses.replace(stages[name], steps=(clip_map.pairs - before) // stages[name].batch_size)
+        def with_equal_pairs(name: str, seen: int = 0) -> StageArguments:
+            """Sets the steps of a stage whose student has seen `seen` pairs before."""
+            return dataclasses.replace(stages[name], steps=(clip_map.pairs - seen) // stages[name].batch_size)
 
-        student, arguments = copy.deepcopy(started.model), for_as_many("calibrated", started.pairs)
-        found = {
+        student, arguments = copy.deepcopy(started.model), with_equal_pairs("calibrated", started.pairs)
+        contestants = {
             "teacher": Contestant(self.teacher.model),
             "calibrated + distillation": self._distill(student, arguments, "student", started, self.context),
-            "the same, ternary": self._ternarize(started, for_as_many("ternary", started.pairs)),
+            "the same, ternary": self._ternarize(started, with_equal_pairs("ternary", started.pairs)),
             "calibrated, not trained": started,
             "CLIP-Map of the paper": clip_map,
-            "manual inheritance + distillation": self._distill(inherited, for_as_many("manual"), "manual"),
-            "from scratch": self._train_anew(student.config, for_as_many("scratch")),
+            "manual inheritance + distillation": self._distill(inherited, with_equal_pairs("manual"), "manual"),
+            "from scratch": self._train_from_scratch(student.config, with_equal_pairs("scratch")),
         }
         remove_start(self.context)
-        return found
+        return contestants
 
     def _start(self, initializer: str) -> ClipMapCompressor:
         student = dataclasses.replace(self.student, initializer=initializer)
@@ -92,23 +97,23 @@ class Contest:
         after: Contestant | TrainResult | None = None,
         context: RunContext | None = None,
     ) -> Contestant:
-        into = (context or self.training_only).inside(name)
-        result = run_distillation(model, [self.teacher], self.teacher.processor, arguments, into)
+        student_context = (context or self.training_only).inside(name)
+        result = run_distillation(model, [self.teacher], self.teacher.processor, arguments, student_context)
         before = (after.pairs, after.seconds) if after else (0, 0.0)
         return Contestant(model, before[0] + result.pairs, before[1] + result.seconds)
 
     def _ternarize(self, start: Contestant, arguments: TernaryArguments) -> Contestant:
-        into, model = self.context.inside("ternary"), copy.deepcopy(start.model)
-        result = run_ternarization(model, [self.teacher], self.teacher.processor, arguments, into)
-        size = (into.output_dir / SAFE_WEIGHTS_NAME).stat().st_size
-        packed = load_model(str(into.output_dir))
+        student_context, model = self.context.inside("ternary"), copy.deepcopy(start.model)
+        result = run_ternarization(model, [self.teacher], self.teacher.processor, arguments, student_context)
+        size = (student_context.output_dir / SAFE_WEIGHTS_NAME).stat().st_size
+        packed = load_model(str(student_context.output_dir))
         return Contestant(packed, start.pairs + result.pairs, start.seconds + result.seconds, bytes=size)
 
-    def _train_anew(self, config: PretrainedConfig, arguments: StageArguments) -> Contestant:
+    def _train_from_scratch(self, config: PretrainedConfig, arguments: StageArguments) -> Contestant:
         set_seed(self.context.run.seed)
         stage = ContrastiveStage(
             CLIPModel(config), logit_scale=arguments.logit_scale, learn_logit_scale=arguments.learn_logit_scale
         )
-        into = self.training_only.inside("scratch")
-        result = run_stage(stage, arguments, into, self.teacher.processor, name="scratch")
+        student_context = self.training_only.inside("scratch")
+        result = run_stage(stage, arguments, student_context, self.teacher.processor, name="scratch")
         return Contestant(stage.trained, result.pairs, result.seconds)

@@ -1,4 +1,4 @@
-"""An HTML page that shows what several models retrieve for the same images and captions."""
+"""Makes an HTML page that shows what several models retrieve for the same images and captions."""
 
 import html
 import io
@@ -28,17 +28,19 @@ def retrieval_page(
     k: int = 5,
 ) -> str:
     """
+    Makes the page.
+
     Args:
         title: Heading of the page.
-        table: Columns of results, header first, shown first.
+        table: Columns of a table of results, header first. The page begins with it.
         images: All images that are searched.
-        captions: Their captions, in the same order.
-        embeddings: Per model, normalized image and text embeddings `(pairs, dim)` of all pairs.
-        picks: The pairs to show.
-        k: Results shown per query.
+        captions: The captions of the images, in the same order.
+        embeddings: Normalized image and text embeddings `(pairs, dim)` of all pairs, by the name of the model.
+        picks: Indices of the pairs to show.
+        k: Number of results to show per query.
 
     Returns:
-        The page, images included.
+        The HTML of the page, which includes the images.
     """
     names = "".join(f"<th>{html.escape(name)}: captions</th><th>images</th>" for name in embeddings)
     rows, k = [], min(k, len(images))
@@ -47,20 +49,20 @@ def retrieval_page(
         for image_embeds, text_embeds in embeddings.values():
             texts = (text_embeds @ image_embeds[pick]).topk(k).indices.tolist()
             found = (image_embeds @ text_embeds[pick]).topk(k).indices.tolist()
-            items = "".join(f"<li{_mark(i, pick)}>{html.escape(captions[i])}</li>" for i in texts)
-            pictures = " ".join(_picture(images[i], _mark(i, pick)) for i in found)
+            items = "".join(f"<li{_class_attribute(i, pick)}>{html.escape(captions[i])}</li>" for i in texts)
+            pictures = " ".join(_picture(images[i], _class_attribute(i, pick)) for i in found)
             cells.append(f"<td><ol>{items}</ol></td><td>{pictures}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     body = f"""{html_table(table)}
 <h2>What the models retrieve among {len(images)} test pairs</h2>
-<p>For each image the nearest captions, for its caption the nearest images; the right one is green.</p>
+<p>Each row shows the captions nearest to an image, and the images nearest to its caption. Right results are green.</p>
 <table><tr><th>image</th><th>caption</th>{names}</tr>
 {chr(10).join(rows)}
 </table>"""
     return html_page(title, body, _STYLE)
 
 
-def _mark(index: int, pick: int) -> str:
+def _class_attribute(index: int, pick: int) -> str:
     return ' class="right"' if index == pick else ""
 
 

@@ -1,4 +1,4 @@
-"""The demo's outcome: one table as JSON and Markdown, and a page of what the models retrieve."""
+"""Writes the results of the demo: a table as JSON and Markdown, and a page that shows what the models retrieve."""
 
 import json
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ class Contestant:
 
     Args:
         model: A `CLIPModel`.
-        pairs: Training pairs it saw, repetitions counted; `None` for a model that was given.
-        seconds: Time of its training.
-        bytes: Of its weights in a file; by default in fp32.
+        pairs: Number of training pairs that the model saw, including repetitions; `None` for the teacher.
+        seconds: Duration of the training; `None` for the teacher.
+        bytes: Size of the weights in a file. By default, it is their size in fp32.
     """
 
     model: nn.Module
@@ -42,19 +42,21 @@ class Contestant:
 
 def write_report(folder: Path, contestants: Mapping[str, Contestant], data: DataArguments, processor: Any) -> str:
     """
-    Evaluates all models on `data.eval_data`, writes `results.json`, `results.md` and `index.html`, and returns the
-    table as Markdown.
+    Evaluates all models on `data.eval_data`, and writes `results.json`, `results.md` and `index.html`.
 
     Args:
-        folder: Where to.
-        contestants: Models by name; the first two are shown on the page.
-        data: Names the evaluation pairs, each image with one caption.
+        folder: Folder to write to.
+        contestants: The models by name. The page shows the first two.
+        data: Names the evaluation pairs, in which each image has one caption.
         processor: Tokenizer and image processor of all models.
+
+    Returns:
+        The table as Markdown.
     """
     loader = evaluation_batches(data, processor)
     batches, pairs = list(loader), loader.dataset
-    embeddings = {name: embed_pairs(one.model, batches)[:2] for name, one in contestants.items()}
-    results = {name: _measure(one, *embeddings[name]) for name, one in contestants.items()}
+    embeddings = {name: embed_pairs(contestant.model, batches)[:2] for name, contestant in contestants.items()}
+    results = {name: _measure(contestant, *embeddings[name]) for name, contestant in contestants.items()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     columns = _columns(results)
     table = markdown_table(columns)
@@ -88,8 +90,8 @@ def _measure(contestant: Contestant, image_embeds, text_embeds) -> dict[str, flo
 def _columns(results: Mapping[str, Mapping[str, float | int | None]]) -> list[list[str]]:
     rows = list(results.values())
     trained = [row["training_pairs"] is not None for row in rows]
-    pairs = (str(row["training_pairs"]) if had else "" for row, had in zip(rows, trained, strict=True))
-    seconds = (f"{row['seconds']:.0f}" if had else "" for row, had in zip(rows, trained, strict=True))
+    pairs = (str(row["training_pairs"]) if is_trained else "" for row, is_trained in zip(rows, trained, strict=True))
+    seconds = (f"{row['seconds']:.0f}" if is_trained else "" for row, is_trained in zip(rows, trained, strict=True))
     return [
         ["model", *results],
         *recall_columns(rows),

@@ -1,1 +1,1 @@
-"""What a model is worth and what it costs: retrieval, zero-shot classification, parameters and MACs."""
+"""How good a model is: image–text retrieval and zero-shot classification, on one data set or on many."""

@@ -8,20 +8,20 @@ __all__ = ["average_precision", "mean_average_precision"]
 
 def average_precision(scores: torch.Tensor, positive: torch.Tensor) -> float:
     """
-    The mean, over the recalls 0, 0.1, … 1, of the best precision at that recall or a higher one. Ties (and NaN) count
-    against the model: of equal scores, the wrong images come first.
+    Computes the mean, over the recalls 0, 0.1, … 1, of the best precision at this recall or at a higher recall. Ties
+    (and NaN) count against the model: among images with equal scores, the wrong images come first.
 
     Args:
-        scores: One per image `(images,)`; only their order matters.
-        positive: Whether an image shows the class `(images,)`.
+        scores: A score per image `(images,)`. Only their order matters.
+        positive: Whether each image shows the class, `(images,)`.
 
     Raises:
-        ValueError: If no image does, or the shapes differ.
+        ValueError: If no image shows the class, or the shapes differ.
     """
     positive = positive.bool()
     if scores.ndim != 1 or scores.shape != positive.shape or not positive.any():
         raise ValueError(
-            f"Expected scores (images,) and, of the same images, which are positive, at least one; "
+            f"Expected scores (images,) and, for each image, whether it is positive, with at least one positive; "
             f"got shapes {tuple(scores.shape)} and {tuple(positive.shape)} with {int(positive.sum())} positives."
         )
     worst = torch.where(positive, -torch.inf, torch.inf)
@@ -37,14 +37,14 @@ def average_precision(scores: torch.Tensor, positive: torch.Tensor) -> float:
 
 def mean_average_precision(scores: torch.Tensor, labels: torch.Tensor) -> float:
     """
-    The mean of `average_precision` over the classes that occur.
+    Computes the mean of `average_precision` over the classes that occur.
 
     Args:
         scores: Scores `(images, classes)`.
-        labels: 1 where an image shows a class, else 0, `(images, classes)`.
+        labels: 1 where an image shows a class, otherwise 0, `(images, classes)`.
 
     Raises:
-        ValueError: If there are no positives, or the shapes differ.
+        ValueError: If no image shows any class, or the shapes differ.
     """
     if scores.ndim != 2 or scores.shape != labels.shape or not labels.any():
         raise ValueError(
@@ -52,4 +52,4 @@ def mean_average_precision(scores: torch.Tensor, labels: torch.Tensor) -> float:
             f"got shapes {tuple(scores.shape)} and {tuple(labels.shape)} with {int(labels.sum())} positives."
         )
     occurring = labels.any(dim=0).nonzero().flatten().tolist()
-    return sum(average_precision(scores[:, one], labels[:, one]) for one in occurring) / len(occurring)
+    return sum(average_precision(scores[:, index], labels[:, index]) for index in occurring) / len(occurring)

@@ -1,4 +1,4 @@
-"""Labeled images as batches for zero-shot classification."""
+"""Makes batches of labeled images for zero-shot classification."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,10 +15,14 @@ __all__ = ["class_names", "labeled_batches"]
 
 def class_names(dataset: Dataset, label_column: str) -> list[str]:
     """
-    The names of the classes: of a `ClassLabel` column its own, of a string column the sorted distinct values.
+    Returns the names of the classes: those of a `ClassLabel` column, or the sorted distinct values of a string column.
+
+    Args:
+        dataset: The data set.
+        label_column: Column of the labels.
 
     Raises:
-        ValueError: If the column holds neither.
+        ValueError: If the column holds neither class labels nor strings.
     """
     feature = dataset.features[label_column]
     if isinstance(feature, ClassLabel):
@@ -32,17 +36,17 @@ def labeled_batches(
     dataset: Dataset, image_processor: Any, label_column: str, names: Sequence[str], batch_size: int = 256
 ) -> Iterator[dict[str, torch.Tensor]]:
     """
-    Batches of `pixel_values (batch, 3, height, width)` and `labels (batch,)`, in order.
+    Yields batches of `pixel_values (batch, 3, height, width)` and `labels (batch,)`, in the order of the rows.
 
     Args:
-        dataset: Has undecoded images in `image` and the labels in `label_column`, as `load_pairs` gives them.
-        image_processor: The model's.
-        label_column: Column of class numbers, or of strings that are among `names`.
-        names: The classes in the order of the labels.
+        dataset: A data set as `load_pairs` returns it, with undecoded images in `image` and labels in `label_column`.
+        image_processor: The model's image processor.
+        label_column: Column of the labels: class numbers, or strings that are among `names`.
+        names: Names of the classes, in the order of the class numbers.
         batch_size: Images per batch.
 
     Raises:
-        BadRowError: If an image cannot be decoded or has no label; an evaluation leaves nothing out.
+        BadRowError: If an image cannot be decoded or has no label. An evaluation leaves no row out.
     """
     number = {name: index for index, name in enumerate(names)}
     for start in range(0, len(dataset), batch_size):

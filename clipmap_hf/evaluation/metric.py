@@ -13,8 +13,9 @@ __all__ = ["RetrievalRecall"]
 
 class RetrievalRecall(evaluate.Metric):
     """
-    `recall_at_k` over examples added one by one or in batches: each a normalized image embedding, a normalized text
-    embedding and the id of the image, so an image with several captions is added once per caption.
+    Computes `recall_at_k` over examples that are added one by one or in batches. An example is a normalized image
+    embedding, a normalized text embedding and the id of the image. An image with several captions is therefore added
+    once per caption.
 
     ```python
     metric = RetrievalRecall()

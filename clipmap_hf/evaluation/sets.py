@@ -1,4 +1,4 @@
-"""The evaluation sets of the literature: where each lies on the Hub, and how its score is reported."""
+"""The evaluation sets of the literature: where each set lies on the Hub, and which metric is reported for it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,19 @@ _LABEL_COLUMNS = {"classification": "cls", "multilabel": "npy", "retrieval": "tx
 @dataclass(frozen=True)
 class EvalSet:
     """
-    A set in the form of `clip-benchmark`: `<split>/<number>.tar` with `nshards.txt`, or `<split>/*.parquet`, of images
-    and labels or captions; beside them `classnames.txt` and `zeroshot_classification_templates.txt`.
+    A set in the layout of `clip-benchmark`. Images with their labels or captions lie in `<split>/<number>.tar`, beside
+    `<split>/nshards.txt`, or in `<split>/*.parquet`. Class names and prompts lie in `classnames.txt` and
+    `zeroshot_classification_templates.txt`.
 
     Args:
-        hub_id: Of the data set on the Hub; the last part also names its folder among local sets.
-        license: Of the images, as far as those who collected them state one. Read their terms before you use a set.
-        metrics: What of the measured the literature reports.
+        hub_id: Id of the data set on the Hub. Its last part is also the name of the set's folder among local sets.
+        license: License of the images, as far as their collectors state it. Read their terms before you use a set.
+        metrics: The measured metrics that the literature reports.
         task: `classification` has one class per image in the column `cls`, `multilabel` a 0 or 1 for every class in
             `npy`, `retrieval` one caption per line in `txt`.
         revision: Branch or commit on the Hub.
         split: Folder of the images.
-        image_columns: Columns that may hold the image; a row has one of them.
+        image_columns: Columns that may hold the image. Each row has exactly one of them.
     """
 
     hub_id: str
@@ -42,15 +43,15 @@ class EvalSet:
 
     @property
     def folder(self) -> str:
-        """The name of its folder among local sets."""
+        """The name of the set's folder among local sets."""
         return self.hub_id.split("/")[-1]
 
 
-# As the CLIP paper reports these, after the sets' own custom; CLIP-Map's Table 2 has `accuracy@1` of all.
+# The CLIP paper reports these metrics, as the sets' authors do. CLIP-Map's Table 2 has `accuracy@1` for all sets.
 _PER_CLASS = {"metrics": ("mean_per_class_recall",)}
 _RETRIEVAL = {"task": "retrieval", "metrics": ("image_to_text_recall@1", "text_to_image_recall@1")}
 
-# A commit stands where it is known which one holds the set; `main` elsewhere, and results say which commit that was.
+# `revision` is a commit where it is known which commit holds the set, and otherwise `main`. Results state the commit.
 EVAL_SETS: dict[str, EvalSet] = {
     "food101": EvalSet("clip-benchmark/wds_food101", revision="147a52fcbbb4f9d14293f9e2d821744d6883efef"),
     "cifar10": EvalSet("clip-benchmark/wds_vtab-cifar10"),
@@ -113,10 +114,10 @@ SUITES: dict[str, tuple[str, ...]] = {"paper": tuple(EVAL_SETS)}
 
 def chosen_sets(names: Sequence[str], suite: str | None = None) -> dict[str, EvalSet]:
     """
-    The sets of these names, and those of a suite, each once.
+    Returns the named sets and those of a suite, each set once.
 
     Args:
-        names: Keys of `EVAL_SETS`; one may hold several, joined by commas.
+        names: Keys of `EVAL_SETS`. A string may hold several keys, joined by commas.
         suite: A key of `SUITES`.
 
     Raises:
@@ -126,6 +127,8 @@ def chosen_sets(names: Sequence[str], suite: str | None = None) -> dict[str, Eva
         raise ValueError(f"suite={suite!r} is unknown; the suites are {sorted(SUITES)}.")
     wanted = [*(part for name in names for part in name.split(",") if part), *SUITES.get(suite, ())]
     unknown = sorted(set(wanted) - EVAL_SETS.keys())
-    if unknown or not wanted:
-        raise ValueError(f"Evaluation sets {unknown} are unknown; choose of {sorted(EVAL_SETS)}.")
+    if unknown:
+        raise ValueError(f"Evaluation sets {unknown} are unknown; choose from {sorted(EVAL_SETS)}.")
+    if not wanted:
+        raise ValueError(f"No evaluation set is named; choose from {sorted(EVAL_SETS)}.")
     return {name: EVAL_SETS[name] for name in wanted}

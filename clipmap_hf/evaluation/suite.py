@@ -1,4 +1,4 @@
-"""Many evaluation sets, one after the other: a JSON for each, which is not computed again, and a table of all."""
+"""Evaluates a model on many sets; each result is kept in a JSON file and is not computed again."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ from clipmap_hf.models.fingerprints import config_values, model_fingerprint, tok
 __all__ = ["evaluate_sets", "summary_table"]
 
 # The settings that class embeddings depend on.
-_OF_CLASSIFIER = ("weights", "config", "tokenizer", "model_max_length", "names", "templates")
+_CLASSIFIER_SETTINGS = ("weights", "config", "tokenizer", "model_max_length", "names", "templates")
 
 
 def evaluate_sets(
@@ -51,39 +51,39 @@ def evaluate_sets(
     num_workers: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """
-    Evaluates a model on sets. Each one's result is written to `<name>.json`, all of them to `summary.json` and, as a
-    table, to `summary.md`; a result that is there is taken from there. Of several processes, each has its share of
-    the images. Nothing is drawn at random.
+    Evaluates a model on several sets. The result of each set is written to `<name>.json`. The metrics of all sets are
+    written to `summary.json` and, as a table, to `summary.md`. A set is not evaluated again if its file exists.
+    Several processes share the images of a set. Nothing is drawn at random.
 
     Args:
-        model: A `CLIPModel`; runs in eval mode on its own device.
-        processor: Its tokenizer and image processor.
-        sets: `EVAL_SETS` or some of them, or others of their form, by name.
-        output: Folder of the results, and of the class embeddings.
-        model_id: What results call the model: Hub id or folder.
-        revision: The branch, tag or commit that was asked of the Hub.
-        sets_dir: Folder of local sets, instead of the Hub.
-        batch_size: Images, and prompts, at a time.
-        num_workers: Processes that decode images.
+        model: A `CLIPModel`. It runs in eval mode on its own device.
+        processor: The model's tokenizer and image processor.
+        sets: The sets by name: `EVAL_SETS`, some of its entries, or other sets of the same layout.
+        output: Folder for the results and the class embeddings.
+        model_id: Name of the model in the results: its Hub id or folder.
+        revision: Branch, tag or commit of the model that was requested from the Hub.
+        sets_dir: Folder of local sets. By default, sets come from the Hub.
+        batch_size: Images, or prompts, to encode at a time.
+        num_workers: Worker processes that decode images.
 
     Returns:
-        `{name: result}`, each with `metrics` between 0 and 1.
+        The result of each set, by its name. `metrics` are between 0 and 1.
 
     Raises:
-        ValueError: If a file of a set is missing or unreadable, or a result that is there was made with other
-            settings, which are named.
+        ValueError: If a file of a set is missing or unreadable, or if an existing result was made with other settings,
+            which the message names.
     """
     state, output, results = join_processes(), Path(output), {}
-    of_model = _model_settings(model, processor)
+    model_settings = _model_settings(model, processor)
     for name, eval_set in sets.items():
-        with state.main_process_first():  # only one downloads
+        with state.main_process_first():  # so that only one process downloads
             files = find_set(eval_set, sets_dir)
-        settings = of_model | _set_settings(eval_set, files)
+        settings = model_settings | _set_settings(eval_set, files)
         path = output / f"{name}.json"
         if path.is_file():
-            results[name] = _found(path, settings)
+            results[name] = _read_result(path, settings)
             continue
-        metrics, images = _measured(model, processor, eval_set, files, output, settings, batch_size, num_workers)
+        metrics, images = _measure(model, processor, eval_set, files, output, settings, batch_size, num_workers)
         results[name] = {
             "metrics": metrics,
             "reported": list(eval_set.metrics),
@@ -106,7 +106,7 @@ def evaluate_sets(
 
 
 def summary_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The results of `evaluate_sets` as a Markdown table, in percent."""
+    """Formats the results of `evaluate_sets` as a Markdown table, in percent."""
     columns = [["set"], ["images"], ["classes"], ["metric"], ["%"]]
     for name, result in results.items():
         reported = result["reported"]
@@ -118,7 +118,7 @@ def summary_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _model_settings(model: PreTrainedModel, processor: CLIPProcessor) -> dict[str, Any]:
-    """All of a model and its preprocessing that decides a result, as JSON gives it back."""
+    """Collects everything about a model and its preprocessing that affects a result, as plain JSON values."""
     settings = {
         "weights": model_fingerprint(model),
         "config": config_values(model.config),
@@ -128,12 +128,12 @@ def _model_settings(model: PreTrainedModel, processor: CLIPProcessor) -> dict[st
         "image_processor": processor.image_processor.to_dict(),
     }
     if backends := sorted({module.backend for module in model.modules() if hasattr(module, "backend")}):
-        settings["backends"] = backends  # packed weights are run exactly, or faster
+        settings["backends"] = backends  # of packed weights: some are exact, others are faster
     return json.loads(json.dumps(settings))
 
 
 def _set_settings(eval_set: EvalSet, files: SetFiles) -> dict[str, Any]:
-    """All of a set that decides a result."""
+    """Collects everything about a set that affects a result."""
     return {
         "set": {name: getattr(eval_set, name) for name in ("hub_id", "revision", "split", "task")},
         "files": {path.name: path.stat().st_size for path in files.shards},
@@ -146,8 +146,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _found(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The result in a file, if it was made with these settings."""
+def _read_result(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a result, and raises a `ValueError` if it was made with other settings."""
     result = read_json(path)
     changed = differences(result["settings"], settings)
     if changed:
@@ -158,7 +158,7 @@ def _found(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _measured(
+def _measure(
     model: PreTrainedModel,
     processor: CLIPProcessor,
     eval_set: EvalSet,
@@ -168,7 +168,7 @@ def _measured(
     batch_size: int,
     num_workers: int,
 ) -> tuple[dict[str, float], int]:
-    """The metrics of a model on a set, and how many images it has."""
+    """Measures a model on a set, and returns the metrics and the number of images of all processes."""
     rows = SetRows(eval_set, files)
     if len(rows) < process_count():
         raise ValueError(f"{eval_set.hub_id!r} has {len(rows)} rows, fewer than the {process_count()} processes.")
@@ -185,10 +185,10 @@ def _measured(
     )
     if is_retrieval:
         return evaluate_retrieval(model, batches), len(rows)
-    classifier = _classifier(model, processor, files, output / "classifiers", settings, batch_size)
+    classifier = _load_classifier(model, processor, files, output / "classifiers", settings, batch_size)
     logits, labels = zero_shot_logits(model, batches, classifier)
     for index, name in enumerate(files.names):
-        if (first := files.names.index(name)) < index:  # two of ImageNet's have one name: argmax takes the first
+        if (first := files.names.index(name)) < index:  # two ImageNet classes share a name: the first wins a tie
             logits[:, index] = torch.nextafter(logits[:, first], torch.tensor(-torch.inf))
     if eval_set.task == "multilabel":
         return {"map_11_point": mean_average_precision(logits, labels)}, len(rows)
@@ -207,7 +207,7 @@ class _LabeledCollator:
         return {"pixel_values": pixels, "labels": torch.tensor([row["label"] for row in rows])}
 
 
-def _classifier(
+def _load_classifier(
     model: PreTrainedModel,
     processor: CLIPProcessor,
     files: SetFiles,
@@ -215,8 +215,8 @@ def _classifier(
     settings: Mapping[str, Any],
     batch_size: int,
 ) -> torch.Tensor:
-    """Class embeddings, kept in a file named for all that they depend on."""
-    path = folder / f"{_digest([settings[name] for name in _OF_CLASSIFIER])}.safetensors"
+    """Returns the class embeddings from a file, whose name is a hash of their settings; makes it if it is missing."""
+    path = folder / f"{_digest([settings[name] for name in _CLASSIFIER_SETTINGS])}.safetensors"
     if path.is_file():
         return load_file(path)["classifier"]
     classifier = zero_shot_classifier(model, processor.tokenizer, files.names, files.templates, batch_size)
@@ -227,4 +227,4 @@ def _classifier(
 
 def _versions() -> dict[str, str]:
     modules = (clipmap_hf, transformers, tokenizers, torch, numpy, PIL)
-    return {"python": platform.python_version()} | {one.__name__: one.__version__ for one in modules}
+    return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}

@@ -1,4 +1,4 @@
-"""Zero-shot classification: class embeddings from prompt templates, accuracy@1 and @5, mean per-class recall."""
+"""Zero-shot classification: class embeddings from prompts, accuracy@1 and @5, and mean per-class recall."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from clipmap_hf.models.features import encode_images, encode_texts, evaluating
 
 __all__ = ["DEFAULT_TEMPLATES", "evaluate_zero_shot", "zero_shot_classifier", "zero_shot_logits", "zero_shot_metrics"]
 
-# Prompts of OpenAI's notebook "Prompt_Engineering_for_ImageNet": the plain one and its seven best.
+# Prompts of OpenAI's notebook "Prompt_Engineering_for_ImageNet": the plain prompt and the seven best prompts.
 DEFAULT_TEMPLATES = (
     "a photo of a {}.",
     "itap of a {}.",
@@ -36,14 +36,15 @@ def zero_shot_classifier(
     batch_size: int = 256,
 ) -> torch.Tensor:
     """
-    One normalized embedding per class: the mean of its prompts' normalized embeddings, as in CLIP §3.1.4.
+    Computes a normalized embedding for each class from the mean of its prompts' normalized embeddings, as in CLIP
+    §3.1.4.
 
     Args:
-        model: A `CLIPModel`; runs in eval mode on its own device.
-        tokenizer: Its tokenizer; prompts are truncated to `model_max_length`.
+        model: A `CLIPModel`. It runs in eval mode on its own device.
+        tokenizer: The model's tokenizer. Prompts are truncated to its `model_max_length`.
         classnames: Names of the classes, in the order of the labels.
-        templates: Prompts with `{}` where the name goes.
-        batch_size: Prompts encoded at a time.
+        templates: Prompts with `{}` in place of the class name.
+        batch_size: Prompts to encode at a time.
 
     Returns:
         Class embeddings of shape `(classes, projection_dim)`, fp32, on the CPU.
@@ -57,7 +58,7 @@ def zero_shot_classifier(
         raise ValueError(f"templates={templates!r} must be a list of at least one prompt with '{{}}' for the class.")
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"Template {template!r} has no '{{}}'; write one where the class name goes.")
+            raise ValueError(f"Template {template!r} has no '{{}}'; write '{{}}' in place of the class name.")
     prompts = [template.replace("{}", name) for name in classnames for template in templates]
     device, embeds = next(model.parameters()).device, []
     with evaluating(model):
@@ -71,15 +72,16 @@ def zero_shot_classifier(
 
 def zero_shot_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """
-    Accuracy of class scores. Ties (and NaN) count against the model, so constant scores are never right at 1.
+    Computes metrics of class scores. Ties (and NaN) count against the model, so constant scores have `accuracy@1` 0.
 
     Args:
-        logits: Scores `(images, classes)`; only their order within a row matters.
+        logits: Scores `(images, classes)`. Only their order within a row matters.
         labels: Class index of each image `(images,)`, int64.
 
     Returns:
-        `accuracy@1`, `accuracy@5` (`@classes` where there are fewer than five) and `mean_per_class_recall` over the
-        classes that occur, each between 0 and 1.
+        `accuracy@1`, `accuracy@5` and `mean_per_class_recall`, each between 0 and 1. With fewer than five classes,
+        `accuracy@5` counts hits among as many results as there are classes. The recall is the mean over the classes
+        that occur.
 
     Raises:
         ValueError: If there are no images, or the labels do not fit the scores.
@@ -110,13 +112,16 @@ def zero_shot_logits(
     model: nn.Module, batches: Iterable[Mapping], classifier: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cosine similarities `(images, classes)` of images and classes, and the images' labels, both on the CPU. Of several
-    processes, each brings its own batches, and has the similarities of all in the end.
+    Computes the cosine similarities of images and classes. Every process passes its own batches and receives the
+    similarities of all processes.
 
     Args:
-        model: A `CLIPModel`; runs in eval mode on its own device.
-        batches: Yield `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)` or `(batch, classes)`.
+        model: A `CLIPModel`. It runs in eval mode on its own device.
+        batches: Batches of `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)` or `(batch, classes)`.
         classifier: Class embeddings `(classes, projection_dim)` of `zero_shot_classifier`.
+
+    Returns:
+        The similarities `(images, classes)` and the images' labels, both on the CPU.
     """
     device = next(model.parameters()).device
     classes = classifier.to(device).T
@@ -131,7 +136,8 @@ def zero_shot_logits(
 
 def evaluate_zero_shot(model: nn.Module, batches: Iterable[Mapping], classifier: torch.Tensor) -> dict[str, float]:
     """
-    `zero_shot_metrics` of a `CLIPModel` on labeled images, one class each; arguments as in `zero_shot_logits`.
+    Computes `zero_shot_metrics` of a `CLIPModel` on labeled images with one class each. Arguments as in
+    `zero_shot_logits`.
 
     Raises:
         ValueError: If there are no batches, or a label is not a class of `classifier`.

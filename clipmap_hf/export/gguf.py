@@ -1,4 +1,4 @@
-"""Packed models as GGUF files, in the ternary types of llama.cpp; needs the package `gguf`."""
+"""Writes packed models as GGUF files, in the ternary types of llama.cpp; needs the package `gguf`."""
 
 from pathlib import Path
 
@@ -12,27 +12,30 @@ from clipmap_hf.ternary.layers import TernaryModule
 __all__ = ["GGUF_TYPES", "write_gguf"]
 
 GGUF_TYPES = ("TQ1_0", "TQ2_0")
-_BLOCK = 256  # weights that have a level of their own in these types
+_BLOCK = 256  # weights that share a level in these types
 
 
 def write_gguf(model: nn.Module, path: str | Path, gguf_type: str = "TQ1_0") -> dict[str, str]:
     """
-    Writes all tensors of a packed model under their names in transformers, and its config as JSON (`clip.config`).
-    Ternary weights have the ternary type where its blocks of 256 divide what has one level, a row or a block of one;
-    else fp16, which holds them as exactly. All other tensors are fp32, as they were trained.
+    Writes a packed model to a GGUF file: all tensors under their names in transformers, and the config as JSON
+    (`clip.config`).
+
+    Ternary weights get the type `gguf_type` if its blocks of 256 weights divide the weights that share a level, which
+    are a row or a block of a row. Otherwise they get fp16, which is exact too. All other tensors get fp32, the type in
+    which they were trained.
 
     Args:
-        model: What `pack_model` makes or a packed folder holds.
+        model: A packed model, from `pack_model` or from a packed folder.
         path: The file to write.
         gguf_type: `TQ1_0` (1.69 bits a weight) or `TQ2_0` (2.06 bits).
 
     Returns:
-        The type of each tensor.
+        The type of each tensor, by its name.
 
     Raises:
-        ValueError: If the type is unknown, or the model has nothing ternary.
+        ValueError: If the type is unknown, or the model has no ternary weights.
         ImportError: If the package `gguf` is missing.
-        OSError: If the file cannot be written; what was there is as it was.
+        OSError: If the file cannot be written. An existing file is then unchanged.
     """
     import gguf
 
@@ -72,5 +75,5 @@ def _float_tensors(model: nn.Module, modules: dict[str, TernaryModule]) -> dict[
 def _gguf_type(module: TernaryModule | None, tensor: torch.Tensor, gguf_type: str) -> str:
     if module is None or tensor.ndim == 1:
         return "F32"
-    of_one_level = tensor.shape[1] // module.weight_scale.shape[1]
-    return gguf_type if tensor.ndim == 2 and of_one_level % _BLOCK == 0 else "F16"
+    group_size = tensor.shape[1] // module.weight_scale.shape[1]  # weights that share a level
+    return gguf_type if tensor.ndim == 2 and group_size % _BLOCK == 0 else "F16"

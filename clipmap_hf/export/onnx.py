@@ -1,4 +1,4 @@
-"""ONNX files of a model: both towers in one graph and each in its own, in fp32 and in dynamic int8."""
+"""Writes a model as ONNX files: both towers in one graph and each in its own, in fp32 and in dynamic int8."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,32 +20,32 @@ __all__ = ["GRAPHS", "ONNX_FOLDER", "onnx_parity", "write_onnx"]
 ONNX_FOLDER = "onnx"  # inside a model's folder, where Transformers.js looks
 
 
-def _both(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def _compute_logits(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     output = model(**inputs)
     return {name: output[name] for name in ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")}
 
 
-def _images(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def _embed_images(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"image_embeds": project_images(model, **inputs)}
 
 
-def _texts(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def _embed_texts(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"text_embeds": project_texts(model, **inputs)}
 
 
-# Files, inputs and outputs are named as Transformers.js looks for them. As in transformers, a tower by itself does not
-# normalize its embeddings.
+# Files, inputs and outputs have the names that Transformers.js looks for. As in transformers, the graph of a single
+# tower does not normalize its embeddings.
 GRAPHS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
-    "model": _both,
-    "vision_model": _images,
-    "text_model": _texts,
+    "model": _compute_logits,
+    "vision_model": _embed_images,
+    "text_model": _embed_texts,
 }
 _TOKENS = ("input_ids", "attention_mask")
 _INPUTS = {"model": ("pixel_values", *_TOKENS), "vision_model": ("pixel_values",), "text_model": _TOKENS}
 
 
 class _Graph(nn.Module):
-    """What one file computes, as a module that can be traced."""
+    """The computation of one file, as a module that can be traced."""
 
     def __init__(self, model: nn.Module, compute: Callable[..., dict[str, torch.Tensor]]):
         super().__init__()
@@ -57,15 +57,17 @@ class _Graph(nn.Module):
 
 def write_onnx(folder: str | Path, model: PreTrainedModel, processor: CLIPProcessor) -> None:
     """
-    Writes `onnx/` into a model's folder, `{model,vision_model,text_model}.onnx` in fp32 and the same with
-    `_quantized` in int8 (weights; activations are quantized as they come), and `preprocessor_config.json`, where
-    Transformers.js looks for the image processor. Into a folder without a model, config and processor go too. Numbers
-    of images and of texts and the texts' length are free.
+    Writes a model's ONNX files to `onnx/` in its folder: `{model,vision_model,text_model}.onnx` in fp32, and the same
+    names with `_quantized` in int8. The int8 files hold int8 weights, and quantize activations at run time. The graphs
+    take any number of images, and any number of texts of any length.
+
+    The image processor is written to `preprocessor_config.json`, where Transformers.js looks for it. If the folder
+    has no model, the config and the processor are written too.
 
     Args:
-        folder: Made if needed.
-        model: The model, fp32, on the CPU.
-        processor: Its processor.
+        folder: The model's folder. It is created if needed.
+        model: The model, in fp32 and on the CPU.
+        processor: The model's processor.
 
     Raises:
         ImportError: If the packages of the extra `onnx` are not installed.
@@ -78,14 +80,14 @@ def write_onnx(folder: str | Path, model: PreTrainedModel, processor: CLIPProces
     import onnx_ir
 
     folder = Path(folder)
-    sample = _sample(model, processor)
+    sample = _make_inputs(model, processor)
     with atomic_files(folder) as temporary:
         (temporary / ONNX_FOLDER).mkdir()
         for name in GRAPHS:
             inputs = {key: sample[key] for key in _INPUTS[name] if key in sample}
-            program = _traced(exporter, model, name, inputs)
+            program = _trace(exporter, model, name, inputs)
             onnx_ir.save(program, temporary / ONNX_FOLDER / f"{name}.onnx")
-            onnx_ir.save(_quantized(program, inputs), temporary / ONNX_FOLDER / f"{name}_quantized.onnx")
+            onnx_ir.save(_quantize(program, inputs), temporary / ONNX_FOLDER / f"{name}_quantized.onnx")
         processor.image_processor.save_pretrained(temporary)
         if not (folder / "config.json").exists():
             model.config.save_pretrained(temporary)
@@ -96,16 +98,17 @@ def onnx_parity(
     path: str | Path, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, tuple[float, float]]:
     """
-    How far the embeddings of an ONNX file, run by ONNX Runtime on the CPU, are from the model's, all normalized.
+    Measures how far the embeddings of an ONNX file are from the model's. The file is run by ONNX Runtime on the CPU.
+    All embeddings are normalized before they are compared.
 
     Args:
-        path: One of the files that `write_onnx` wrote.
-        model: The model it was made of, fp32, on the CPU.
-        batches: Collated pairs, of any size.
+        path: A file that `write_onnx` wrote.
+        model: The model that was exported, in fp32 and on the CPU.
+        batches: Batches of collated pairs, of any size.
 
     Returns:
-        Of `image_embeds` and `text_embeds`, those that the file computes: the largest difference of a component, and
-        the lowest cosine.
+        The largest difference of a component and the lowest cosine similarity, by the name of the output:
+        `image_embeds`, `text_embeds` or both.
     """
     from onnxruntime import InferenceSession
 
@@ -116,7 +119,7 @@ def onnx_parity(
         with torch.no_grad():
             output = model(**{name: batch[name] for name in _INPUTS["model"] if name in batch})
         expected = dict(zip(("image_embeds", "text_embeds"), ClipFeatures.embeds(output), strict=True))
-        feed = {one.name: batch[one.name].numpy() for one in session.get_inputs()}
+        feed = {node.name: batch[node.name].numpy() for node in session.get_inputs()}
         for name, found in zip(outputs, session.run(outputs, feed), strict=True):
             embeds = F.normalize(torch.from_numpy(found), dim=-1)
             differences[name].append((embeds - expected[name]).abs().max().item())
@@ -124,15 +127,15 @@ def onnx_parity(
     return {name: (max(differences[name]), min(cosines[name])) for name in outputs}
 
 
-def _sample(model: PreTrainedModel, processor: CLIPProcessor) -> dict[str, torch.Tensor]:
-    """Inputs to trace with, of two texts and three images: an axis of length one would be taken for a constant."""
+def _make_inputs(model: PreTrainedModel, processor: CLIPProcessor) -> dict[str, torch.Tensor]:
+    """Makes inputs to trace with: two texts and three images, since tracing takes an axis of length 1 as constant."""
     side = model.config.vision_config.image_size
     images = [Image.new("RGB", (side, side))] * 3
     return dict(processor(text=["a drawing", "a"], images=images, padding=True, return_tensors="pt"))
 
 
-def _traced(exporter, model: PreTrainedModel, name: str, inputs: dict[str, torch.Tensor]):
-    """The graph of one file, without what tracing noted beside its nodes, such as paths of this machine."""
+def _trace(exporter, model: PreTrainedModel, name: str, inputs: dict[str, torch.Tensor]):
+    """Traces the graph of one file, and removes the metadata of its nodes, such as paths of this machine."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from torch.export import Dim
     from transformers.exporters import OnnxConfig
@@ -144,8 +147,11 @@ def _traced(exporter, model: PreTrainedModel, name: str, inputs: dict[str, torch
     return ClearMetadataAndDocStringPass()(exported.program).model
 
 
-def _quantized(program, inputs: dict[str, torch.Tensor]):
-    """The same graph with matrices in int8, one scale per column, and the token embedding, most of a small student."""
+def _quantize(program, inputs: dict[str, torch.Tensor]):
+    """
+    Returns a graph with its matrices in int8, with one scale per column. The token embedding is quantized too, since
+    it is most of a small student.
+    """
     from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
     from transformers.exporters.configs import ExportFormat
 

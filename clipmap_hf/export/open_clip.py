@@ -1,4 +1,4 @@
-"""Between transformers' `CLIPModel` and open_clip: names of tensors, config, preprocessing."""
+"""Converts between transformers' `CLIPModel` and open_clip: names of tensors, config and preprocessing."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ __all__ = ["clip_config", "clip_image_processor", "clip_tensors", "open_clip_con
 
 _ACTIVATIONS = {"gelu": False, "quick_gelu": True}  # open_clip has one flag for both towers
 _INTERPOLATIONS = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
-_EPSILON = 1e-5  # of LayerNorms, where open_clip's config says nothing
+_EPSILON = 1e-5  # the epsilon of LayerNorms, unless open_clip's config gives another value
 _TOWERS = {"vision": ("vision_model", "visual.transformer"), "text": ("text_model", "transformer")}
 _OUTSIDE_LAYERS = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -36,7 +36,7 @@ _IN_LAYERS = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-# What of open_clip's config is read; anything else that is not off changes the architecture.
+# The keys of open_clip's config that are read here. Any other key changes the architecture, unless its value is off.
 _KEYS = {
     "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
     "vision_cfg": {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "norm_kwargs"},
@@ -48,16 +48,17 @@ _KEYS = {
 
 def open_clip_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """
-    A `CLIPModel`'s tensors under open_clip's names: query, key and value in one, projections transposed.
+    Converts a `CLIPModel`'s tensors to open_clip's names. Query, key and value are concatenated, and projections are
+    transposed.
 
     Args:
-        tensors: The state dict.
+        tensors: The model's state dict.
         config: The model's config.
 
     Raises:
-        ValueError: If a tensor is missing, or one too many.
+        ValueError: If a tensor is missing or unknown.
     """
-    rows = list(_rows(config))
+    rows = list(_pair_names(config))
     _check_names(tensors, {name for ours, _, _ in rows for name in ours})
     converted = {}
     for ours, theirs, transposed in rows:
@@ -67,11 +68,11 @@ def open_clip_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedCon
 
 
 def clip_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """The inverse of `open_clip_tensors`; `config` is that of the `CLIPModel`."""
+    """Converts open_clip's tensors back: the inverse of `open_clip_tensors`. `config` is that of the `CLIPModel`."""
     layers = config.vision_config.num_hidden_layers + config.text_config.num_hidden_layers
     if layers > len(tensors):
         raise ValueError(f"The config says {layers} layers, but there are {len(tensors)} tensors in all.")
-    rows = list(_rows(config))
+    rows = list(_pair_names(config))
     _check_names(tensors, {theirs for _, theirs, _ in rows})
     converted = {}
     for ours, theirs, transposed in rows:
@@ -81,8 +82,8 @@ def clip_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) 
     return converted
 
 
-def _rows(config: PretrainedConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
-    """Names here, the name there, and whether the tensor is transposed."""
+def _pair_names(config: PretrainedConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
+    """Yields names in transformers, the name of their common tensor in open_clip, and whether it is transposed."""
     for ours, theirs in _OUTSIDE_LAYERS.items():
         yield (ours,), theirs, False
     for ours, theirs in _TRANSPOSED.items():
@@ -93,30 +94,35 @@ def _rows(config: PretrainedConfig) -> Iterator[tuple[tuple[str, ...], str, bool
             for kind in ("weight", "bias"):
                 for ours, theirs in _IN_LAYERS.items():
                     yield (f"{here}.{ours}.{kind}",), f"{there}.{theirs}.{kind}", False
-                fused = tuple(f"{here}.self_attn.{one}_proj.{kind}" for one in "qkv")
+                fused = tuple(f"{here}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
                 yield fused, f"{there}.attn.in_proj_{kind}", False
 
 
 def _check_names(found: Mapping[str, torch.Tensor], expected: set[str]) -> None:
     missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected)
     if missing or unknown:
+        problems = " and ".join(
+            f"{len(names)} are {problem}, such as {names[:5]}"
+            for problem, names in (("missing", missing), ("unknown", unknown))
+            if names
+        )
         raise ValueError(
-            f"These are not the tensors of a CLIP of the config's depth: missing are {missing[:5]} of {len(missing)}, "
-            f"unknown {unknown[:5]} of {len(unknown)}. Only plain ViT towers can be converted."
+            f"The tensors do not fit a CLIP with the config's number of layers: {problems}. Only plain ViT towers can "
+            "be converted."
         )
 
 
 def open_clip_config(config: PretrainedConfig, image_processor: Any, tokenizer_name: str) -> dict[str, Any]:
     """
-    The content of `open_clip_config.json`.
+    Makes the content of `open_clip_config.json`.
 
     Args:
-        config: Of a `CLIPModel`.
-        image_processor: Its image processor.
+        config: Config of a `CLIPModel`.
+        image_processor: The model's image processor.
         tokenizer_name: Hub id or folder where open_clip finds the tokenizer.
 
     Raises:
-        ValueError: If open_clip cannot express it.
+        ValueError: If open_clip cannot express the model or its preprocessing.
     """
     vision, text = config.vision_config, config.text_config
     _refuse(config.model_type != "clip", f"a model of type {config.model_type!r}", "'clip'")
@@ -145,7 +151,7 @@ def open_clip_config(config: PretrainedConfig, image_processor: Any, tokenizer_n
         "hf_tokenizer_name": tokenizer_name,
         **sizes["text"],
     }
-    if text.eos_token_id not in (2, text.vocab_size - 1):  # both mean the largest id, open_clip's default
+    if text.eos_token_id not in (2, text.vocab_size - 1):  # both stand for the largest id, open_clip's default
         text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
     return {
         "model_cfg": {
@@ -162,12 +168,14 @@ def _preprocess_cfg(images: Any, size: int) -> dict[str, Any]:
     names = {number: name for name, number in _INTERPOLATIONS.items()}
     _refuse(images.resample not in names, f"resample={images.resample}", f"one of {names}")
     plain = images.do_resize and images.do_rescale and images.do_normalize
-    _refuse(not plain, "an image processor that leaves out a step", "resizing, rescaling and normalization")
+    _refuse(
+        not plain, "an image processor that leaves out a step", "a processor that resizes, rescales and normalizes"
+    )
     square, given = {"height": size, "width": size}, dict(images.size)
     cropped = bool(images.do_center_crop)
     expected = {"shortest_edge": size} if cropped else square
     fits = given == expected and (not cropped or dict(images.crop_size) == square)
-    _refuse(not fits, f"size={given} with the crop {images.do_center_crop}", f"{expected}, the model's")
+    _refuse(not fits, f"size={given} with do_center_crop={cropped}", f"{expected}, the size of the model's images")
     return {
         "mean": list(images.image_mean),
         "std": list(images.image_std),
@@ -178,22 +186,23 @@ def _preprocess_cfg(images: Any, size: int) -> dict[str, Any]:
 
 def clip_config(values: Mapping[str, Any]) -> CLIPConfig:
     """
-    The config of the `CLIPModel` that is an open_clip model. The start token is the last id but one, and texts are
-    padded with their end token, as in OpenAI's vocabulary; neither changes an embedding.
+    Makes the config of the `CLIPModel` that equals an open_clip model. The start token is set to the second-largest
+    id, and texts are padded with their end token, as in OpenAI's vocabulary. Neither changes an embedding.
 
     Args:
         values: The content of `open_clip_config.json`.
 
     Raises:
-        ValueError: If it says something that `CLIPModel` cannot be, or that is not known here.
+        ValueError: If `CLIPModel` cannot express the model, or a key of the config is not known here.
     """
-    model = _known(values["model_cfg"], "model_cfg")
-    vision, text = _known(model["vision_cfg"], "vision_cfg"), _known(model["text_cfg"], "text_cfg")
-    _refuse(not isinstance(vision["layers"], int), f"vision_cfg.layers={vision['layers']}", "a ViT's number")
+    model = _check_keys(values["model_cfg"], "model_cfg")
+    vision, text = _check_keys(model["vision_cfg"], "vision_cfg"), _check_keys(model["text_cfg"], "text_cfg")
+    _refuse(not isinstance(vision["layers"], int), f"vision_cfg.layers={vision['layers']}", "a number, as in a ViT")
     pool, last = text.get("pool_type", "argmax"), text["vocab_size"] - 1
     end = {"argmax": last, "eos": text.get("eos_id", 2)}.get(pool)
-    # CLIPConfig takes an end token of 2 for the largest id.
-    _refuse(end is None or end == 2, f"pool_type={pool!r} at the id {end}", "'argmax', or 'eos' with an id but 2")
+    # CLIPConfig treats the end token 2 as the largest id.
+    allowed = "'argmax', or 'eos' with another id than 2"
+    _refuse(end is None or end == 2, f"pool_type={pool!r} at the id {end}", allowed)
     towers = {
         name: {
             "hidden_size": tower["width"],
@@ -223,21 +232,24 @@ def clip_config(values: Mapping[str, Any]) -> CLIPConfig:
 
 def clip_image_processor(values: Mapping[str, Any]) -> CLIPImageProcessorPil:
     """
-    The image processor of an open_clip model.
+    Makes the image processor of an open_clip model.
 
     Args:
         values: The content of `open_clip_config.json`.
 
     Raises:
-        ValueError: If `CLIPImageProcessor` cannot preprocess so.
+        ValueError: If `CLIPImageProcessor` does not support the preprocessing.
     """
-    given, size = _known(values["preprocess_cfg"], "preprocess_cfg"), values["model_cfg"]["vision_cfg"]["image_size"]
+    given = _check_keys(values["preprocess_cfg"], "preprocess_cfg")
+    size = values["model_cfg"]["vision_cfg"]["image_size"]
     mode, interpolation = given.get("resize_mode", "shortest"), given.get("interpolation", "bicubic")
     _refuse(mode not in ("shortest", "squash"), f"resize_mode={mode!r}", "'shortest' or 'squash'")
     _refuse(
         interpolation not in _INTERPOLATIONS, f"interpolation={interpolation!r}", f"one of {list(_INTERPOLATIONS)}"
     )
-    _refuse(given.get("size", size) not in (size, [size, size]), f"size={given.get('size')}", f"the model's {size}")
+    _refuse(
+        given.get("size", size) not in (size, [size, size]), f"size={given.get('size')}", f"{size} as in vision_cfg"
+    )
     square = {"height": size, "width": size}
     return CLIPImageProcessorPil(
         size={"shortest_edge": size} if mode == "shortest" else square,
@@ -248,19 +260,20 @@ def clip_image_processor(values: Mapping[str, Any]) -> CLIPImageProcessorPil:
     )
 
 
-def _known(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The values, if all that are not off are among those read here."""
+def _check_keys(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns the values, after a check that this module reads all keys whose values are not off."""
     unknown = {key: value for key, value in values.items() if key not in _KEYS[name] and value not in (None, False)}
-    _refuse(bool(unknown), f"{name} with {unknown}", f"only {sorted(_KEYS[name])}")
+    _refuse(bool(unknown), f"{name} with {unknown}", f"a mapping with no other keys than {sorted(_KEYS[name])}")
     return values
 
 
-def _refuse(refused: bool, what: str, allowed: str) -> None:
-    if refused:
-        raise ValueError(f"{what} cannot be converted between CLIPModel and open_clip; it must be {allowed}.")
+def _refuse(condition: bool, given: str, allowed: str) -> None:
+    """Raises a `ValueError` if the condition holds."""
+    if condition:
+        raise ValueError(f"{given} cannot be converted between CLIPModel and open_clip; it must be {allowed}.")
 
 
 def _ratio(size: int, width: int) -> float:
-    """What open_clip multiplies with the width, and rounds down, to have the size."""
+    """Returns the ratio that open_clip multiplies with the width, and rounds down, to get the size."""
     ratio = size / width
     return ratio if int(width * ratio) == size else math.nextafter(ratio, math.inf)

@@ -1,4 +1,4 @@
-"""Folders of open_clip models, as on the Hub: config, safetensors weights and a tokenizer."""
+"""Writes and reads folders of open_clip models, as on the Hub: config, safetensors weights and a tokenizer."""
 
 import os
 from pathlib import Path
@@ -28,15 +28,15 @@ def write_open_clip_folder(
     folder: str | Path, model: PreTrainedModel, processor: CLIPProcessor, repo_id: str | None = None
 ) -> None:
     """
-    Writes what `open_clip.create_model_and_transforms("local-dir:…")` and `open_clip.get_tokenizer("local-dir:…")`
-    load, or with `hf-hub:` once it is pushed.
+    Writes a folder that `open_clip.create_model_and_transforms("local-dir:…")` and
+    `open_clip.get_tokenizer("local-dir:…")` load. Once it is pushed to the Hub, they load it with `hf-hub:…`.
 
     Args:
-        folder: Made if needed.
+        folder: The folder to write. It is created if needed.
         model: A `CLIPModel`.
-        processor: Its tokenizer and image processor.
-        repo_id: The Hub id it will have, where open_clip then looks for the tokenizer; by default the folder's name,
-            which does for the folder.
+        processor: The model's tokenizer and image processor.
+        repo_id: The Hub id to which the folder will be pushed, where open_clip will look for the tokenizer. The
+            default, the name of the folder, is enough for local use.
 
     Raises:
         ValueError: If open_clip cannot express the model, or its weights are packed.
@@ -55,17 +55,17 @@ def read_open_clip_folder(
     source: str, tokenizer: str | None = None, *, revision: str | None = None
 ) -> tuple[CLIPModel, CLIPProcessor]:
     """
-    A model and its processor from an open_clip folder or Hub repository; safetensors only.
+    Loads a model and its processor from an open_clip folder or Hub repository. Only safetensors weights are read.
 
     Args:
         source: Folder or Hub id.
-        tokenizer: Folder or Hub id of the tokenizer, if `source` has none: open_clip's default one is that of
+        tokenizer: Folder or Hub id of the tokenizer, if `source` has none. open_clip's default tokenizer is that of
             `openai/clip-vit-base-patch16`.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
         OSError: If a file is missing or the Hub cannot be reached.
-        ValueError: If it is no model that `CLIPModel` can be, or weights do not fit its config.
+        ValueError: If `CLIPModel` cannot express the model, or the weights do not fit the config.
     """
     if not os.path.isdir(source):
         patterns = [CONFIG, WEIGHTS, "*token*.json", "vocab.json", "merges.txt"]
@@ -77,15 +77,20 @@ def read_open_clip_folder(
     values = read_json(folder / CONFIG)
     config = clip_config(values)
     tensors = clip_tensors(load_file(folder / WEIGHTS), config)
-    with torch.device("meta"):  # a config says nothing of memory until its tensors are seen to be there
+    with torch.device("meta"):  # allocates no memory before the tensors are known to fit the config
         expected = {name: tensor.shape for name, tensor in CLIPModel(config).state_dict().items()}
     wrong = [name for name, tensor in tensors.items() if tensor.shape != expected[name]]
     if wrong:
-        raise ValueError(f"In {source!r}, {len(wrong)} tensors have not the shape that {CONFIG} says: {wrong[:5]}.")
+        raise ValueError(
+            f"In {source!r}, {len(wrong)} tensors do not have the shape that {CONFIG} gives: {wrong[:5]}."
+        )
     model = CLIPModel(config).to(tensors["logit_scale"].dtype)
     model.load_state_dict(tensors, strict=True)
     if tokenizer is None and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise OSError(f"{source!r} holds no tokenizer; name one. That of openai/clip-vit-base-patch16 is the default.")
+        raise OSError(
+            f"{source!r} holds no tokenizer; give `tokenizer=`, such as 'openai/clip-vit-base-patch16', which has "
+            "open_clip's default tokenizer."
+        )
     words = AutoTokenizer.from_pretrained(tokenizer or source, trust_remote_code=False)
     words.model_max_length = min(words.model_max_length, config.text_config.max_position_embeddings)
     return model.eval(), CLIPProcessor(image_processor=clip_image_processor(values), tokenizer=words)

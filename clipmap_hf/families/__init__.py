@@ -1,4 +1,4 @@
-"""CLIP families: one table of axes each."""
+"""The supported CLIP families, each described by a table of axes."""
 
 from transformers import PretrainedConfig
 
@@ -15,10 +15,13 @@ FAMILIES = {model_type: family for family in (CHINESE_CLIP, CLIP, SIGLIP) for mo
 
 def family_for(config: PretrainedConfig) -> Family:
     """
-    The family of a model.
+    Returns the family that describes a model.
+
+    Args:
+        config: The model's config.
 
     Raises:
-        ValueError: If no table describes its `model_type`.
+        ValueError: If no family describes its `model_type`.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""The table of axes: for every tensor of a CLIP family, the space that each of its axes lives in."""
+"""The table of axes: for every tensor of a CLIP family, the space of each of its axes.
+
+A space is a set of channels that several tensors share, such as the channels of a tower's residual stream.
+"""
 
 import operator
 import re
@@ -15,16 +18,17 @@ __all__ = ["Family", "NormRule", "TensorRule", "TensorSpec"]
 @dataclass(frozen=True)
 class TensorRule:
     """
-    One line of the table.
+    One line of the table: the axes of all tensors whose names match a pattern.
 
     Args:
-        pattern: Regular expression of the whole state-dict name. Its group `layer` is the layer's number; its group
-            `tower` is `vision` or `text`, unless `tower` says it.
-        axes: The space of each axis, `None` for an axis that stays as it is. `x` writes the space `x` (the paper's
-            F^out), `x.in` reads it (F^in).
-        tower: The tower of a tensor whose name does not begin with it.
-        lookup: Whether the rows are looked up by token id, so that a batch needs only some of them.
-        stacked: How many tensors of these axes lie on top of one another: 3 where query, key and value are one tensor.
+        pattern: Regular expression that matches the whole state-dict name. Its group `layer` is the layer's number.
+            Its group `tower` is `vision` or `text`.
+        axes: The space of each axis; `None` for an axis that is not mapped. `x` stands for an axis that writes the
+            space `x` (the paper's F^out), and `x.in` for an axis that reads it (F^in).
+        tower: The tower of the tensors, for a pattern without the group `tower`.
+        lookup: Whether rows are looked up by token id, so that a batch needs only some of the rows.
+        stacked: How many tensors with these axes are stacked along the first axis: 3 where query, key and value are
+            stored as a single tensor.
     """
 
     pattern: str
@@ -37,13 +41,14 @@ class TensorRule:
 @dataclass(frozen=True)
 class TensorSpec:
     """
-    What the table says of one tensor.
+    The description of one tensor.
 
     Args:
-        kind: The state-dict name with `*` for the layer's number; tensors of a kind are stacked over layers.
-        tower: `vision`, `text`, or `None` for a tensor of neither, which is copied (`logit_scale`).
-        layer: The layer's number, `None` outside the layers.
-        rule: The line that matched.
+        kind: The state-dict name with `*` in place of the layer's number. Tensors of the same kind are stacked over
+            the layers.
+        tower: `vision`, `text`, or `None` for a tensor of neither tower (`logit_scale`), which is copied.
+        layer: The layer's number, or `None` for a tensor outside the layers.
+        rule: The line of the table that matched.
     """
 
     kind: str
@@ -52,7 +57,7 @@ class TensorSpec:
     rule: TensorRule
 
     def name(self, layer: int | None) -> str:
-        """The state-dict name of this kind in another layer."""
+        """Returns the state-dict name of the tensor of this kind in another layer."""
         return self.kind if layer is None else self.kind.replace("*", str(layer))
 
 
@@ -62,8 +67,8 @@ class NormRule:
     A LayerNorm that only linear layers read, so that its scale and shift can be folded into them.
 
     Args:
-        norm: Its name, with `*` for the layer's number.
-        readers: The names of the linear layers.
+        norm: Name of the LayerNorm, with `*` in place of the layer's number.
+        readers: Names of the linear layers that read it, in the same form.
     """
 
     norm: str
@@ -73,19 +78,21 @@ class NormRule:
 @dataclass(frozen=True)
 class Family:
     """
-    A family of CLIP models that share tensor names.
+    A family of CLIP models, which share the names of their tensors.
 
     Args:
-        name: Its name.
-        model_types: The `config.model_type`s that the table describes.
-        rules: The table; every tensor matches exactly one line.
-        spaces: The attribute of a tower's config that holds the size of each space. Spaces that are not listed belong
-            to the whole model and have the size of the config attribute of `shared_spaces`.
-        shared_spaces: The same for spaces that both towers share; the attribute may be that of a tower's config.
-        layer_spaces: Spaces that are private to a layer; the rest are one per tower.
-        norms: The LayerNorms that can be folded into what reads them.
-        ties: Spaces that are mapped by the operator of another, besides those of `operator_ties`.
-        layerwise: Whether `Tower` can go through its models layer by layer; calibrated starts, MoPE's errors and
+        name: Name of the family.
+        model_types: Every `config.model_type` that the table describes.
+        rules: The lines of the table. Every tensor must match exactly one line.
+        spaces: The size of each space that belongs to a tower, as the name of an attribute of the tower's config.
+        shared_spaces: The size of each space that both towers share, as the name of an attribute of the model's
+            config. Dots in the name lead into the config of a tower.
+        layer_spaces: Spaces of which every layer has its own. Of the other spaces, there is one per tower or, if they
+            are shared, one per model.
+        norms: The LayerNorms that can be folded into the layers that read them.
+        ties: Spaces that are mapped by the operator of another space, as `{space: other space}`. They are added to
+            those of `operator_ties`.
+        layerwise: Whether `Tower` can run the family's models layer by layer. Calibrated starts, MoPE's errors and
             budgets chosen by activations need that.
     """
 
@@ -101,10 +108,13 @@ class Family:
 
     def match(self, name: str) -> TensorSpec:
         """
-        The one line that describes the tensor `name`.
+        Finds the line of the table that describes a tensor.
+
+        Args:
+            name: The tensor's state-dict name.
 
         Raises:
-            ValueError: If no line matches, or more than one.
+            ValueError: If no line matches, or several lines do.
         """
         found = [(rule, match) for rule in self.rules if (match := re.fullmatch(rule.pattern, name))]
         if len(found) != 1:
@@ -119,7 +129,7 @@ class Family:
         return TensorSpec(kind, rule.tower or groups.get("tower"), None if layer is None else int(layer), rule)
 
     def size(self, space: str, tower: str | None, config: PretrainedConfig) -> int:
-        """The size of a space (`x` or `x.in`) in a model of the given config."""
+        """Returns the size of a space (`x` or `x.in`) in a model of the given config."""
         space = space.removesuffix(".in")
         if space in self.shared_spaces:
             return operator.attrgetter(self.shared_spaces[space])(config)
@@ -131,10 +141,13 @@ class Family:
 
         Args:
             tensors: The model's state dict.
-            config: Its config.
+            config: The model's config.
+
+        Returns:
+            The description of each tensor, by its name.
 
         Raises:
-            ValueError: If a tensor matches no line or several, or an axis has not the size of its space.
+            ValueError: If a tensor matches no line or several lines, or an axis does not have the size of its space.
         """
         specs = {name: self.match(name) for name in tensors}
         for name, spec in specs.items():

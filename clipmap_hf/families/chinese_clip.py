@@ -1,4 +1,4 @@
-"""The axes of `ChineseCLIPModel`: CLIP's vision tower, and a BERT for texts."""
+"""The table of axes of `ChineseCLIPModel`, which has CLIP's vision tower and a BERT as its text tower."""
 
 from clipmap_hf.families.base import Family, TensorRule
 from clipmap_hf.families.clip import CLIP
@@ -15,7 +15,7 @@ CHINESE_CLIP = Family(
     shared_spaces=CLIP.shared_spaces,
     layer_spaces=CLIP.layer_spaces,
     rules=(
-        # CLIP's rules for layers match no layer of the BERT, whose names are others.
+        # CLIP's rules for layers cover both towers, but they match no layer of the BERT, which has other names.
         *(rule for rule in CLIP.rules if not rule.pattern.startswith("(?P<tower>text)")),
         TensorRule(_LAYER + r"attention\.self\.query\.weight", ("query", "residual.in")),
         TensorRule(_LAYER + r"attention\.self\.query\.bias", ("query",)),
@@ -34,5 +34,5 @@ CHINESE_CLIP = Family(
         TensorRule(r"(?P<tower>text)_model\.embeddings\.(position|token_type)_embeddings\.weight", (None, "residual")),
         TensorRule(r"(?P<tower>text)_model\.embeddings\.LayerNorm\.(weight|bias)", ("residual",)),
     ),
-    layerwise=False,  # BERT's LayerNorms stand behind what is added to the stream, and texts are read both ways
+    layerwise=False,  # a BERT normalizes after each residual addition, and its attention looks in both directions
 )

@@ -1,4 +1,4 @@
-"""The axes of `CLIPModel`; MetaCLIP 2 has the same."""
+"""The table of axes of `CLIPModel`, which is also that of MetaCLIP 2."""
 
 from clipmap_hf.families.base import Family, NormRule, TensorRule
 
@@ -58,7 +58,7 @@ CLIP = Family(
         *(
             NormRule(
                 f"{tower}_model.encoder.layers.*.{norm}",
-                tuple(f"{tower}_model.encoder.layers.*.{one}" for one in readers),
+                tuple(f"{tower}_model.encoder.layers.*.{reader}" for reader in readers),
             )
             for tower in ("vision", "text")
             for norm, readers in _LAYER_NORMS.items()

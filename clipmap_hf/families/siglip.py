@@ -1,4 +1,4 @@
-"""The axes of `SiglipModel`: CLIP's layers, an attention-pooling head for images, a logit bias."""
+"""The table of axes of `SiglipModel`: CLIP's layers, an attention-pooling head for images, and a logit bias."""
 
 from clipmap_hf.families.base import Family, TensorRule
 from clipmap_hf.families.clip import CLIP, LAYER_RULES
@@ -11,7 +11,7 @@ _HEAD = r"(?P<tower>vision)_model\.head\."
 SIGLIP = Family(
     name="siglip",
     model_types=("siglip",),
-    # What the pooling head attends with and what its MLP computes are spaces of their own, outside the layers.
+    # The pooling head has spaces of its own for its attention and its MLP, outside the layers.
     spaces={**CLIP.spaces, "pool": "hidden_size", "pool_ffn": "intermediate_size"},
     # Images have no projection: the head writes the joint embedding, which is as wide as the vision tower.
     shared_spaces={"embed": "vision_config.hidden_size"},
@@ -22,7 +22,7 @@ SIGLIP = Family(
         TensorRule(r"(?P<tower>vision)_model\.embeddings\.patch_embedding\.bias", ("patch",)),
         TensorRule(r"(?P<tower>vision)_model\.embeddings\.position_embedding\.weight", (None, "patch")),
         TensorRule(r"(?P<tower>vision)_model\.post_layernorm\.(weight|bias)", ("residual",)),
-        # The probe is read through the same tensor as the stream, so it lies in the same space.
+        # `in_proj_weight` reads both the probe and the residual stream, so both lie in the same space.
         TensorRule(_HEAD + r"probe", (None, None, "residual")),
         TensorRule(_HEAD + r"attention\.in_proj_weight", ("pool", "residual.in"), stacked=3),
         TensorRule(_HEAD + r"attention\.in_proj_bias", ("pool",), stacked=3),
@@ -41,5 +41,5 @@ SIGLIP = Family(
         TensorRule(r"logit_(scale|bias)", (None,)),
     ),
     ties={"embed.in": "embed", "pool.in": "pool", "pool_ffn.in": "pool_ffn"},
-    layerwise=False,  # texts are read both ways and end in padding, and the head is no projection of a token
+    layerwise=False,  # text attention looks in both directions, texts end in padding, and the head pools many tokens
 )

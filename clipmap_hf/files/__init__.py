@@ -1,1 +1,1 @@
-"""Files that are whole or absent, settings that differ, and tables."""
+"""Writes files completely or not at all, formats tables, keeps tensors in files, and compares settings."""

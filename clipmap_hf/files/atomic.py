@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, synced to disk, then renamed into it."""
+"""Writes files completely or not at all: under a temporary name, synced to disk, and then renamed."""
 
 import json
 import os
@@ -15,21 +15,21 @@ from safetensors import SafetensorError
 __all__ = ["atomic_files", "atomic_folder", "read_json", "temporary_folder", "write_atomically", "write_json"]
 
 
-_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")  # torch.save, on a full disk
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")  # of torch.save on a full disk
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Where `atomic_folder` and `atomic_files` write before they rename; of a killed process, it may be left over."""
+    """Returns the folder that `atomic_folder` and `atomic_files` write to first. Killed processes leave it behind."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """
-    Yields an empty folder to write to, which becomes `folder` when everything is written.
+    Yields an empty folder to write to. When everything is written, it replaces `folder`.
 
     Raises:
-        OSError: If it cannot be written; `folder` is then as it was.
+        OSError: If it cannot be written. `folder` is then unchanged.
     """
     with _written(folder) as temporary:
         yield temporary
@@ -42,10 +42,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_files(folder: Path) -> Iterator[Path]:
     """
-    Yields an empty folder to write to, whose files replace those of the same name in `folder` when all are written.
+    Yields an empty folder to write to. When everything is written, its files are moved to `folder`, where they replace
+    files of the same name.
 
     Raises:
-        OSError: If they cannot be written; `folder` is then as it was.
+        OSError: If the files cannot be written. `folder` is then unchanged.
     """
     with _written(folder / "files") as temporary:
         yield temporary
@@ -62,10 +63,10 @@ def atomic_files(folder: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """
-    Writes one file; several processes may write the same.
+    Writes a file. Several processes may write the same file at the same time.
 
     Raises:
-        OSError: If it cannot be written; `path` is then as it was.
+        OSError: If the file cannot be written. An existing file is then unchanged.
     """
     partial = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
@@ -83,7 +84,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _written(folder: Path) -> Iterator[Path]:
     temporary = temporary_folder(folder)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         temporary.mkdir(parents=True)
         yield temporary
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -98,7 +99,7 @@ def _written(folder: Path) -> Iterator[Path]:
 
 def _not_written(path: Path, error: Exception) -> OSError:
     number = getattr(error, "errno", None)
-    message = f"{path} could not be written ({error}). What was there is as it was; make room, or name another folder."
+    message = f"{path} could not be written ({error}). Existing files are unchanged; make room, or use another folder."
     return OSError(message) if number is None else OSError(number, message)
 
 
@@ -116,10 +117,10 @@ def _sync_entry(path: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON, whole or not at all."""
+    """Writes a JSON file, completely or not at all."""
     write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote."""
+    """Reads a JSON file that `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Finds the values in which two nested settings differ."""
+"""Compares two nested mappings of settings, and lists the entries whose values differ."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,29 +10,30 @@ __all__ = ["differences"]
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """
-    The leaves in which two mappings of JSON values differ, by name; those of inner mappings are joined by dots.
+    Compares two mappings of JSON values.
 
     Args:
-        before: One.
-        now: The other.
+        before: The first mapping.
+        now: The second mapping.
 
     Returns:
-        Both values as JSON, `"nothing"` where there is none.
+        The entries that differ, as `{path: (value before, value now)}`. The keys of nested mappings are joined by dots
+        to a path. Values are JSON texts, or `"nothing"` where the entry is missing.
     """
-    left, right = (dict(_flat(json.loads(json.dumps(one)))) for one in (before, now))
+    left, right = (dict(_flatten(json.loads(json.dumps(settings)))) for settings in (before, now))
     texts = {
-        name: tuple(json.dumps(one[name]) if name in one else "nothing" for one in (left, right))
+        name: tuple(json.dumps(values[name]) if name in values else "nothing" for values in (left, right))
         for name in left | right
     }
     return {name: (old, new) for name, (old, new) in texts.items() if old != new}
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, and of lists of dicts, with their names joined by dots."""
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the innermost values of nested dicts, and of lists of dicts, with their paths joined by dots."""
     if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
         value = dict(enumerate(value))
     if isinstance(value, dict) and value:
         for key, entry in value.items():
-            yield from _flat(entry, f"{name}.{key}" if name else str(key))
+            yield from _flatten(entry, f"{name}.{key}" if name else str(key))
     else:
         yield name, value

@@ -1,4 +1,4 @@
-"""Tables, given as columns of text, in Markdown and HTML, and HTML pages that hold their style and pictures."""
+"""Formats tables (given as columns of text) as Markdown and HTML, and makes HTML pages that need no other files."""
 
 import base64
 import html
@@ -15,7 +15,7 @@ th { text-align: left; font-weight: 600 } td { vertical-align: top } .number { t
 
 
 def markdown_table(columns: Sequence[Sequence[str]]) -> str:
-    """The table of `columns` (header first), names to the left and numbers to the right."""
+    """Formats columns (header first) as Markdown. The first column is left-aligned, the others are right-aligned."""
     widths = [max(map(len, column)) for column in columns]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     header, *rows = zip(*columns, strict=True)
@@ -30,7 +30,10 @@ def markdown_table(columns: Sequence[Sequence[str]]) -> str:
 
 
 def html_table(columns: Sequence[Sequence[str]]) -> str:
-    """The table of `columns` (header first) as HTML, names to the left and numbers to the right; text is escaped."""
+    """
+    Formats columns (header first) as HTML, and escapes their text. The first column is left-aligned, the others are
+    right-aligned.
+    """
     header, *rows = zip(*columns, strict=True)
     lines = [_html_row("th", header), *(_html_row("td", row) for row in rows)]
     return "<table>" + "\n".join(lines) + "</table>"
@@ -38,12 +41,12 @@ def html_table(columns: Sequence[Sequence[str]]) -> str:
 
 def html_page(title: str, body: str, style: str = "") -> str:
     """
-    A page in one file.
+    Makes an HTML page that is a single file.
 
     Args:
-        title: Its heading, escaped here.
-        body: HTML of what follows the heading.
-        style: CSS rules beside those of all pages.
+        title: Heading of the page. It is escaped here.
+        body: HTML below the heading.
+        style: CSS rules, in addition to those of all pages.
     """
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}{style}</style>
@@ -55,17 +58,26 @@ def html_page(title: str, body: str, style: str = "") -> str:
 
 def inline_png(png: bytes, attributes: str = "") -> str:
     """
-    An `img` element that holds its picture.
+    Makes an `img` element that contains its picture.
 
     Args:
         png: Content of the PNG file.
-        attributes: HTML attributes of the element.
+        attributes: Further HTML attributes of the element.
     """
     return f'<img {attributes} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def scaled_column(values: Sequence[int], units: str) -> list[str]:
-    """The largest of the decimal `units` in which no value falls below 0.01, then the values in it."""
+    """
+    Scales numbers to a common decimal unit.
+
+    Args:
+        values: The numbers.
+        units: Units to choose from, largest first: `G`, `M` and `K`.
+
+    Returns:
+        The first unit in which all numbers are at least 0.01 (otherwise the last unit), and then the scaled numbers.
+    """
     scales = {"G": 1e9, "M": 1e6, "K": 1e3}
     unit = next((unit for unit in units if min(values) >= 0.01 * scales[unit]), units[-1])
     return [unit, *(f"{value / scales[unit]:.2f}" for value in values)]

@@ -1,4 +1,4 @@
-"""The model card of a student, rendered from the template beside it."""
+"""Renders the model card of a student from a template."""
 
 import os
 import re
@@ -17,8 +17,8 @@ from clipmap_hf.hub.results import SetResults, model_index, results_table
 
 __all__ = ["add_to_card", "config_yaml", "hub_dataset", "render_card"]
 
-_BEGIN, _END = "<!-- results on sets -->", "<!-- end of results on sets -->"  # stand in the template
-# It was trained on texts of the full length, without a mask.
+_BEGIN, _END = "<!-- results on sets -->", "<!-- end of results on sets -->"  # lines of the template
+# SigLIP was trained on texts that are padded to the full length, without a mask.
 _SIGLIP_PADDING = 'padding="max_length", return_attention_mask=False'
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -38,21 +38,21 @@ def render_card(
     packed: bool = False,
 ) -> ModelCard:
     """
-    Renders the card; nothing of it is looked up on the Hub.
+    Renders the card. Nothing is looked up on the Hub.
 
     Args:
-        teacher: Hub id or folder of the teacher; only an id becomes `base_model`.
-        cost_table: Sizes of teacher and student as a Markdown table.
+        teacher: Hub id or folder of the teacher. Only a Hub id becomes the card's `base_model`.
+        cost_table: Markdown table with the sizes of teacher and student.
         model_class: The student's class in transformers.
-        method: One sentence on how the weights came to be.
+        method: A sentence on how the weights were made.
         revision: The teacher's branch, tag or commit on the Hub.
-        results: What was measured.
-        recipe: The resolved arguments as YAML; of absolute paths, which mean nothing elsewhere, only the last part is
-            shown. The sets on the Hub that it names become `datasets`.
-        license: The teacher's, as metadata; by default what `teacher_license` finds.
-        status: What a reader must know before anything else.
+        results: The student's results.
+        recipe: The resolved arguments of the run as YAML. Absolute paths, which mean nothing elsewhere, are shortened
+            to their last part. Data sets on the Hub that the arguments name become the card's `datasets`.
+        license: The teacher's license as metadata. By default, it is the result of `teacher_license`.
+        status: A notice that readers must see first.
         figures: Figures that others published, as Markdown with their source.
-        packed: Whether the weights are packed trits, which only this package lets transformers load.
+        packed: Whether the weights are packed trits, which transformers can load only with this package.
     """
     is_local = os.path.isdir(teacher)
     license = teacher_license(teacher, revision) if license is None else license
@@ -66,7 +66,7 @@ def render_card(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=["clip", "clipmap_hf", "model-compression", *(["ternary", "1.58-bit"] if packed else [])],
-        datasets=_training_sets(arguments) or None,
+        datasets=_find_training_sets(arguments) or None,
         **license,
         **index,
     )
@@ -79,7 +79,7 @@ def render_card(
         method=method,
         cost_table=cost_table,
         results=results_table(results) if results else None,
-        recipe=recipe and yaml.safe_dump(_without_folders(arguments), sort_keys=False, allow_unicode=True),
+        recipe=recipe and yaml.safe_dump(_shorten_paths(arguments), sort_keys=False, allow_unicode=True),
         license=license,
         status=status,
         figures=figures,
@@ -90,14 +90,15 @@ def render_card(
 
 def add_to_card(card: ModelCard, results: Sequence[SetResults]) -> None:
     """
-    Puts what a student reached on sets into a card that `render_card` made, in place of what stands there of sets.
+    Writes a student's results on sets into a card that `render_card` made. They replace the results that an earlier
+    call wrote.
 
     Args:
-        card: Changed in place.
-        results: What was measured.
+        card: The card, which is changed in place.
+        results: The student's results.
 
     Raises:
-        ValueError: If the card has no place for them.
+        ValueError: If the card has no place for results.
     """
     before, begin, rest = card.text.partition(_BEGIN)
     replaced, end, after = rest.partition(_END)
@@ -105,12 +106,12 @@ def add_to_card(card: ModelCard, results: Sequence[SetResults]) -> None:
         raise ValueError(f"The card has no place for results: the lines {_BEGIN!r} and {_END!r} are not there.")
     card.text = f"{before}{begin}\n## Zero-shot evaluation\n\nIn percent:\n\n{results_table(results)}\n\n{end}{after}"
     new = model_index(results)
-    measured = {(one.dataset_type, one.metric_type) for one in new}
+    measured = {(result.dataset_type, result.metric_type) for result in new}
     old = [
-        one
-        for one in card.data.eval_results or ()
-        if (one.dataset_type, one.metric_type) not in measured
-        and f"| {one.dataset_name}: {one.metric_type} " not in replaced
+        result
+        for result in card.data.eval_results or ()
+        if (result.dataset_type, result.metric_type) not in measured
+        and f"| {result.dataset_name}: {result.metric_type} " not in replaced
     ]
     card.data.eval_results = [*old, *new]
     card.data.model_name = card.data.model_name or "compressed CLIP"
@@ -118,11 +119,11 @@ def add_to_card(card: ModelCard, results: Sequence[SetResults]) -> None:
 
 def config_yaml(teacher: str, config: ClipMapConfig) -> str:
     """
-    A student's config as the recipes read it.
+    Formats a student's config as YAML that the recipes read.
 
     Args:
-        teacher: Hub id or folder.
-        config: The student's size and how its operators start.
+        teacher: Hub id or folder of the teacher.
+        config: The student's config: its size, and how its operators are initialized.
     """
     values = config.to_dict()
     towers = {tower: values.pop(tower) for tower in ("vision", "text")}
@@ -131,20 +132,21 @@ def config_yaml(teacher: str, config: ClipMapConfig) -> str:
 
 
 def hub_dataset(source: str) -> str | None:
-    """The Hub id that a source of pairs is, `None` for files and folders."""
+    """Returns a source of pairs if it is a Hub id, and `None` if it names files or a folder."""
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not source.endswith((".parquet", ".tar", "gz"))
     return source if is_id and not os.path.exists(source) else None
 
 
-def _training_sets(arguments: Mapping[str, Any]) -> list[str]:
+def _find_training_sets(arguments: Mapping[str, Any]) -> list[str]:
     sources = [arguments.get("train_data"), arguments.get("calibration_data")]
-    return list(dict.fromkeys(one for one in sources if one is not None and hub_dataset(one)))
+    return list(dict.fromkeys(source for source in sources if source is not None and hub_dataset(source)))
 
 
-def _without_folders(value: Any) -> Any:
+def _shorten_paths(value: Any) -> Any:
+    """Shortens all absolute paths in nested arguments to their last part, and drops arguments that are `None`."""
     if isinstance(value, dict):
-        return {key: _without_folders(inner) for key, inner in value.items() if inner is not None}
+        return {key: _shorten_paths(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
-        return [_without_folders(inner) for inner in value]
+        return [_shorten_paths(inner) for inner in value]
     is_path = isinstance(value, str) and os.path.isabs(value)
     return os.path.basename(os.path.normpath(value)) if is_path else value

@@ -1,4 +1,4 @@
-"""The student folder: config, weights, tokenizer, processor and card; loadable without clipmap_hf."""
+"""Writes a student's folder, which loads without clipmap_hf: config, weights, tokenizer, processor and card."""
 
 import shutil
 from collections.abc import Sequence
@@ -27,16 +27,16 @@ def write_student_folder(
     keep_map: bool = False,
 ) -> None:
     """
-    Writes all files of a student into `folder`, which is made if needed. What lies there of other weights, benchmark
-    results, ONNX files and, unless `keep_map`, the map, is removed.
+    Writes all files of a student into a folder. Files there that belong to other weights are removed: benchmark
+    results, ONNX files and, unless `keep_map` is set, the map.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to. It is created if needed.
         student: The model.
-        processor: Its tokenizer and image processor.
-        card: What `render_card` gives.
-        results: Those of the card; benchmarks among them get a file in `.eval_results/`.
-        keep_map: Leave `map/` alone.
+        processor: The model's tokenizer and image processor.
+        card: A card from `render_card`.
+        results: The results that the card shows. Those on benchmarks get a file in `.eval_results/`.
+        keep_map: Whether to keep `map/`.
     """
     folder, benchmarks = Path(folder), benchmark_files(results)
     with atomic_files(folder) as temporary:
@@ -57,12 +57,11 @@ def write_student_folder(
 
 def add_results(folder: str | Path, results: Sequence[SetResults]) -> None:
     """
-    Puts what a student reached on sets, after it was made, into its folder: into the card and, of benchmarks on the
-    Hub, into `.eval_results/`.
+    Adds results on sets to a student's folder: to its card and, for benchmarks on the Hub, to `.eval_results/`.
 
     Args:
-        folder: A student's.
-        results: What was measured, such as `read_results` gives.
+        folder: The student's folder.
+        results: The student's results, such as those from `read_results`.
     """
     folder = Path(folder)
     card = ModelCard.load(folder / "README.md")

@@ -1,4 +1,4 @@
-"""Under which license a student stands: the one that its teacher's card states, if that card is at hand."""
+"""Finds the license of a student, which is that of its teacher, in the teacher's card."""
 
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,20 @@ _KEYS = ("license", "license_name", "license_link")
 
 def teacher_license(teacher: str, revision: str | None = None) -> dict[str, str]:
     """
-    The metadata `license`, and `license_name` and `license_link` if there are any, of the card in the teacher's folder
-    or in the cache of the Hub; `{"license": "unknown"}` if none says it. Nothing is downloaded.
+    Reads a teacher's license from its card, in its folder or in the cache of the Hub. Nothing is downloaded.
 
     Args:
-        teacher: Hub id or folder.
-        revision: Its branch, tag or commit on the Hub.
+        teacher: Hub id or folder of the teacher.
+        revision: The teacher's branch, tag or commit on the Hub.
+
+    Returns:
+        The card's metadata `license` and, if it has them, `license_name` and `license_link`. If no license is found,
+        it is `{"license": "unknown"}`.
     """
     card = Path(teacher, "README.md")
     if not Path(teacher).is_dir():
         cached = try_to_load_from_cache(teacher, "README.md", revision=revision)
-        card = Path(cached) if isinstance(cached, str) else card  # else it is not cached, or known not to exist
+        card = Path(cached) if isinstance(cached, str) else card  # no string: not cached, or known not to exist
     metadata = _metadata(card) if card.is_file() else {}
     found = {key: metadata[key] for key in _KEYS if isinstance(metadata.get(key), str)}
     return found if "license" in found else {"license": "unknown"}
@@ -33,5 +36,5 @@ def teacher_license(teacher: str, revision: str | None = None) -> dict[str, str]
 def _metadata(card: Path) -> dict[str, Any]:
     try:
         return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, yaml.YAMLError):  # a card that cannot be read states nothing
+    except (ValueError, yaml.YAMLError):  # a card that cannot be read states no license
         return {}

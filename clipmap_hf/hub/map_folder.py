@@ -1,4 +1,4 @@
-"""The folder `map/` beside a student: its operators, and the teacher they belong to."""
+"""Writes and reads `map/` in a student's folder, which holds the mapping operators and names their teacher."""
 
 import json
 import os
@@ -25,11 +25,11 @@ MAP_WEIGHTS = "clipmap.safetensors"
 
 def write_map(folder: Path, content: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
     """
-    Writes the folder, all of it or nothing.
+    Writes a map folder, either completely or not at all.
 
     Args:
-        folder: Where.
-        content: What `read_map_config` reads, as plain JSON types.
+        folder: The folder to write.
+        content: Content of the config that `read_map_config` reads, in plain JSON types.
         weights: The mapper's state dict.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -40,16 +40,19 @@ def write_map(folder: Path, content: Mapping[str, Any], weights: Mapping[str, to
 
 def map_file(source: str, name: str, revision: str | None, kwargs: dict[str, Any]) -> Path | None:
     """
-    A file of the map, `None` if `source` has none.
+    Finds a file of a map, and downloads it if needed.
 
     Args:
-        source: Hub id or folder.
-        name: The file's.
+        source: Hub id or folder of the student.
+        name: Name of the file.
         revision: Branch, tag or commit on the Hub.
-        kwargs: Passed to the download.
+        kwargs: Further arguments of the download.
+
+    Returns:
+        Path of the file, or `None` if `source` has no such file.
 
     Raises:
-        OSError: If the Hub cannot be asked, which is no absence.
+        OSError: If the Hub cannot be reached, so that the file may exist.
     """
     if os.path.isdir(source):
         path = Path(source, MAP_FOLDER, name)
@@ -64,29 +67,32 @@ def map_file(source: str, name: str, revision: str | None, kwargs: dict[str, Any
 
 def find_map(source: str, revision: str | None = None, **kwargs: Any) -> tuple[Path, dict[str, Any]]:
     """
-    The config of the map in a folder or repository: its path, and what `read_map_config` reads there.
+    Finds and reads the config of the map in a student's folder or repository.
 
     Args:
-        source: Hub id or folder.
+        source: Hub id or folder of the student.
         revision: Branch, tag or commit on the Hub.
-        kwargs: Passed to the download.
+        kwargs: Further arguments of the download.
+
+    Returns:
+        Path of the config, and its content as from `read_map_config`.
 
     Raises:
         ValueError: If there is no map.
-        OSError: If the Hub cannot be asked.
+        OSError: If the Hub cannot be reached.
     """
     path = map_file(source, MAP_CONFIG, revision, kwargs)
     if path is None:
         raise ValueError(
-            f"{source!r} holds no {MAP_FOLDER}/{MAP_CONFIG}, so there is no mapping to go on with. To start one, say "
-            f"what to make: student= one of {sorted(PRESETS)}, or a ClipMapConfig."
+            f"{source!r} holds no {MAP_FOLDER}/{MAP_CONFIG}, so there is no mapping to continue. To start a new "
+            f"mapping, give student=, which is one of {sorted(PRESETS)} or a ClipMapConfig."
         )
     return path, read_map_config(path)
 
 
 def read_map_config(path: Path) -> dict[str, Any]:
     """
-    The map's `teacher`, `teacher_revision`, and `map`, its `ClipMapConfig`.
+    Reads the config of a map: its `teacher`, its `teacher_revision`, and `map`, which is its `ClipMapConfig`.
 
     Raises:
         ValueError: If a key is missing or unknown.
@@ -100,12 +106,12 @@ def read_map_config(path: Path) -> dict[str, Any]:
 
 def load_mapper(path: Path, plan: MappingPlan, tensors: Mapping[str, torch.Tensor]) -> WeightMapper:
     """
-    The mapper whose weights `write_map` wrote.
+    Loads a mapper from the weights that `write_map` wrote.
 
     Args:
-        path: The file.
-        plan: The mapping's.
-        tensors: The teacher's, as `plan.teacher_tensors` gives them.
+        path: File of the weights.
+        plan: Plan of the mapping.
+        tensors: The teacher's tensors, as `plan.teacher_tensors` returns them.
 
     Raises:
         ValueError: If a tensor is missing, unknown or of another shape.

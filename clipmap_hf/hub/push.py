@@ -1,4 +1,4 @@
-"""One folder to the Hub, in one commit."""
+"""Uploads a student's folder to the Hub in one commit."""
 
 import os
 from pathlib import Path
@@ -12,14 +12,14 @@ from clipmap_hf.hub.map_folder import read_map_config
 
 __all__ = ["push_folder"]
 
-# What a run leaves in a student's folder for itself; the card has the arguments without the paths in them.
-_OF_THE_RUN = (
+# Files that a run leaves in a student's folder for itself. The card shows the arguments, with shortened paths.
+_RUN_FILES = (
     *("checkpoints/*", "*/checkpoints/*", ".*.tmp/*", "*/.*.tmp/*"),
     *("start/*", "mapped/*", "masked/*", "[0-9]/*"),
     *("best/*", "*.tfevents.*", "arguments.yaml", "metrics.jsonl", "choice.json", "origin.json"),
 )
-# Of other weights, if a repository has them and the folder does not.
-_OF_WEIGHTS = ("model*.safetensors*", "onnx/*", ".eval_results/*")
+# Files that belong to other weights if the repository has them and the folder does not.
+_WEIGHT_FILES = ("model*.safetensors*", "onnx/*", ".eval_results/*")
 
 
 def push_folder(
@@ -34,23 +34,24 @@ def push_folder(
     token: str | bool | None = None,
 ) -> CommitInfo:
     """
-    Creates the repository if needed and uploads a student's folder as one commit. Checkpoints, logs and what the run
-    left between its stages stay here.
+    Uploads a student's folder as one commit, and creates the repository if needed. Checkpoints, logs and intermediate
+    results of the run are not uploaded. The same commit deletes files of other weights from the repository: shards,
+    ONNX files, benchmark results and a map.
 
     Args:
-        folder: What to upload; left as it is.
-        repo_id: `user/name`.
-        include_map: Upload `map/` too. What the repository holds of other weights, a map, ONNX files, benchmark
-            results or shards, is deleted in the same commit.
-        private: Whether a new repository is private; the account's default if `None`.
-        revision: Branch to commit to; made if needed.
-        create_pr: Open a pull request instead of committing to the branch.
-        commit_message: Of the commit.
-        token: As in transformers; the stored login by default.
+        folder: The folder to upload. It is not changed.
+        repo_id: Id of the repository, `user/name`.
+        include_map: Whether to upload `map/` too.
+        private: Whether a new repository is private. `None` takes the account's default.
+        revision: Branch to commit to. It is created if needed.
+        create_pr: Whether to open a pull request instead of committing to the branch.
+        commit_message: Message of the commit.
+        token: Access token, as in transformers. By default, it is that of the stored login.
 
     Raises:
-        ValueError: If `folder` is not a student's, or the map's teacher is a folder here, which nobody else has.
-        OSError: If the Hub refuses or the connection is lost; the message says how to go on.
+        ValueError: If `folder` is not a student's folder, or the included map's teacher is a local folder, which
+            nobody else has.
+        OSError: If the Hub refuses the upload or the connection is lost. The message says how to continue.
     """
     folder = Path(folder)
     _check(folder, include_map)
@@ -66,11 +67,11 @@ def push_folder(
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,
-            delete_patterns=[*_OF_WEIGHTS, *map_files],  # but for what is uploaded anew
-            ignore_patterns=[*_OF_THE_RUN, *([] if include_map else map_files)],
+            delete_patterns=[*_WEIGHT_FILES, *map_files],  # files that are uploaded again are not deleted
+            ignore_patterns=[*_RUN_FILES, *([] if include_map else map_files)],
         )
-    except (OSError, HTTPError, RuntimeError) as error:  # the last is what failed uploads raise
-        raise OSError(f"The push to {repo_id!r} did not finish: {error} {_way_on(repo_id, error)}") from error
+    except (OSError, HTTPError, RuntimeError) as error:  # failed uploads raise a RuntimeError
+        raise OSError(f"The push to {repo_id!r} did not finish: {error} {_advise(repo_id, error)}") from error
 
 
 def _check(folder: Path, include_map: bool) -> None:
@@ -89,10 +90,11 @@ def _check(folder: Path, include_map: bool) -> None:
             )
 
 
-def _way_on(repo_id: str, error: Exception) -> str:
+def _advise(repo_id: str, error: Exception) -> str:
+    """Says how to continue after an error."""
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return f"Log in (`hf auth login`), or give a token that may write to {repo_id!r}, and push again."
     return (
-        "Nothing has changed here. Push again with the same arguments; large files that have arrived are not sent "
-        "twice."
+        "The local folder is unchanged. Push again with the same arguments; large files that have arrived are not "
+        "sent twice."
     )

@@ -1,4 +1,4 @@
-"""What a student reached on a set, in the forms of a card: a table, the model index and `.eval_results/*.yaml`."""
+"""Formats a student's results on sets for its card: as a table, as model index, and as `.eval_results/*.yaml`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,23 +16,23 @@ from clipmap_hf.files.tables import markdown_table
 __all__ = ["EVAL_RESULTS_FOLDER", "SetResults", "benchmark_files", "model_index", "read_results", "results_table"]
 
 EVAL_RESULTS_FOLDER = ".eval_results"
-_OF_SET = ("set", "files", "names", "templates")  # the settings that teacher and student must share
+_SET_SETTINGS = ("set", "files", "names", "templates")  # must be equal for teacher and student
 
 
 @dataclass(frozen=True)
 class SetResults:
     """
-    What a student reached on one set, beside its teacher.
+    The results of a student on one set, and those of its teacher.
 
     Args:
-        name: The set's, as the table shows it.
-        student: Metrics between 0 and 1 by name, the one that the set is known for first.
-        teacher: The teacher's, measured in the same way; `None` if they were not.
-        dataset_id: The set's id on the Hub, if it lies there.
-        revision: Its commit there.
-        split: Which part of it was read.
-        task: What was measured: `image-text-retrieval` or `zero-shot-image-classification`.
-        benchmark_task: The task id under which the Hub lists `dataset_id` as a benchmark, if it does.
+        name: Name of the set, as the table shows it.
+        student: The student's metrics by name, between 0 and 1. The set's main metric comes first.
+        teacher: The teacher's metrics, measured in the same way; `None` if they were not measured.
+        dataset_id: Id of the set on the Hub; `None` for a local set.
+        revision: Commit of the set on the Hub.
+        split: Split of the set that was evaluated.
+        task: Task of the evaluation: `image-text-retrieval` or `zero-shot-image-classification`.
+        benchmark_task: Id of the task for which the Hub lists `dataset_id` as a benchmark; `None` if it does not.
     """
 
     name: str
@@ -46,18 +46,19 @@ class SetResults:
 
     def __post_init__(self):
         if self.benchmark_task is not None and self.dataset_id is None:
-            raise ValueError(
-                f"benchmark_task={self.benchmark_task!r} is one of a set on the Hub; give its dataset_id."
-            )
+            raise ValueError(f"benchmark_task={self.benchmark_task!r} needs a set on the Hub; give its dataset_id.")
 
 
 def results_table(results: Sequence[SetResults]) -> str:
-    """A Markdown table in percent, a row for each metric of each set, the teacher beside the student."""
-    rows = [(one, metric) for one in results for metric in one.student]
-    columns = [["set: metric", *(f"{one.name}: {metric}" for one, metric in rows)]]
-    if any(one.teacher is not None for one in results):
-        columns.append(["teacher", *(_percent((one.teacher or {}).get(metric)) for one, metric in rows)])
-    columns.append(["student", *(_percent(one.student[metric]) for one, metric in rows)])
+    """
+    Formats results as a Markdown table in percent. It has a row for each metric of each set, and columns for the
+    teacher (if it was measured) and the student.
+    """
+    rows = [(result, metric) for result in results for metric in result.student]
+    columns = [["set: metric", *(f"{result.name}: {metric}" for result, metric in rows)]]
+    if any(result.teacher is not None for result in results):
+        columns.append(["teacher", *(_percent((result.teacher or {}).get(metric)) for result, metric in rows)])
+    columns.append(["student", *(_percent(result.student[metric]) for result, metric in rows)])
     return markdown_table(columns)
 
 
@@ -66,40 +67,40 @@ def _percent(value: float | None) -> str:
 
 
 def model_index(results: Sequence[SetResults]) -> list[EvalResult]:
-    """The student's metrics as the metadata of a card holds them."""
+    """Converts the student's metrics to the metadata of a card."""
     return [
         EvalResult(
-            task_type=one.task,
-            dataset_type=one.dataset_id or one.name,
-            dataset_name=one.name,
-            dataset_split=one.split,
-            dataset_revision=one.revision,
+            task_type=result.task,
+            dataset_type=result.dataset_id or result.name,
+            dataset_name=result.name,
+            dataset_split=result.split,
+            dataset_revision=result.revision,
             metric_type=metric,
             metric_value=round(value, 4),
         )
-        for one in results
-        for metric, value in one.student.items()
+        for result in results
+        for metric, value in result.student.items()
     ]
 
 
 def benchmark_files(results: Sequence[SetResults]) -> dict[str, str]:
     """
-    The files of `.eval_results/` by name: one, with the first metric in percent, for each set that is a benchmark on
-    the Hub. The others have no place there.
+    Makes the contents of the files in `.eval_results/`, by the files' names. Each set that is a benchmark on the Hub
+    gets a file with its first metric in percent. Other sets get no file.
     """
     files = {}
-    for one in results:
-        if one.benchmark_task is None:
+    for result in results:
+        if result.benchmark_task is None:
             continue
-        metric, value = next(iter(one.student.items()))
+        metric, value = next(iter(result.student.items()))
         entry = EvalResultEntry(
-            one.dataset_id,
-            one.benchmark_task,
+            result.dataset_id,
+            result.benchmark_task,
             round(100 * value, 2),
-            dataset_revision=one.revision,
+            dataset_revision=result.revision,
             notes=f"{metric}, zero-shot",
         )
-        name = re.sub(r"[^\w.-]+", "_", f"{one.dataset_id}-{one.benchmark_task}")
+        name = re.sub(r"[^\w.-]+", "_", f"{result.dataset_id}-{result.benchmark_task}")
         files[f"{name}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
 
@@ -108,43 +109,44 @@ def read_results(
     folder: str | Path, teacher: str | Path | None = None, *, weights: str | None = None
 ) -> list[SetResults]:
     """
-    What `recipes/evaluate.py --sets` wrote about a student.
+    Reads a student's results, as `recipes/evaluate.py --sets` wrote them.
 
     Args:
-        folder: Holds a JSON file for each set.
-        teacher: The same of the teacher; sets that it lacks are shown without.
-        weights: The `model_fingerprint` of the student, if it is to be checked.
+        folder: Folder of the student's results, a JSON file for each set.
+        teacher: Folder of the teacher's results. Sets that it lacks get no metrics of the teacher.
+        weights: The student's `model_fingerprint`, with which the results must agree. By default, it is not checked.
 
     Raises:
-        ValueError: If there is no result, it is one of other weights, or the teacher's is of other images or prompts.
+        ValueError: If there are no results, if they were measured with other weights, or if the teacher's were
+            measured on other images or prompts.
     """
-    students = _by_set(Path(folder))
-    teachers = {} if teacher is None else _by_set(Path(teacher))
+    student_results = _read_folder(Path(folder))
+    teacher_results = {} if teacher is None else _read_folder(Path(teacher))
     results = []
-    for name, one in students.items():
-        other, of_set = teachers.get(name), one["settings"]["set"]
-        if weights is not None and one["settings"]["weights"] != weights:
+    for name, own in student_results.items():
+        other, set_settings = teacher_results.get(name), own["settings"]["set"]
+        if weights is not None and own["settings"]["weights"] != weights:
             raise ValueError(f"{name!r} in {folder} was measured with other weights than these; evaluate them again.")
-        if other is not None and any(one["settings"][key] != other["settings"][key] for key in _OF_SET):
+        if other is not None and any(own["settings"][key] != other["settings"][key] for key in _SET_SETTINGS):
             raise ValueError(f"{name!r} was measured on other images or prompts in {folder} than in {teacher}.")
         results.append(
             SetResults(
                 name,
-                {metric: one["metrics"][metric] for metric in one["reported"]},
-                None if other is None else {metric: other["metrics"][metric] for metric in one["reported"]},
-                of_set["hub_id"],
-                one["commit"],
-                of_set["split"],
-                "image-text-retrieval" if of_set["task"] == "retrieval" else "zero-shot-image-classification",
+                {metric: own["metrics"][metric] for metric in own["reported"]},
+                None if other is None else {metric: other["metrics"][metric] for metric in own["reported"]},
+                set_settings["hub_id"],
+                own["commit"],
+                set_settings["split"],
+                "image-text-retrieval" if set_settings["task"] == "retrieval" else "zero-shot-image-classification",
             )
         )
     return results
 
 
-def _by_set(folder: Path) -> dict[str, dict[str, Any]]:
+def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:
     found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json")) if path.stem != "summary"}
     if not found:
         raise ValueError(
-            f"{folder} holds no results of sets; name what `recipes/evaluate.py --sets … --output` wrote."
+            f"{folder} holds no results of sets; give a folder that `recipes/evaluate.py --sets … --output` wrote."
         )
     return found

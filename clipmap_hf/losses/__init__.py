@@ -1,4 +1,4 @@
-"""Losses: pure functions of `(student, *teachers)` features, one a file."""
+"""The training losses: pure functions of the features of a student and its teachers, each in a file of its own."""
 
 from collections.abc import Mapping
 
@@ -34,20 +34,24 @@ LOSSES = {
     "relational": relational_loss,
     "sigmoid": sigmoid_loss,
 }
-EMBEDDING_LOSSES = ("feature", "interactive")  # these compare embeddings of student and teacher, of one width
-PAIR_LOSSES = ("contrastive", "sigmoid")  # these need no teacher
+EMBEDDING_LOSSES = ("feature", "interactive")  # compare embeddings directly: student and teacher must be equally wide
+PAIR_LOSSES = ("contrastive", "sigmoid")  # need no teacher
 
 
 def check_losses(weights: Mapping[str, float]) -> None:
     """
-    Raises a `ValueError` unless the weights by name make a loss.
+    Checks that weights describe a loss that can be trained.
 
     Args:
-        weights: Of keys of `LOSSES`; one of 0 is only logged.
+        weights: The weight of each loss, by its name in `LOSSES`. A loss with weight 0 is only logged.
+
+    Raises:
+        ValueError: If a name is unknown, a weight is negative or not finite, all weights are 0, or only `hidden` has a
+            weight above 0.
     """
     if unknown := sorted(set(weights) - set(LOSSES)):
         raise ValueError(f"losses={dict(weights)} has unknown names {unknown}; allowed are {sorted(LOSSES)}.")
     if not any(weights.values()) or not all(0 <= weight < float("inf") for weight in weights.values()):
-        raise ValueError(f"losses={dict(weights)} must have weights of at least 0, and one above it.")
+        raise ValueError(f"losses={dict(weights)} must have weights of at least 0, and some weight above 0.")
     if {name for name, weight in weights.items() if weight} == {"hidden"}:
-        raise ValueError("The hidden loss alone would not train the projections; add one that reads embeddings.")
+        raise ValueError("The hidden loss alone would not train the projections; add a loss that reads embeddings.")

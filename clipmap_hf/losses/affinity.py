@@ -1,4 +1,4 @@
-"""The soft-label loss: the student's similarities follow the teachers', both ways (CLIP-Map Eq. 11, TinyCLIP)."""
+"""The soft-label loss: the student learns its teachers' image–text similarities (CLIP-Map Eq. 11, TinyCLIP)."""
 
 from collections.abc import Sequence
 
@@ -13,24 +13,38 @@ __all__ = ["affinity_loss"]
 
 def affinity_loss(student: ClipFeatures, *teachers: ClipFeatures) -> torch.Tensor:
     """
-    Mean of the two cross-entropies between the softmaxed similarities of the teacher (targets) and the student. Eq. 11
-    writes their sum, see `contrastive_loss`. The embedding widths of the models may differ. The targets of several
-    teachers are averaged after the softmax (MobileCLIP).
+    Computes the cross-entropy between the teachers' softmaxed similarities, which are the targets, and the student's.
+    The result is the mean of both directions, images among texts and texts among images. Eq. 11 writes their sum;
+    `contrastive_loss` says why the mean is used.
+
+    The embedding widths of the models may differ. The targets of several teachers are averaged after the softmax
+    (MobileCLIP).
 
     Args:
         student: Features of `batch` pairs.
-        teachers: Features of the same pairs, of each teacher; no gradient flows into them.
+        teachers: Each teacher's features of the same pairs. No gradient flows into them.
 
     Raises:
         ValueError: If there is no teacher.
     """
     if not teachers:
         raise ValueError("The affinity loss needs the features of at least one teacher.")
-    logits, targets = student.logits_per_image(), softmaxed(teachers)
-    return sum(F.cross_entropy(*both) for both in zip((logits, logits.T), targets, strict=True)) / 2
+    logits = student.logits_per_image()  # (batch, batch)
+    texts_of_images, images_of_texts = softmaxed(teachers)
+    return (F.cross_entropy(logits, texts_of_images) + F.cross_entropy(logits.T, images_of_texts)) / 2
 
 
 def softmaxed(teachers: Sequence[ClipFeatures]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What images are to find among texts, and texts among images: rows of `(batch, batch)` that sum to one."""
-    logits = [one.logits_per_image().detach() for one in teachers]
-    return tuple(sum(one.softmax(dim=-1) for one in way) / len(way) for way in (logits, [one.T for one in logits]))
+    """
+    Returns the targets of the student: the mean over the teachers of their softmaxed similarities.
+
+    Args:
+        teachers: Each teacher's features of `batch` pairs.
+
+    Returns:
+        The similarity of each image to all texts, and of each text to all images. Both are `(batch, batch)`, and each
+        row sums to 1.
+    """
+    logits = [teacher.logits_per_image().detach() for teacher in teachers]
+    directions = (logits, [matrix.T for matrix in logits])
+    return tuple(sum(matrix.softmax(dim=-1) for matrix in matrices) / len(matrices) for matrices in directions)

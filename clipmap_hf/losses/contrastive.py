@@ -1,4 +1,4 @@
-"""The hard-label loss: InfoNCE over the batch, both ways (CLIP-Map Eq. 12)."""
+"""The hard-label loss: InfoNCE over the batch, in both directions (CLIP-Map Eq. 12)."""
 
 import torch
 from torch.nn import functional as F
@@ -11,11 +11,12 @@ __all__ = ["contrastive_loss"]
 
 def contrastive_loss(student: ClipFeatures, *teachers: ClipFeatures) -> torch.Tensor:
     """
-    Mean of the image-to-text and the text-to-image cross-entropy against the matching pair. Eq. 12 writes their sum;
-    the mean is what CLIP and TinyCLIP train, and AdamW does not see the factor (gradient clipping does).
+    Computes the cross-entropy against the matching pair, as the mean of image-to-text and text-to-image. Eq. 12 writes
+    their sum, but CLIP and TinyCLIP train the mean. The factor does not change AdamW's steps; it only changes gradient
+    clipping.
 
     Args:
-        student: Features of `batch` pairs, image `i` belonging to text `i`.
+        student: Features of `batch` pairs. Image `i` belongs to text `i`.
         teachers: Not used; all losses share this signature.
     """
     logits = student.logits_per_image()  # (batch, batch)

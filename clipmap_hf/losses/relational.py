@@ -1,4 +1,4 @@
-"""The relational loss: how far the student's similarities are from the teachers', as a divergence (CLIP-KD's CRD)."""
+"""The relational loss: the divergence of the student's similarities from its teachers' (CLIP-KD's CRD)."""
 
 import torch
 
@@ -11,13 +11,15 @@ __all__ = ["relational_loss"]
 
 def relational_loss(student: ClipFeatures, *teachers: ClipFeatures) -> torch.Tensor:
     """
-    Kullback–Leibler divergence of the student's softmaxed similarities from the teachers', mean of both directions:
-    the affinity loss less the entropy of its targets. So it has that loss's gradient, and is zero for a student that
-    does what the teachers do.
+    Computes the Kullback–Leibler divergence of the student's softmaxed similarities from the teachers'. It is the mean
+    of image-to-text and text-to-image.
+
+    This is the affinity loss minus the entropy of its targets. Both losses have the same gradient, but this loss is
+    zero for a student with the teachers' similarities.
 
     Args:
         student: Features of `batch` pairs.
-        teachers: Features of the same pairs, of each teacher; no gradient flows into them.
+        teachers: Each teacher's features of the same pairs. No gradient flows into them.
 
     Raises:
         ValueError: If there is no teacher.

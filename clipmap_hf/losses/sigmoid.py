@@ -1,4 +1,4 @@
-"""The pairwise sigmoid loss: each image and text of the batch, whether they are a pair (SigLIP)."""
+"""The pairwise sigmoid loss: classifies each combination of an image and a text as a pair or not (SigLIP)."""
 
 import torch
 from torch.nn import functional as F
@@ -11,11 +11,12 @@ __all__ = ["sigmoid_loss"]
 
 def sigmoid_loss(student: ClipFeatures, *teachers: ClipFeatures) -> torch.Tensor:
     """
-    Binary cross-entropy of the logits, a pair being right and every other combination wrong, summed over the texts and
-    averaged over the images. As most are wrong, the logits need a bias, which is learned with the weights.
+    Computes the binary cross-entropy of the logits. The target is 1 for a pair and 0 for every other combination. The
+    loss is summed over the texts and averaged over the images. As most combinations are no pairs, the logits need a
+    bias, which is learned with the weights.
 
     Args:
-        student: Features of `batch` pairs, image `i` belonging to text `i`, with the model's `logit_bias`.
+        student: Features of `batch` pairs, with the model's `logit_bias`. Image `i` belongs to text `i`.
         teachers: Not used; all losses share this signature.
     """
     logits = student.logits_per_image()  # (batch, batch)

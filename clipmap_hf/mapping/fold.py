@@ -1,6 +1,6 @@
 """An exact reparametrization: LayerNorms without scale and shift, a residual stream without mean.
 
-Into such a stream a linear map can be laid: up to a scalar for each token, LayerNorm commutes with one whose rows
+A stream of that kind can be mapped linearly: up to a scalar for each token, LayerNorm commutes with any map whose rows
 and columns sum to zero.
 """
 

@@ -45,7 +45,7 @@ def project(tensor: torch.Tensor, operator: torch.Tensor, axis: int) -> torch.Te
 
     Args:
         tensor: Any shape with `big` entries along `axis`; the first axis is the layer if the operator has one.
-        operator: `(small, big)`, or `(layers, small, big)` to apply a different one per layer.
+        operator: `(small, big)`, or `(layers, small, big)` to apply another operator in each layer.
         axis: Counted from the end (negative).
     """
     if operator.ndim == 2:

@@ -1,4 +1,4 @@
-"""The only reader of CLIP's outputs: normalized embeddings and the logit scale, in fp32 whatever the autocast."""
+"""Reads CLIP's outputs, as no other module does: normalized embeddings and logit scale, fp32 under any autocast."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ class ClipFeatures:
 
     @staticmethod
     def embeds(output) -> tuple[torch.Tensor, torch.Tensor]:
-        """The normalized embeddings of a `CLIPOutput`'s images and texts, fp32."""
+        """Reads the normalized embeddings of a `CLIPOutput`'s images and texts, fp32."""
         # Normalized again: under autocast, CLIP's own norm is only as exact as bf16.
         return tuple(F.normalize(x.float(), dim=-1) for x in (output.image_embeds, output.text_embeds))
 
@@ -52,29 +52,29 @@ class ClipFeatures:
         return cls(*cls.embeds(output), logit_scale.float().exp(), logit_bias=logit_bias)
 
     def logits_per_image(self) -> torch.Tensor:
-        """Scaled cosine similarities of shape `(images, texts)`, plus the bias if there is one."""
+        """Computes scaled cosine similarities `(images, texts)`, plus the bias if there is one."""
         with torch.autocast(self.image_embeds.device.type, enabled=False):
             logits = self.logit_scale * self.image_embeds @ self.text_embeds.T
             return logits if self.logit_bias is None else logits + self.logit_bias
 
 
 def project_images(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Embeddings `(batch, projection_dim)` of `pixel_values` `(batch, 3, height, width)`, as projected."""
+    """Embeds `pixel_values` `(batch, 3, height, width)` as `(batch, projection_dim)`, not normalized."""
     return model.get_image_features(pixel_values=pixel_values).pooler_output
 
 
 def project_texts(model: nn.Module, **tokens: torch.Tensor) -> torch.Tensor:
-    """Embeddings `(batch, projection_dim)` of `input_ids` and `attention_mask` `(batch, length)`, as projected."""
+    """Embeds `input_ids` and `attention_mask` `(batch, length)` as `(batch, projection_dim)`, not normalized."""
     return model.get_text_features(**tokens).pooler_output
 
 
 def encode_images(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Normalized fp32 embeddings `(batch, projection_dim)` of `pixel_values` `(batch, 3, height, width)`."""
+    """Embeds `pixel_values` `(batch, 3, height, width)` as `(batch, projection_dim)`, normalized, fp32."""
     return F.normalize(project_images(model, pixel_values).float(), dim=-1)
 
 
 def encode_texts(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Normalized fp32 embeddings `(batch, projection_dim)` of token ids and mask `(batch, length)`."""
+    """Embeds token ids and mask `(batch, length)` as `(batch, projection_dim)`, normalized, fp32."""
     return F.normalize(project_texts(model, input_ids=input_ids, attention_mask=attention_mask).float(), dim=-1)
 
 
@@ -95,11 +95,11 @@ class Towers:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> "Towers":
-        """Those of a `CLIPModel`, in the mode it is in."""
+        """Takes the towers of a `CLIPModel`, in the mode it is in."""
         return cls(partial(encode_images, model), partial(encode_texts, model), next(model.parameters()).device)
 
     def passes(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
-        """One batch through the `vision` tower, and through the `text` tower, each when it is called."""
+        """Returns a function for each tower, `vision` and `text`, that embeds the batch when it is called."""
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         return {
             "vision": partial(self.images, batch["pixel_values"]),

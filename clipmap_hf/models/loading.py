@@ -72,7 +72,7 @@ def load_model(
 
     Raises:
         OSError: If a file is missing, there are only pickled weights, or the Hub cannot be reached.
-        ValueError: If the checkpoint lacks a tensor, holds one too many, or one of another shape; if the config
+        ValueError: If the checkpoint lacks a tensor, or holds unknown ones or some of another shape; if the config
             describes a far larger model, or names code of its own.
     """
     options = {name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs}
@@ -131,7 +131,7 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
     _check_folder(source)
     options = {"revision": revision, "trust_remote_code": False, **kwargs}
     config = load_config(source, revision=revision, **kwargs)
-    # One by one: the tokenizer has a `backend` of its own, and would take this one for it.
+    # Loaded apart: the tokenizer has a `backend` of its own, and would take the image processor's for it.
     processor = _PROCESSORS.get(config.model_type, CLIPProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(source, backend=backend, **options),
         tokenizer=AutoTokenizer.from_pretrained(source, **options),
@@ -178,7 +178,7 @@ def _weight_files(source: str, revision: str | None, options: dict[str, Any]) ->
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ValueError(f"The weights in {source!r} are said to lie outside of it, in {outside}; none is read.")
+        raise ValueError(f"The weights in {source!r} are listed to lie outside of it, in {outside}; none is read.")
     files = {name: file(name) for name in names}
     missing = [name for name, path in files.items() if path is None]
     if missing:
@@ -196,7 +196,7 @@ def _check_size(source: str, config: PretrainedConfig, files: list[Path]) -> Non
         with safe_open(path, "pt") as opened:
             slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118, no mapping
             tensors += len(slices)
-            elements += sum(prod(one.get_shape()) * (_TRITS if one.get_dtype() == "U8" else 1) for one in slices)
+            elements += sum(prod(part.get_shape()) * (_TRITS if part.get_dtype() == "U8" else 1) for part in slices)
     for name in ("vision_config", "text_config"):
         tower = getattr(config, name, None)
         if tower is None:
@@ -210,7 +210,7 @@ def _check_size(source: str, config: PretrainedConfig, files: list[Path]) -> Non
                 "values in all."
             )
     with torch.device("meta"):  # exact, now that its layers are few enough to be listed
-        described = sum(one.numel() for one in AutoModel.from_config(copy.deepcopy(config)).parameters())
+        described = sum(weight.numel() for weight in AutoModel.from_config(copy.deepcopy(config)).parameters())
     if described > 2 * elements:
         raise ValueError(
             f"The config.json in {source!r} and its weights do not belong together: it describes {described:,} "

@@ -1,4 +1,4 @@
-"""A tower's forward pass in steps: what its layers read, compute and write."""
+"""Runs a tower of CLIP step by step: what its layers read, compute and write."""
 
 from collections.abc import Mapping
 
@@ -36,17 +36,17 @@ class Tower:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return self.projection.weight.device
 
     def embed(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The stream that the first layer reads."""
+        """Computes the stream that the first layer reads."""
         if self.name == "vision":
             return self.model.pre_layrnorm(self.model.embeddings(batch["pixel_values"]))
         return self.model.embeddings(input_ids=batch["input_ids"])
 
     def attended(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
-        """What `out_proj` reads: the heads' outputs side by side, `(items, tokens, hidden_size)`."""
+        """Computes what `out_proj` reads: the heads' outputs side by side, `(items, tokens, hidden_size)`."""
         attention, read = layer.self_attn, layer.layer_norm1(stream)
         query, key, value = (
             project(read).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
@@ -56,23 +56,23 @@ class Tower:
         return out.transpose(1, 2).flatten(2)
 
     def activated(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
-        """What `fc2` reads: the neurons' outputs, `(items, tokens, intermediate_size)`."""
+        """Computes what `fc2` reads: the neurons' outputs, `(items, tokens, intermediate_size)`."""
         return layer.mlp.activation_fn(layer.mlp.fc1(layer.layer_norm2(stream)))
 
     def middle(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
-        """The stream with what the layer's attention adds, which `layer_norm2` reads."""
+        """Computes what `layer_norm2` reads: the stream with what the layer's attention adds."""
         return stream + layer.self_attn.out_proj(self.attended(layer, stream))
 
     def behind(self, layer: nn.Module, middle: torch.Tensor) -> torch.Tensor:
-        """The stream behind the layer."""
+        """Computes the stream behind a layer from what its `layer_norm2` reads."""
         return middle + layer.mlp.fc2(self.activated(layer, middle))
 
     def through(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
-        """The stream behind the layer, from that before it."""
+        """Computes the stream behind a layer from the stream before it."""
         return self.behind(layer, self.middle(layer, stream))
 
     def embeds(self, stream: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """The embeddings `(items, projection_dim)`, not normalized, from the stream behind the last layer."""
+        """Embeds the stream behind the last layer as `(items, projection_dim)`, not normalized."""
         return self.projection(self.final_norm(pooled(stream, ends)))
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class Tower:
         self.projection.weight += constant[:, None] / self.projection.in_features
 
     def ends(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Where the token lies that is pooled, `(items,)`; in a text, those behind it are padding."""
+        """Finds the token that is pooled, `(items,)`; in a text, the tokens behind it are padding."""
         if self.name == "vision":
             return torch.zeros(len(batch["pixel_values"]), dtype=torch.long, device=batch["pixel_values"].device)
         ids = batch["input_ids"]
@@ -97,17 +97,17 @@ class Tower:
         return (ids == self.config.eos_token_id).int().argmax(dim=1)
 
     def counts(self, batch: Mapping[str, torch.Tensor], stream: torch.Tensor) -> torch.Tensor:
-        """Which tokens are no padding, `(items, tokens)`."""
+        """Marks the tokens that are no padding, `(items, tokens)`."""
         if self.name == "vision":
             return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
         return torch.arange(stream.shape[1], device=stream.device) <= self.ends(batch)[:, None]
 
 
 def ends_at_largest_id(config: PretrainedConfig) -> bool:
-    """Whether texts end at their largest id, as in CLIP's old configs, which say 2; MetaCLIP 2 ends them at id 2."""
+    """Tells whether texts end at their largest id: CLIP's old configs mean that by 2, MetaCLIP 2 means the id 2."""
     return config.eos_token_id == 2 and config.model_type == "clip_text_model"
 
 
 def pooled(stream: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """One token of each item, `(items, hidden_size)`."""
+    """Picks a token of each item, `(items, hidden_size)`."""
     return stream[torch.arange(len(stream), device=stream.device), ends]

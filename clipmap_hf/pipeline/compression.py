@@ -70,7 +70,7 @@ def compress(
 
     Args:
         source: What to compress; or, without `student`, a folder with a map to go on with, which knows its teacher.
-        teachers: Whom the stages learn from; of a map gone on with, its teacher takes the first one's place.
+        teachers: Whom the stages learn from; when a map is gone on with, the map's teacher takes the first place.
         student: The size to make, and how its operators start.
         context: The run.
         arguments: Its stages.
@@ -109,7 +109,7 @@ def compress_in_steps(
     arguments: CompressionArguments,
 ) -> TrainResult:
     """
-    Makes smaller and smaller models, each of the one before, all with the same teachers. What steps leave lies in
+    Makes smaller and smaller models, each from the model before, all with the same teachers. What steps leave lies in
     `1/`, `2/`, … inside the output folder, the last of it in that folder itself, the teacher cache alike. Each step
     has a seed of its own.
 

@@ -24,7 +24,7 @@ __all__ = ["RunContext"]
 
 @dataclass
 class _Loaded:
-    """What contexts that come from one another have loaded."""
+    """What contexts of the same run have loaded."""
 
     pairs: PairDataset | PairStream | None = None
     teachers: dict[ModelId, Teacher] = field(default_factory=dict)
@@ -97,8 +97,12 @@ class RunContext:
                 self.data.max_bad_fraction,
                 self.run.seed,
             )
-            self.loaded.calibration = {key: HeldBatches(pairs)}  # those of an earlier step are let go
+            self.loaded.calibration[key] = HeldBatches(pairs)
         return self.loaded.calibration[key]
+
+    def release_calibration(self) -> None:
+        """Frees the memory of calibration batches; a run reads them before it trains."""
+        self.loaded.calibration.clear()
 
     def _calibration_rows(self, calibration: CalibrationArguments) -> Dataset | IterableDataset:
         """Rows with the columns `image` and `caption`."""

@@ -57,9 +57,7 @@ def choose_student(
         return student
     state, path = join_processes(), context.output_dir / _CHOICE
     by_pairs = calibration is not None and _reads_pairs(student)
-    origin = {"teacher": list(source), "student": student.to_dict()}
-    if by_pairs:
-        origin = start_origin(source, student, context, calibration)
+    origin = start_origin(source, student, context, calibration if by_pairs else None)
     found = read_json(path) if context.run.resume == "auto" and path.is_file() else {"origin": None}
     if found["origin"] != origin:
         teacher, batches = context.teacher(source), None
@@ -155,7 +153,9 @@ def start_origin(
         context: The run.
         calibration: The pairs that a start reads; `None` if there are none.
     """
-    origin = {"teacher": list(source), "weights": _digests(Path(source.id))}
+    folder = Path(source.id)
+    name = folder.resolve().name if folder.is_dir() else source.id  # its weights say which folder it is
+    origin = {"teacher": [name, source.revision], "weights": _digests(folder)}
     if student is None:
         return origin
     origin["student"] = student.to_dict()
@@ -200,7 +200,7 @@ class _KeptStart:
 
 
 def _reads_pairs(student: ClipMapConfig) -> bool:
-    """Whether a student starts from pairs, as it does where nothing else is said."""
+    """Whether a student starts from pairs; it does if its config names no start."""
     return start_of(_with_initializer(student, "calibrated")).reads_pairs
 
 
@@ -213,7 +213,9 @@ def _calibrated_compressor(
 ) -> ClipMapCompressor:
     teacher = context.teacher(source)
     batches = context.calibration_batches(teacher, calibration)
-    return ClipMapCompressor.from_teacher(teacher, _with_initializer(student, "calibrated"), batches)
+    compressor = ClipMapCompressor.from_teacher(teacher, _with_initializer(student, "calibrated"), batches)
+    context.release_calibration()
+    return compressor
 
 
 def _digests(folder: Path) -> dict[str, str]:

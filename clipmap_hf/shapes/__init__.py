@@ -1,4 +1,4 @@
-"""Which shape a student should have within a budget."""
+"""Chooses the shape of a student, which is the width and depth of both towers, within a budget."""
 
 from clipmap_hf.shapes.choice import Candidate, Choice, choose_shape
 from clipmap_hf.shapes.energy import kept_energy

@@ -1,4 +1,4 @@
-"""The best shape of a student within a budget, with what it was chosen from and by what."""
+"""Chooses the best shape of a student within a budget, and explains the choice."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from clipmap_hf.shapes.rules import Rule, energy_rule, literature_rule
 __all__ = ["Candidate", "Choice", "choose_shape"]
 
 _UNITS = {"params": ("MK", ""), "macs": ("GMK", ""), "bytes": ("MK", "B")}
-_ROUNDS = 3  # of a search by latency
+_ROUNDS = 3  # the most choices that a search by latency makes
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape, what it costs in the budget's measure, and its score."""
+    """A shape, its cost in the measure of the budget, and its score."""
 
     shape: Shape
     cost: float
@@ -31,15 +31,15 @@ class Candidate:
 @dataclass(frozen=True)
 class Choice:
     """
-    What a search found; prints as an explanation and a table, the chosen shape first.
+    The result of a search. It prints as an explanation and a table of candidates, with the chosen shape first.
 
     Args:
-        config: What to make: that which was searched for, with the chosen widths and depths.
-        budget: What it may cost.
-        candidates: The best, best first.
-        fitting: How many shapes there were to choose from.
-        rule: What they were compared by.
-        measured_ms: What the chosen shape takes, if the budget is a latency.
+        config: The config of the search, with the chosen widths and depths.
+        budget: The budget.
+        candidates: The best shapes, best first.
+        fitting: Number of shapes that were compared.
+        rule: The rule that gave the scores.
+        measured_ms: Measured latency of the chosen shape in milliseconds, if the budget is a latency.
     """
 
     config: ClipMapConfig
@@ -50,20 +50,20 @@ class Choice:
     measured_ms: float | None = None
 
     def __str__(self) -> str:
-        shapes = [one.shape for one in self.candidates]
+        shapes = [candidate.shape for candidate in self.candidates]
         units, ending = _UNITS.get(self.budget.measure, ("", ""))
         if units:
-            unit, *costs = scaled_column([one.cost for one in self.candidates], units)
+            unit, *costs = scaled_column([candidate.cost for candidate in self.candidates], units)
             header = f"{self.budget.measure} ({unit}{ending})"
         else:
-            header, costs = "latency (ms)", [f"{one.cost:.2f}" for one in self.candidates]
+            header, costs = "latency (ms)", [f"{candidate.cost:.2f}" for candidate in self.candidates]
         table = markdown_table(
             [
-                ["vision, width × depth", *(f"{one.vision_width} × {one.vision_depth}" for one in shapes)],
-                ["text, width × depth", *(f"{one.text_width} × {one.text_depth}" for one in shapes)],
+                ["vision, width × depth", *(f"{shape.vision_width} × {shape.vision_depth}" for shape in shapes)],
+                ["text, width × depth", *(f"{shape.text_width} × {shape.text_depth}" for shape in shapes)],
                 [header, *costs],
-                ["of the budget", *(f"{one.cost / self.budget.limit:.1%}" for one in self.candidates)],
-                [self.rule.column, *(self.rule.shown(one.score) for one in self.candidates)],
+                ["of the budget", *(f"{candidate.cost / self.budget.limit:.1%}" for candidate in self.candidates)],
+                [self.rule.column, *(self.rule.shown(candidate.score) for candidate in self.candidates)],
             ]
         )
         lines = [
@@ -73,8 +73,8 @@ class Choice:
             table,
         ]
         if self.measured_ms is not None:
-            over = "" if self.measured_ms <= self.budget.limit else ", more than the budget"
-            lines += ["", f"Measured, the chosen shape takes {self.measured_ms:.2f} ms{over}."]
+            excess = "" if self.measured_ms <= self.budget.limit else ", more than the budget"
+            lines += ["", f"Measured, the chosen shape takes {self.measured_ms:.2f} ms{excess}."]
         return "\n".join(lines)
 
 
@@ -86,42 +86,44 @@ def choose_shape(
     shown: int = 5,
 ) -> Choice:
     """
-    Searches the widths (multiples of the head width) and depths that `config` leaves open for the best within its
-    budget. Compared are the shapes that fit and would no longer if any width or depth were one step larger: by what
-    they keep, if `kept` says it (`energy_rule`), else by how near they are to the shapes of the literature
-    (`literature_rule`). Of equals, the one that costs most is chosen.
+    Chooses the widths (multiples of the head width) and depths that `config` leaves open.
 
-    Parameters, MACs and bytes are exact. Latencies are measured at one and two layers and extended; what the chosen
-    shape takes is measured, and if it is more than the budget, all are scaled by it and chosen from again, three
-    times at most.
+    Only shapes are compared that fit the budget, and would not fit it if any width or depth were one step larger. With
+    `kept`, the best shape keeps most of the teacher's energy (`energy_rule`). Otherwise, it is the shape that is
+    nearest to the shapes of the literature (`literature_rule`). Of shapes with equal scores, the most expensive shape
+    is chosen.
+
+    Parameters, MACs and bytes are exact. Latencies are measured at depths of one and two layers, and extrapolated.
+    Then the latency of the chosen shape is measured. If it exceeds the budget, all latencies are scaled accordingly,
+    and the choice is repeated. There are at most three choices.
 
     Args:
         teacher: The teacher's config.
-        config: With a budget. Sizes that it gives stay.
-        kept: As `kept_energy` gives it.
-        shown: How many candidates to keep for the table.
+        config: The config of the student, with a budget. Sizes that it gives are kept.
+        kept: The result of `kept_energy`.
+        shown: Number of candidates in the table.
 
     Raises:
-        ValueError: If there is no budget, no shape is small enough (the message says what the smallest costs), the
-            teacher itself is, or a size does not fit the teacher.
+        ValueError: If there is no budget, no shape is small enough (the message gives the cost of the smallest shape),
+            the teacher itself fits the budget, or a given size does not fit the teacher.
     """
     if (budget := config.budget) is None:
-        raise ValueError("The config has no budget to choose a shape for; give one, such as budget={'params': '30M'}.")
+        raise ValueError("The config has no budget to choose a shape for; give budget=, such as {'params': '30M'}.")
     grid = grid_of(teacher, config)
     if budget.measure != "latency_ms":
         costs = counted_costs(teacher, config, grid, budget.measure)
-        return _choice(teacher, config, grid, costs, kept, shown)
+        return _choose(teacher, config, grid, costs, kept, shown)
     costs = latency_costs(teacher, config, grid, budget)
     for _ in range(_ROUNDS):
-        choice = _choice(teacher, config, grid, costs, kept, shown)
-        took = sum(measured_latency(student_config(teacher, choice.config), budget).values())
-        if took <= budget.limit:
+        choice = _choose(teacher, config, grid, costs, kept, shown)
+        measured = sum(measured_latency(student_config(teacher, choice.config), budget).values())
+        if measured <= budget.limit:
             break
-        costs = {name: table * took / choice.candidates[0].cost for name, table in costs.items()}
-    return Choice(choice.config, budget, choice.candidates, choice.fitting, choice.rule, took)
+        costs = {name: table * measured / choice.candidates[0].cost for name, table in costs.items()}
+    return Choice(choice.config, budget, choice.candidates, choice.fitting, choice.rule, measured)
 
 
-def _choice(
+def _choose(
     teacher: PretrainedConfig,
     config: ClipMapConfig,
     grid: Grid,
@@ -137,23 +139,33 @@ def _choice(
         towers = {name: getattr(teacher, f"{name}_config") for name in grid}
         head_widths = {name: tower.hidden_size // tower.num_attention_heads for name, tower in towers.items()}
         rule = energy_rule(grid, kept, head_widths)
-    total, score = (one["vision"][:, :, None, None] + one["text"] for one in (costs, rule.scores))
+    total, score = (table["vision"][:, :, None, None] + table["text"] for table in (costs, rule.scores))
     sizes = [values for tower in grid.values() for values in (tower.widths, tower.depths)]
-    found = []
-    for place in map(tuple, _maximal(costs, limit).nonzero().tolist()):
+    candidates = []
+    for place in map(tuple, _find_maximal(costs, limit).nonzero().tolist()):
         shape = Shape(*(values[index] for values, index in zip(sizes, place, strict=True)))
-        found.append(Candidate(shape, float(total[place]), float(score[place])))
-    found.sort(key=lambda one: (-round(one.score, 9), -one.cost))
-    if not cut_towers(teacher, student_config(teacher, shaped(config, found[0].shape))):
+        candidates.append(Candidate(shape, float(total[place]), float(score[place])))
+    candidates.sort(key=lambda candidate: (-round(candidate.score, 9), -candidate.cost))
+    best = candidates[0]
+    if not cut_towers(teacher, student_config(teacher, shaped(config, best.shape))):
         raise ValueError(
             f"The budget {config.budget} leaves nothing to compress: the teacher has {config.budget.measure}="
-            f"{found[0].cost:,.10g}. Allow less."
+            f"{best.cost:,.10g}. Allow less."
         )
-    return Choice(shaped(config, found[0].shape), config.budget, found[:shown], len(found), rule)
+    return Choice(shaped(config, best.shape), config.budget, candidates[:shown], len(candidates), rule)
 
 
-def _maximal(costs: Table, limit: float) -> torch.Tensor:
-    """Which pairs of shapes `(vision widths, depths, text widths, depths)` fit and can grow in nothing."""
+def _find_maximal(costs: Table, limit: float) -> torch.Tensor:
+    """
+    Finds the shapes that fit the limit, and would not fit it if any width or depth were one step larger.
+
+    Args:
+        costs: The costs of each tower's shapes.
+        limit: The most that both towers may cost together.
+
+    Returns:
+        Whether each shape is such a shape, `(vision widths, vision depths, text widths, text depths)`.
+    """
     left = limit - (costs["vision"][:, :, None, None] + costs["text"])
     step = {}
     for name, table in costs.items():
@@ -170,5 +182,5 @@ def _check_smallest(budget: Budget, grid: Grid, costs: Table) -> None:
         raise ValueError(
             f"The budget {budget} cannot be met: the smallest shape to choose from, vision {vision.widths[0]} × "
             f"{vision.depths[0]} and text {text.widths[0]} × {text.depths[0]} (width × depth), has "
-            f"{budget.measure}={smallest:,.10g}. Allow more, or leave sizes open that are given."
+            f"{budget.measure}={smallest:,.10g}. Allow more, or give fewer sizes."
         )

@@ -1,4 +1,4 @@
-"""How much of a teacher's towers is kept at each width and depth, from one pass over calibration pairs."""
+"""Computes how much of a teacher's towers is kept at each width and depth, in one pass over calibration pairs."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -22,42 +22,48 @@ _RIDGE = 1e-6
 @torch.no_grad()
 def kept_energy(teacher: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """
-    What each tower keeps, between 0 and 1, with `h` heads (and the width that goes with them) and `L` layers:
+    Computes how much each tower keeps, between 0 and 1, with `h` heads (and the width of `h` heads) and `L` layers:
 
         kept(h, L) = E(h) exp(− Σₗ cₗ (1 − aₗ(h))),
 
-    `E` being the share of the stream's energy along its main axes, as many as the width less one (`residual_axes`);
-    `cₗ` how far layer `l` turns the stream (`TowerStatistics.changed`); `aₗ` the share of what its attention adds
-    that its `h` strongest heads, and the least-squares guess of the others from them, make up. Of the layers, the `L`
-    with the largest `cₗ` are kept; for the others, `aₗ` is 0.
+    where
+
+    - `E(h)` is the share of the residual stream's energy along its main axes. The number of these axes is the width
+      minus 1 (`residual_axes`).
+    - `cₗ` says how far layer `l` turns the stream (`TowerStatistics.changed`). The `L` layers with the largest `cₗ`
+      are kept.
+    - `aₗ(h)` is the share of a kept layer's attention output that its `h` strongest heads explain: their own output,
+      and the output of the other heads as far as a least-squares fit predicts it from theirs. For a dropped layer,
+      `aₗ` is 0.
 
     Args:
-        teacher: The model; the activations are computed where it lies.
-        batches: Of `pixel_values` and `input_ids`. Of several processes, each has its own.
+        teacher: The model. Activations are computed on its device.
+        batches: Batches of `pixel_values` and `input_ids`. Every process passes its own batches.
 
     Returns:
-        A table `(heads, layers)` for `vision` and for `text`: `[h - 1, L - 1]` is `kept(h, L)`.
+        A table `(heads, layers)` for `vision` and for `text`. Its entry `[h - 1, L - 1]` is `kept(h, L)`.
 
     Raises:
         TypeError: If `batches` is an iterator.
         ValueError: If there are no pairs, or no images.
     """
     model = copy.deepcopy(teacher).float().eval()
-    statistics = calibrate(model, CalibrationBatches(batches, model.config))
-    kept = {name: kept_of_tower(of_tower, Tower(model, name)).cpu() for name, of_tower in statistics.items()}
-    broadcast(kept.values(), model.device)  # all processes must choose the same
+    tower_statistics = calibrate(model, CalibrationBatches(batches, model.config))
+    kept = {name: kept_of_tower(statistics, Tower(model, name)).cpu() for name, statistics in tower_statistics.items()}
+    broadcast(kept.values(), model.device)  # so that all processes choose the same shape
     return kept
 
 
 def kept_of_tower(statistics: TowerStatistics, tower: Tower) -> torch.Tensor:
-    """`kept_energy` of one tower from its statistics, `(heads, layers)`."""
+    """Computes the table of `kept_energy` for one tower from its statistics, `(heads, layers)`."""
     heads = tower.config.num_attention_heads
     head_width = tower.config.hidden_size // heads
-    along = torch.linalg.eigvalsh(stream_moment(statistics.read)).flip(0).clamp(min=0)
-    shares = (along.cumsum(0) / along.sum())[torch.arange(1, heads + 1) * head_width - 2]  # one axis less: mean zero
+    energies = torch.linalg.eigvalsh(stream_moment(statistics.read)).flip(0).clamp(min=0)  # along the main axes
+    axes = torch.arange(1, heads + 1) * head_width - 1  # the width minus 1, since the stream has mean zero
+    shares = (energies.cumsum(0) / energies.sum())[axes - 1]
     attention = torch.stack(
         [
-            _explained(layer.self_attn.out_proj.weight, moments.covariance, energy, head_width)
+            _explained_shares(layer.self_attn.out_proj.weight, moments.covariance, energy, head_width)
             for layer, moments, energy in zip(tower.layers, statistics.attended, statistics.head_energy, strict=True)
         ]
     )  # (layers, heads)
@@ -67,10 +73,13 @@ def kept_of_tower(statistics: TowerStatistics, tower: Tower) -> torch.Tensor:
     return shares[:, None] * torch.exp(regained - changed.sum()).T
 
 
-def _explained(written: torch.Tensor, covariance: torch.Tensor, energy: torch.Tensor, head_width: int) -> torch.Tensor:
+def _explained_shares(
+    written: torch.Tensor, covariance: torch.Tensor, energy: torch.Tensor, head_width: int
+) -> torch.Tensor:
     """
-    The share of what attention adds that its strongest heads, one, two, …, determine, `(heads,)`: with `C = K Kᵀ` the
-    covariance of all heads, strongest first, that of the first is the part of `W K` in their columns.
+    Computes the shares of the attention output that the strongest 1, 2, … heads explain, `(heads,)`. Let `W` be the
+    output projection, and `C = K Kᵀ` the Cholesky decomposition of the covariance of all heads, strongest head first.
+    Then the first heads explain the energy in their columns of `W K`.
     """
     channels = head_channels(energy.argsort(descending=True), head_width).flatten()
     ordered = covariance[channels][:, channels]

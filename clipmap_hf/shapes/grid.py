@@ -1,4 +1,4 @@
-"""The shapes that a search looks at, and what each of them costs: a table for each tower, whose entries add up."""
+"""The shapes that a search compares, and their costs: a table for each tower, and both towers' costs add up."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from clipmap_hf.costs.cost import model_cost, parameter_count
 
 __all__ = ["COUNTED", "Grid", "Shape", "Table", "TowerGrid", "counted_costs", "grid_of", "of_depths", "shaped"]
 
-# The measures of a budget that a config tells.
+# The measures of a budget that can be computed from a config.
 COUNTED: Mapping[str, Callable[[PretrainedConfig], int]] = {
     "params": parameter_count,
     "macs": lambda config: model_cost(config).macs,
@@ -39,14 +39,18 @@ class TowerGrid:
     depths: tuple[int, ...]
 
 
-Grid = dict[str, TowerGrid]  # of `vision` and of `text`
-Table = dict[str, torch.Tensor]  # of each tower, `(widths, depths)` of its grid
+Grid = dict[str, TowerGrid]  # for `vision` and `text`
+Table = dict[str, torch.Tensor]  # for `vision` and `text`, values `(widths, depths)` of the tower's grid
 
 
 def grid_of(teacher: PretrainedConfig, config: ClipMapConfig) -> Grid:
     """
-    The shapes to search: every multiple of the head width and every depth up to the teacher's, but the sizes that
-    `config` gives as they are.
+    Makes the grid of shapes to search: all multiples of the head width and all depths, up to the teacher's. Sizes that
+    `config` gives are kept.
+
+    Args:
+        teacher: The teacher's config.
+        config: The config of the student.
 
     Raises:
         ValueError: If a given size does not fit the teacher.
@@ -71,13 +75,13 @@ def grid_of(teacher: PretrainedConfig, config: ClipMapConfig) -> Grid:
 
 def counted_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, measure: str) -> Table:
     """
-    What each tower costs by a measure of `COUNTED`; the sum over both is exactly that of `model_cost`.
+    Computes the costs of each tower's shapes. The sum of both towers is exactly the cost of the model.
 
-    Only models of one and two layers are built, on the meta device: every further layer costs what the second does.
+    Only models of one and two layers are built, on the meta device. Every further layer costs as much as the second.
 
     Args:
         teacher: The teacher's config.
-        config: All but the widths and depths.
+        config: The config of the student, except for its widths and depths.
         grid: The shapes.
         measure: A key of `COUNTED`.
     """
@@ -89,22 +93,32 @@ def counted_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, 
     tables = {}
     for name, tower in grid.items():
         layers = (1, min(2, getattr(teacher, f"{name}_config").num_hidden_layers))
-        one, two = (
+        one_layer, two_layers = (
             [cost(**{f"{name}_width": width, f"{name}_depth": depth}) for width in tower.widths] for depth in layers
         )
-        tables[name] = of_depths(one, two, tower.depths)
-    tables["text"] -= cost()  # the other tower, at its smallest, is in both
+        tables[name] = of_depths(one_layer, two_layers, tower.depths)
+    tables["text"] -= cost()  # each table includes the other tower at its smallest
     return tables
 
 
 def of_depths(one: Sequence[float], two: Sequence[float], depths: Sequence[int]) -> torch.Tensor:
-    """Costs `(widths, depths)`, linear in depth, from those of one layer and of two, `(widths,)`."""
-    one, two, depths = (torch.tensor(values, dtype=torch.float64) for values in (one, two, depths))
-    return one[:, None] + (two - one)[:, None] * (depths - 1)
+    """
+    Extrapolates costs linearly in depth.
+
+    Args:
+        one: Costs at a depth of one layer, `(widths,)`.
+        two: Costs at a depth of two layers, `(widths,)`.
+        depths: The depths.
+
+    Returns:
+        The costs, `(widths, depths)`.
+    """
+    first, second, depths = (torch.tensor(values, dtype=torch.float64) for values in (one, two, depths))
+    return first[:, None] + (second - first)[:, None] * (depths - 1)
 
 
 def shaped(config: ClipMapConfig, shape: Shape) -> ClipMapConfig:
-    """A config with the widths and depths of a shape instead of a budget."""
+    """Returns a config with the widths and depths of a shape, and without a budget."""
     return dataclasses.replace(
         config,
         vision=dataclasses.replace(

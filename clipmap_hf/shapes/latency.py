@@ -1,4 +1,4 @@
-"""What each tower costs in time: measured on random models of one and two layers at every width."""
+"""Measures what each tower costs in time, on random models of one and two layers at every width."""
 
 import copy
 
@@ -14,18 +14,19 @@ from clipmap_hf.shapes.grid import Grid, Shape, Table, of_depths, shaped
 
 __all__ = ["latency_costs", "measured_latency"]
 
-_SECONDS = 0.3  # at least, that a tower is measured for
+_SECONDS = 0.3  # the shortest duration of a tower's measurement
 
 
 def latency_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, budget: Budget) -> Table:
     """
-    Milliseconds of each tower's shapes, for one batch of it: linear in depth, and no less for what is larger.
+    Measures the milliseconds of a batch in each tower's shapes. Times are extrapolated linearly in depth. They are
+    raised where a shape would take less time than a smaller shape.
 
     Args:
         teacher: The teacher's config.
-        config: All but the widths and depths.
+        config: The config of the student, except for its widths and depths.
         grid: The shapes.
-        budget: Of a latency, whose batch size and device are those of the measurement.
+        budget: A budget of latency, which gives the batch size and the device of the measurement.
     """
     measured = {(name, layers): [] for name in grid for layers in (1, 2)}
     widths = {name: tower.widths for name, tower in grid.items()}
@@ -35,8 +36,8 @@ def latency_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, 
             depths = [min(layers, getattr(teacher, f"{name}_config").num_hidden_layers) for name in widths]
             small = student_config(teacher, shaped(config, Shape(vision, depths[0], text, depths[1])))
             names = [name for name in widths if index < len(widths[name])]
-            for name, took in measured_latency(small, budget, names).items():
-                measured[name, layers].append(took)
+            for name, time in measured_latency(small, budget, names).items():
+                measured[name, layers].append(time)
     tables = {
         name: of_depths(measured[name, 1], measured[name, 2], tower.depths).clamp(min=0)
         for name, tower in grid.items()
@@ -48,13 +49,16 @@ def measured_latency(
     config: PretrainedConfig, budget: Budget, towers: tuple[str, ...] | list[str] = ("vision", "text")
 ) -> dict[str, float]:
     """
-    Median milliseconds in which one batch goes through each tower of a random model of this size, texts at full
-    length. Of several processes, the first measures.
+    Measures the median milliseconds of a batch in each tower of a random model, with texts of full length. If there
+    are several processes, the first process measures.
 
     Args:
-        config: The model's.
-        budget: Of a latency: batch size and device.
+        config: The model's config.
+        budget: A budget of latency, which gives the batch size and the device.
         towers: `vision`, `text` or both.
+
+    Returns:
+        The milliseconds by tower.
     """
     times = torch.zeros(len(towers), dtype=torch.float64)
     if process_index() == 0:

@@ -1,4 +1,4 @@
-"""By what a shape is better than another: scores of both towers' shapes, which add up."""
+"""Rules that score shapes, so that the best shape within a budget can be chosen; both towers' scores add up."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,13 +27,14 @@ LITERATURE = (
 @dataclass(frozen=True)
 class Rule:
     """
-    Scores, and how they are explained.
+    Scores of shapes, and how they are explained.
 
     Args:
-        scores: Of each tower's shapes; that of a student is the sum, and the highest is best.
-        column: What a table of candidates calls them.
-        shown: How it writes one.
-        why: What is best by them, a sentence.
+        scores: Scores of each tower's shapes. The score of a student is the sum over both towers. The highest score is
+            the best.
+        column: Header of the scores in a table of candidates.
+        shown: Function that formats a score for the table.
+        why: A sentence that explains which shape is the best.
     """
 
     scores: Table
@@ -44,56 +45,59 @@ class Rule:
 
 def literature_rule(teacher: PretrainedConfig, grid: Grid, costs: Table, limit: float) -> Rule:
     """
-    Without data: how near a shape comes to those of the literature (`LITERATURE`).
+    Scores shapes without data: the score is the higher, the nearer a shape is to the shapes of the literature
+    (`LITERATURE`).
 
     With `s` the four sizes (width and depth of both towers) and `t(budget)` the target, the score is
 
         − Σᵢ (log sᵢ − log tᵢ)²,
 
-    where `log t` is piecewise linear in the logarithm of the cost, through the shapes of the literature as they would
-    be cut from this teacher and the smallest shape of the grid. At the cost of one of them, it is the target.
+    where `log t` is piecewise linear in the logarithm of the cost. It passes through the smallest shape of the grid
+    and through the shapes of the literature, cut from this teacher. So at the cost of such a shape, the target is the
+    shape itself.
 
     Args:
         teacher: The teacher's config.
         grid: The shapes.
-        costs: Of each tower's shapes.
-        limit: What both may cost together.
+        costs: Costs of each tower's shapes.
+        limit: The most that both towers may cost together.
     """
     points = {}
     for shares in ((0, 0, 0, 0), *LITERATURE):
         places, cost = [], 0.0
-        for name, of_width, of_depth in (("vision", *shares[:2]), ("text", *shares[2:])):
+        for name, width_share, depth_share in (("vision", *shares[:2]), ("text", *shares[2:])):
             tower = getattr(teacher, f"{name}_config")
-            width = _nearest(grid[name].widths, of_width * tower.hidden_size)
-            depth = _nearest(grid[name].depths, of_depth * tower.num_hidden_layers)
+            width = _find_nearest(grid[name].widths, width_share * tower.hidden_size)
+            depth = _find_nearest(grid[name].depths, depth_share * tower.num_hidden_layers)
             places += [grid[name].widths[width], grid[name].depths[depth]]
             cost += float(costs[name][width, depth])
         points[cost] = Shape(*places)
-    at = np.log(sorted(points))
-    sizes = np.log([points[cost] for cost in sorted(points)])
-    target = Shape(*(float(np.interp(math.log(limit), at, one)) for one in sizes.T))
+    log_costs = np.log(sorted(points))
+    log_sizes = np.log([points[cost] for cost in sorted(points)])
+    target = Shape(*(float(np.interp(math.log(limit), log_costs, column)) for column in log_sizes.T))
     scores = {}
     for name, width, depth in (("vision", *target[:2]), ("text", *target[2:])):
         widths, depths = (
-            torch.tensor(one, dtype=torch.float64).log() for one in (grid[name].widths, grid[name].depths)
+            torch.tensor(sizes, dtype=torch.float64).log() for sizes in (grid[name].widths, grid[name].depths)
         )
         scores[name] = -((widths - width)[:, None] ** 2) - (depths - depth) ** 2
-    near = Shape(*map(math.exp, target))
+    nearest = Shape(*map(math.exp, target))
     why = (
         "The first is nearest to the shapes of the literature, interpolated at this cost: vision "
-        f"{near.vision_width:.0f} × {near.vision_depth:.1f}, text {near.text_width:.0f} × {near.text_depth:.1f}."
+        f"{nearest.vision_width:.0f} × {nearest.vision_depth:.1f}, text {nearest.text_width:.0f} × "
+        f"{nearest.text_depth:.1f}."
     )
     return Rule(scores, "distance", lambda score: f"{math.sqrt(max(0.0, -score)):.3f}", why)
 
 
 def energy_rule(grid: Grid, kept: Mapping[str, torch.Tensor], head_widths: Mapping[str, int]) -> Rule:
     """
-    With calibration data: the product of what both towers keep by `kept_energy`; the score is its logarithm.
+    Scores shapes with calibration data: the score is the logarithm of the product of what both towers keep.
 
     Args:
         grid: The shapes.
-        kept: As `kept_energy` gives it.
-        head_widths: Of each tower.
+        kept: The result of `kept_energy`.
+        head_widths: Head width of each tower.
     """
     scores = {}
     for name, tower in grid.items():
@@ -107,5 +111,6 @@ def energy_rule(grid: Grid, kept: Mapping[str, torch.Tensor], head_widths: Mappi
     )
 
 
-def _nearest(values: tuple[int, ...], wanted: float) -> int:
+def _find_nearest(values: tuple[int, ...], wanted: float) -> int:
+    """Returns the index of the value that is nearest to `wanted`."""
     return min(range(len(values)), key=lambda index: abs(values[index] - wanted))

@@ -1,4 +1,4 @@
-"""Chooses a shape for a teacher: by what its layers do on calibration pairs, or without them by the literature."""
+"""Chooses a shape by what the teacher's layers do on calibration pairs, or without pairs by the literature."""
 
 from collections.abc import Iterable, Mapping
 
@@ -18,16 +18,15 @@ def search_shape(
     teacher: PreTrainedModel, config: ClipMapConfig, batches: Iterable[Mapping[str, torch.Tensor]] | None = None
 ) -> Choice:
     """
-    The best shape within a config's budget, by `kept_energy` if there are batches.
+    Finds the best shape within a config's budget, by `kept_energy` if there are batches.
 
     Args:
-        teacher: The model to compress; activations are computed where it lies.
-        config: With a budget. Sizes that it gives stay.
-        batches: As for `kept_energy`.
+        teacher: The model to compress. Activations are computed on its device.
+        config: The config of the student, with a budget. Sizes that it gives are kept.
+        batches: Batches of calibration pairs, as for `kept_energy`.
 
     Raises:
-        ValueError: As in `choose_shape`. A given size that does not fit the teacher is refused before the batches are
-            read.
+        ValueError: As in `choose_shape`. A given size that does not fit the teacher raises it before batches are read.
     """
-    grid_of(teacher.config, config)
+    grid_of(teacher.config, config)  # checks the given sizes
     return choose_shape(teacher.config, config, None if batches is None else kept_energy(teacher, batches))

@@ -1,1 +1,1 @@
-"""The embeddings of frozen teachers, computed once and kept."""
+"""A cache of teachers' embeddings, which are computed once and kept on disk."""

@@ -1,4 +1,4 @@
-"""Where teachers' embeddings are kept, as a dataclass that the command line reads too."""
+"""Arguments that say where teachers' embeddings are kept, as a dataclass and as command-line options."""
 
 from dataclasses import dataclass, field
 
@@ -14,11 +14,11 @@ class TeacherCacheArguments:
 
     teacher_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder of the embeddings; made if it is not there. By default, none are kept."},
+        metadata={"help": "Folder of the embeddings, created if needed. By default, no embeddings are kept."},
     )
     views: int | None = field(
         default=None,
-        metadata={"help": "Views of each image and caption to keep (4); training goes through them in turn."},
+        metadata={"help": "Views of each image and caption to keep (by default 4). Training uses them in turn."},
     )
 
     def __post_init__(self):

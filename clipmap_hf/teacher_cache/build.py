@@ -1,4 +1,4 @@
-"""Building a teacher cache: block by block, each complete or absent, so that a build can stop and go on anywhere."""
+"""Builds a teacher cache block by block; each block is complete or absent, so that a build can be resumed."""
 
 import json
 import logging
@@ -53,24 +53,25 @@ def build_teacher_cache(
     max_bad_fraction: float = 0.01,
 ) -> None:
     """
-    Writes this process's blocks of a cache, or those that are still missing after an interruption. When every process
-    is done, one of them calls `finish_teacher_cache`.
+    Writes this process's blocks of a cache. After an interruption, it writes the blocks that are still missing. When
+    all processes are done, one of them must call `finish_teacher_cache`.
 
     Args:
-        folder: Of the cache.
-        teachers: CLIP models, all on the device where they are to run.
-        rows: The pairs of all processes, images undecoded.
+        folder: Folder of the cache.
+        teachers: CLIP models, all on the device on which they run.
+        rows: The pairs of all processes, with undecoded images.
         collator: Makes the views and captions, as in training.
-        manifest: The result of `cache_manifest`, with the number of views.
+        manifest: The result of `cache_manifest`, which has the number of views.
         batch_size: Views, or captions, per forward pass.
-        block_size: Rows per block, that is, at most so many are computed again after an interruption.
+        block_size: Rows per block. After an interruption, at most this number of rows is computed again.
         num_workers: Worker processes that decode and augment.
         rank: Index of this process.
         world_size: Number of processes.
-        max_bad_fraction: Rows that may be unusable, as a fraction of those read or of 1000, whichever is more.
+        max_bad_fraction: Largest number of unusable rows, as a fraction of the rows read or of 1000 rows, whichever
+            is more.
 
     Raises:
-        OSError: If the folder cannot be written, or is full.
+        OSError: If the folder cannot be written, or the disk is full.
         ValueError: If the folder holds another cache, there are too few rows or shards, or too many rows are unusable.
     """
     folder = Path(folder)
@@ -90,7 +91,7 @@ def build_teacher_cache(
     with ExitStack() as stack, torch.no_grad():
         for teacher in teachers:
             stack.enter_context(evaluating(teacher))
-        for block in _blocks(tally.counting(batches), lambda: _Block(teachers, views), block_size):
+        for block in _fill_blocks(tally.counting(batches), lambda: _Block(teachers, views), block_size):
             write_atomically(block_file(folder, rank, blocks), block.content())
             blocks += 1
             logger.info("Teacher cache: block %d of process %d, %d rows so far", blocks, rank, tally.rows)
@@ -101,11 +102,14 @@ def build_teacher_cache(
 
 def finish_teacher_cache(folder: str | Path) -> None:
     """
-    Writes the index over the blocks of all processes, which makes the cache complete; if it is not there yet.
+    Completes a cache: writes the index over the blocks of all processes, unless it exists already.
+
+    Args:
+        folder: Folder of the cache.
 
     Raises:
-        OSError: If the folder cannot be written, or is full.
-        ValueError: If a process is not done, a block is damaged, or there was not one usable row.
+        OSError: If the folder cannot be written, or the disk is full.
+        ValueError: If a process is not done, a block is damaged, or no row is usable.
     """
     folder = Path(folder)
     if all((folder / name).is_file() for name in (INDEX, SUMMARY)):
@@ -114,20 +118,24 @@ def finish_teacher_cache(folder: str | Path) -> None:
     if not all(done_file(folder, rank).is_file() for rank in range(world_size)):
         raise ValueError(f"The teacher cache in '{folder}' cannot be finished: {cache_progress(folder)}.")
     counts = [read_json(done_file(folder, rank)) for rank in range(world_size)]
-    paths = [block_file(folder, rank, number) for rank, one in enumerate(counts) for number in range(one["blocks"])]
+    paths = [
+        block_file(folder, rank, number) for rank, count in enumerate(counts) for number in range(count["blocks"])
+    ]
     arrays = [load_arrays(path) for path in paths]
     filled = [block for block in arrays if len(block["image_keys"])]
-    bad_rows = dict(sum((Counter(one["bad_rows"]) for one in counts), Counter()))
+    bad_rows = dict(sum((Counter(count["bad_rows"]) for count in counts), Counter()))
     if not filled:
         raise ValueError(f"The teacher cache in '{folder}' is empty: none of its rows is usable ({bad_rows}).")
     teachers = sum(name.startswith("images.") for name in filled[0])
-    index = {kind: _sorted_keys([block[f"{kind}_keys"].numpy() for block in arrays]) for kind in ("image", "text")}
-    named = {f"{kind}_{name}": torch.from_numpy(array) for kind, one in index.items() for name, array in one.items()}
-    for leftover in folder.glob(".*.tmp"):  # of processes that were killed
+    index = {kind: _sort_keys([block[f"{kind}_keys"].numpy() for block in arrays]) for kind in ("image", "text")}
+    tensors = {
+        f"{kind}_{name}": torch.from_numpy(array) for kind, columns in index.items() for name, array in columns.items()
+    }
+    for leftover in folder.glob(".*.tmp"):  # left by killed processes
         leftover.unlink()
-    write_atomically(folder / INDEX, save(named))
+    write_atomically(folder / INDEX, save(tensors))
     summary = {
-        "rows": sum(one["rows"] for one in counts),
+        "rows": sum(count["rows"] for count in counts),
         "bad_rows": bad_rows,
         "images": len(index["image"]["keys"]),
         "texts": len(index["text"]["keys"]),
@@ -139,7 +147,7 @@ def finish_teacher_cache(folder: str | Path) -> None:
 
 
 class _Block:
-    """The embeddings of up to `block_size` rows; an image or caption that occurs again is not embedded again."""
+    """The embeddings of up to `block_size` rows. An image or caption that occurs again is not embedded again."""
 
     def __init__(self, teachers: Sequence[nn.Module], views: int):
         self.teachers, self.views, self.device = teachers, views, next(teachers[0].parameters()).device
@@ -148,10 +156,10 @@ class _Block:
         self.embeds = {kind: [[] for _ in teachers] for kind in self.keys}
 
     def add(self, batch: Mapping[str, Any]) -> None:
-        """Embeds what is new in a batch of `ViewCollator`."""
+        """Embeds the new images and captions of a batch from `ViewCollator`."""
         self.rows += batch["rows"]
         self.bad_rows.update(batch["bad_rows"])
-        images, texts = (self._new(kind, batch[f"{kind}_keys"]) for kind in ("image", "text"))
+        images, texts = (self._add_keys(kind, batch[f"{kind}_keys"]) for kind in ("image", "text"))
         tensors = {name: value.to(self.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
         if images:
             views = tensors["pixel_values"].unflatten(0, (-1, self.views))[images]
@@ -164,7 +172,7 @@ class _Block:
                 parts.append(encode_texts(teacher, *tokens).half().cpu())
 
     def content(self) -> bytes:
-        """The block as a safetensors file."""
+        """Returns the block as the content of a safetensors file."""
         arrays = {}
         for kind, keys in self.keys.items():
             arrays[f"{kind}_keys"] = torch.from_numpy(np.array(list(keys), dtype=np.uint64))
@@ -173,8 +181,8 @@ class _Block:
         counts = {"rows": self.rows, "bad_rows": self.bad_rows}
         return save(arrays, metadata={"counts": json.dumps(counts, sort_keys=True)})
 
-    def _new(self, kind: str, keys: Sequence[int]) -> list[int]:
-        """The positions of the keys that the block does not have yet; it has them from now on."""
+    def _add_keys(self, kind: str, keys: Sequence[int]) -> list[int]:
+        """Adds the keys that the block does not have yet, and returns their positions in `keys`."""
         known, positions = self.keys[kind], []
         for position, key in enumerate(keys):
             if key not in known:
@@ -183,20 +191,21 @@ class _Block:
         return positions
 
 
-def _blocks(batches: Iterable[dict[str, Any]], empty: Callable[[], _Block], size: int) -> Iterator[_Block]:
-    block = empty()
+def _fill_blocks(batches: Iterable[dict[str, Any]], new_block: Callable[[], _Block], size: int) -> Iterator[_Block]:
+    """Yields blocks of `size` rows, and a last block with the rows that are left."""
+    block = new_block()
     for batch in batches:
         block.add(batch)
         if block.rows == size:
             yield block
-            block = empty()
+            block = new_block()
     if block.rows:
         yield block
 
 
-def _sorted_keys(keys: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """The `keys` of all blocks in order, each with its block (number) and row in it."""
-    distinct, first = np.unique(np.concatenate(keys), return_index=True)  # of equal keys the first
+def _sort_keys(keys: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Sorts the keys of all blocks. Returns them with the number of the block and the row in it of each key."""
+    distinct, first = np.unique(np.concatenate(keys), return_index=True)  # the first of equal keys
     starts = np.cumsum([0, *map(len, keys)])
     blocks = np.searchsorted(starts, first, side="right") - 1
     return {"keys": distinct, "blocks": blocks.astype(np.int32), "rows": (first - starts[blocks]).astype(np.int32)}

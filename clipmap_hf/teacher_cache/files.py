@@ -1,4 +1,4 @@
-"""The files of a teacher cache: their names, how they are written whole or not at all, and how they are read."""
+"""The files of a teacher cache: their names, and functions that start, check and read them."""
 
 import json
 from collections.abc import Mapping
@@ -29,25 +29,26 @@ __all__ = [
     "written_blocks",
 ]
 
-# A cache is a folder of blocks, each the embeddings of some rows: `image_keys (images,)` and, for each teacher,
-# `images.0 (images, views, dim)`; `text_keys (texts,)` and `texts.0 (texts, dim)`. Beside them stand
-MANIFEST = "manifest.json"  # what the embeddings depend on, written first,
-INDEX = "index.safetensors"  # the sorted keys, and the block and row of each,
-SUMMARY = "summary.json"  # and what there is, written last: with it the cache is complete.
+# A cache is a folder of blocks. A block holds the embeddings of some rows: `image_keys (images,)` and, for each
+# teacher, `images.0 (images, views, dim)`; `text_keys (texts,)` and, for each teacher, `texts.0 (texts, dim)`.
+# The folder also holds three other files:
+MANIFEST = "manifest.json"  # everything that the embeddings depend on; it is written first
+INDEX = "index.safetensors"  # the sorted keys, and the block and the row of each key
+SUMMARY = "summary.json"  # the contents of the cache; it is written last, so it exists only in a complete cache
 
 
 def block_file(folder: Path, rank: int, number: int) -> Path:
-    """A block of process `rank`."""
+    """Returns the path of a block of process `rank`."""
     return folder / f"rank-{rank}-block-{number:05d}.safetensors"
 
 
 def done_file(folder: Path, rank: int) -> Path:
-    """The file that a process writes when it has written all its blocks."""
+    """Returns the path of the file that a process writes after all its blocks."""
     return folder / f"rank-{rank}.json"
 
 
 def cache_progress(folder: Path) -> str:
-    """How far the cache in `folder` has been built, in words."""
+    """Describes in words how far the cache in `folder` has been built."""
     asked = read_json(folder / MANIFEST)
     blocks, ranks = (len(list(folder.glob(pattern))) for pattern in ("rank-*-block-*.safetensors", "rank-*.json"))
     return (
@@ -58,10 +59,15 @@ def cache_progress(folder: Path) -> str:
 
 def check_manifest(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
     """
-    Compares what a cache was built for with what is asked.
+    Checks that a cache was built with the expected settings.
+
+    Args:
+        found: Settings of the cache.
+        expected: The expected settings.
+        folder: Folder of the cache, for the error message.
 
     Raises:
-        ValueError: If they differ; it names every difference.
+        ValueError: If settings differ. The message names every difference.
     """
     different = [
         f"{name} is {cached} in the cache, {asked} is asked"
@@ -70,21 +76,21 @@ def check_manifest(found: Mapping[str, Any], expected: Mapping[str, Any], folder
     if different:
         raise ValueError(
             f"The teacher cache in '{folder}' was built for something else: {'; '.join(different)}. "
-            "Ask for the same, or build another cache in another folder."
+            "Use the same settings, or build another cache in another folder."
         )
 
 
 def damaged_file(path: Path, what: str) -> ValueError:
-    """The error for a file that is missing or truncated, or cannot be read."""
+    """Makes the error for a file that is missing, truncated or unreadable, as `what` says."""
     return ValueError(
-        f"A file of the teacher cache, '{path}', {what}. Copy the cache anew; or delete this file and build the cache "
-        "again with the same settings, which goes on from there."
+        f"A file of the teacher cache, '{path}', {what}. Copy the cache again; or delete this file and build the "
+        "cache with the same settings, which adds what is missing."
     )
 
 
 def load_arrays(path: Path) -> dict[str, torch.Tensor]:
     """
-    The memory-mapped tensors of a file of a cache; none of them is read before it is used, and no file stays open.
+    Returns the memory-mapped tensors of a cache's file. Data is read only when it is used, and no file stays open.
 
     Raises:
         ValueError: If the file is truncated or damaged.
@@ -96,7 +102,7 @@ def load_arrays(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_counts(path: Path) -> dict[str, Any]:
-    """How many `rows` made a block, and its `bad_rows`."""
+    """Reads how many `rows` a block was made of, and how many `bad_rows` were left out, by reason."""
     try:
         with safe_open(path, "pt") as block:
             return json.loads(block.metadata()["counts"])
@@ -106,11 +112,16 @@ def read_counts(path: Path) -> dict[str, Any]:
 
 def start_cache(folder: Path, asked: Mapping[str, Any], rank: int = 0) -> None:
     """
-    Writes into `folder` what is asked: `manifest`, `block_size` and `world_size`. A folder that was started before
-    must have been for the same; what process `rank` left half-written there is removed.
+    Starts a cache, or resumes it if the folder was started before with the same settings. Files that process `rank`
+    left incomplete are removed.
+
+    Args:
+        folder: Folder of the cache.
+        asked: The settings: `manifest`, `block_size` and `world_size`.
+        rank: Index of this process.
 
     Raises:
-        ValueError: If it was started for something else.
+        ValueError: If the folder was started with other settings.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -122,5 +133,5 @@ def start_cache(folder: Path, asked: Mapping[str, Any], rank: int = 0) -> None:
 
 
 def written_blocks(folder: Path, rank: int) -> list[Path]:
-    """The blocks of a process up to the first that is missing."""
+    """Returns the blocks that a process has written, up to the first missing block."""
     return list(takewhile(Path.is_file, (block_file(folder, rank, number) for number in count())))

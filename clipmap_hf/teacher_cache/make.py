@@ -1,4 +1,4 @@
-"""Makes the teacher cache that arguments ask for, or opens it where it is complete."""
+"""Builds the teacher cache that arguments ask for, or opens it if it is complete."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,21 +34,21 @@ def make_teacher_cache(
     pairs: PairDataset | PairStream | None = None,
 ) -> TeacherCache:
     """
-    The cache in `cache.teacher_cache`, with the views that a distillation with the same `seed` goes through. What of
-    it is not there yet is computed; all processes share the work.
+    Builds the cache in `cache.teacher_cache`, with the views that a distillation with the same seed uses, and opens
+    it. Only the missing embeddings are computed. All processes share the work.
 
     Args:
-        teachers: Whose embeddings to keep.
-        processor: Tokenizer and image processor.
-        data: The training pairs and how they are augmented.
-        cache: Where, and how many views.
-        seed: Of the run.
-        num_workers: Processes that decode and augment.
+        teachers: The teachers whose embeddings are kept.
+        processor: Tokenizer and image processor of the student.
+        data: The training pairs, and how they are augmented.
+        cache: Folder of the cache and number of views.
+        seed: Seed of the run.
+        num_workers: Worker processes that decode and augment.
         pairs: The training pairs, if they are loaded already.
 
     Raises:
-        ValueError: If what is there was made of something else, which is named, or a teacher preprocesses in another
-            way than `processor`.
+        ValueError: If the folder holds a cache with other settings, which the message names, or if a teacher
+            preprocesses in another way than `processor`.
     """
     state = join_processes()
     check_same_preprocessing(processor, teachers)
@@ -81,6 +81,6 @@ def make_teacher_cache(
         if state.is_main_process:
             finish_teacher_cache(folder)
         state.wait_for_everyone()
-    made = TeacherCache.open(folder)
-    made.check(manifest)  # a complete one may have been made by another number of processes
-    return made
+    built = TeacherCache.open(folder)
+    built.check(manifest)  # not checked yet if another number of processes has built the cache
+    return built

@@ -1,4 +1,4 @@
-"""What the embeddings in a teacher cache depend on."""
+"""Collects the settings that the embeddings in a teacher cache depend on."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ def cache_manifest(
     teachers: Sequence[Mapping[str, Any]], collator: PairCollator, views: int, data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """
-    Everything that the embeddings in a cache depend on, as JSON would give it back.
+    Collects everything that the embeddings in a cache depend on, as plain JSON values.
 
     Args:
-        teachers: What names each teacher: id, revision, `model_fingerprint`, projection dimension.
+        teachers: Values that identify each teacher: id, revision, `model_fingerprint`, projection dimension.
         collator: Makes the views and captions.
         views: Number of views per image.
-        data: What names the pairs, such as file names and sizes.
+        data: Values that identify the pairs, such as names and sizes of files.
 
     Raises:
         ValueError: If the collator does not augment.

@@ -1,4 +1,4 @@
-"""All views of undecoded rows, in the order of the rows, as batches."""
+"""Makes batches of all views of undecoded rows, in the order of the rows."""
 
 import logging
 from collections import Counter
@@ -25,7 +25,12 @@ def rows_of_rank(
     rows: datasets.Dataset | datasets.IterableDataset, rank: int, world_size: int
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    The part of a process, all parts in order being the whole.
+    Returns the part of the rows that a process handles. All parts in order are all rows.
+
+    Args:
+        rows: The rows of all processes.
+        rank: Index of the process.
+        world_size: Number of processes.
 
     Raises:
         ValueError: If there are fewer rows, or shards of a stream, than processes.
@@ -51,32 +56,33 @@ def view_batches(
     num_workers: int = 0,
 ) -> Iterable[dict[str, Any]]:
     """
-    The batches of `ViewCollator` of all rows in their order, whatever the number of workers.
+    Makes the batches of `ViewCollator` for all rows. They come in the order of the rows, with any number of workers.
 
     Args:
-        rows: The pairs, images undecoded.
+        rows: The pairs, with undecoded images.
         collator: Makes the views and captions, as in training.
         views: Number of views per row.
-        batch_size: Views per batch; there is at least one row in each.
-        block_size: A batch ends after each `block_size` rows.
-        skip: Rows to begin after.
+        batch_size: Views per batch. Every batch has at least one row.
+        block_size: Rows per block. No batch crosses the end of a block.
+        skip: Number of rows to skip.
         num_workers: Worker processes that decode and augment.
     """
     return DataLoader(
         _GivenRows(),
-        batch_sampler=_batches(_without_first(rows, skip), max(batch_size // views, 1), block_size),
+        batch_sampler=_split_rows(_skip_rows(rows, skip), max(batch_size // views, 1), block_size),
         collate_fn=ViewCollator(replace(collator, teacher_cache=None), views),
         num_workers=num_workers,
         worker_init_fn=start_worker,
-        generator=torch.Generator(),  # or the loader would draw from, and change, the global one
+        generator=torch.Generator(),  # the default would change the global generator
     )
 
 
 @dataclass(frozen=True)
 class ViewCollator:
     """
-    Turns rows into what `PairCollator.batch` makes of all their views, those of a row side by side; `image_keys` of
-    the rows and `text_keys` of the captions; and the number of `rows` and `bad_rows`, the latter by reason.
+    Turns rows into a batch of all their views, with the views of a row side by side. Its entries are those of
+    `PairCollator.batch`; `image_keys` of the rows and `text_keys` of the captions; the number of `rows`; and the
+    number of `bad_rows` by reason.
 
     Args:
         collator: Makes the views and captions.
@@ -105,14 +111,14 @@ class ViewCollator:
 
 
 class _GivenRows(Dataset):
-    """Lets the sampler hand whole rows to the workers: they are read once, in order, and decoded in parallel."""
+    """A data set whose indices are the rows themselves, so that rows are read in order and decoded in parallel."""
 
     def __getitem__(self, row: dict[str, Any]) -> dict[str, Any]:
         return row
 
 
-def _batches(rows: Iterable[dict[str, Any]], batch_size: int, block_size: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows in lists of `batch_size`, the last one of every block as long as the block has room."""
+def _split_rows(rows: Iterable[dict[str, Any]], batch_size: int, block_size: int) -> Iterator[list[dict[str, Any]]]:
+    """Splits rows into lists of `batch_size`. The last list of a block is shorter if the block ends before."""
     rows = iter(rows)
     for first in cycle(range(0, block_size, batch_size)):
         batch = list(islice(rows, min(batch_size, block_size - first)))
@@ -121,7 +127,7 @@ def _batches(rows: Iterable[dict[str, Any]], batch_size: int, block_size: int) -
         yield batch
 
 
-def _without_first(rows: datasets.Dataset | datasets.IterableDataset, number: int) -> Iterable[dict[str, Any]]:
-    if isinstance(rows, datasets.Dataset) and number == len(rows):  # `skip` cannot leave nothing
+def _skip_rows(rows: datasets.Dataset | datasets.IterableDataset, number: int) -> Iterable[dict[str, Any]]:
+    if isinstance(rows, datasets.Dataset) and number == len(rows):  # `Dataset.skip` fails if no row is left
         return []
     return rows.skip(number)

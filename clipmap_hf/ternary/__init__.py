@@ -1,1 +1,1 @@
-"""Ternary weights: learned with the teacher's help, packed into 1.6 bits each, and run."""
+"""Ternary weights: quantizers that make them, packing into 1.6 bits per weight, and modules that run them."""

@@ -1,4 +1,4 @@
-"""What of a model is ternary, and how: the `quantization_config` of its config.json."""
+"""The options of a ternary model, which are the `quantization_config` of its config.json."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,8 @@ from clipmap_hf.ternary.quantizers import GRANULARITIES, QUANTIZERS
 __all__ = ["BACKENDS", "METHOD", "PARTS", "TernaryConfig"]
 
 METHOD, FORMAT = "clipmap_ternary", 1
-# The names of modules, in all families; those of other kinds that match, as LayerNorms, are never meant.
+# Patterns of module names for all families. Only linear layers, embeddings and convolutions are selected; other
+# modules that match, such as LayerNorms, stay float.
 PARTS = {
     "layers": r".+\.layers?\.\d+\..+",
     "token_embedding": r".+\.(token_embedding|word_embeddings)",
@@ -27,20 +28,23 @@ BACKENDS = ("auto", "float", "int8", "packed")
 @dataclass
 class TernaryConfig(QuantizationConfigMixin):
     """
-    The options of a ternary model.
+    The options of a ternary model. A ternary weight is a trit (-1, 0 or 1) times a level, which several weights share.
 
     Args:
-        quantizer: How weights become ternary: `twn`, `absmean2` (TernaryCLIP), `absmean` (BitNet), `learned` levels.
-        granularity: What has a level of its own: a `tensor`, a `row` or a `block` of a row.
-        block_size: Weights in a block.
-        parts: What is ternary, of `PARTS`; all else, and every bias and LayerNorm, stays float.
-        encoding: `base3`, 1.6 bits a weight, or `planar`, 2 bits, which is unpacked faster.
-        modules: The names of the ternary modules; by default those of `parts`.
-        format: Of the packed file.
+        quantizer: How weights become ternary: `twn`, `absmean2` (TernaryCLIP), `absmean` (BitNet), or `learned`, which
+            trains the levels.
+        granularity: The weights that share a level: a `tensor`, a `row`, or a `block` of a row.
+        block_size: Number of weights in a block.
+        parts: The parts of the model that become ternary, keys of `PARTS`. Everything else stays float, and so does
+            every bias and LayerNorm.
+        encoding: `base3` (1.6 bits per weight), or `planar` (2 bits per weight), which is unpacked faster.
+        modules: Names of the ternary modules. By default, they are the modules of `parts`.
+        format: Version of the format of the packed file.
         quant_method: The name by which transformers finds this package's quantizer.
 
     Raises:
-        ValueError: If an option is unknown.
+        TypeError: If `parts` or `modules` are no lists of strings.
+        ValueError: If an option is unknown or out of range.
     """
 
     quantizer: str = "twn"
@@ -64,7 +68,7 @@ class TernaryConfig(QuantizationConfigMixin):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it must be one of {sorted(allowed)}.")
         for name in ("parts", "modules"):
             value = getattr(self, name)
-            if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
                 raise TypeError(f"{name}={value!r} must be a list of strings.")
             if len(set(value)) < len(value):
                 raise ValueError(f"{name}={value} names something twice.")
@@ -78,15 +82,18 @@ class TernaryConfig(QuantizationConfigMixin):
 
     def select(self, names: Iterable[str]) -> list[str]:
         """
-        Those of a model's module names that `parts` ask for.
+        Selects the modules of `parts`.
+
+        Args:
+            names: Names of all modules of a model that can be ternary.
 
         Raises:
-            ValueError: If there are none of a part.
+            ValueError: If there are no modules of a part.
         """
-        names, found = list(names), []
+        names, selected = list(names), []
         for part in self.parts:
-            of_part = [name for name in names if re.fullmatch(PARTS[part], name)]
-            if not of_part:
-                raise ValueError(f"The model has nothing that could be ternary of the part {part!r}; leave it out.")
-            found += of_part
-        return found
+            matching = [name for name in names if re.fullmatch(PARTS[part], name)]
+            if not matching:
+                raise ValueError(f"The model has no module of the part {part!r} that could be ternary; leave it out.")
+            selected += matching
+        return selected

@@ -1,4 +1,4 @@
-"""A linear layer of ternary weights in 8-bit arithmetic: every token is rounded to 255 steps of its own."""
+"""Runs a linear layer of ternary weights in 8-bit arithmetic; every token is rounded to 255 steps of its own."""
 
 import torch
 from torch.nn import functional as F
@@ -7,8 +7,9 @@ from torch.nn import functional as F
 __all__ = ["int8_linear", "int8_pays", "int8_works"]
 
 _STEPS = 127
-_CUDA_TOKENS, _CUDA_MULTIPLE = 32, 8  # what its product of integers asks for, at least
-_WEIGHTS = 2**17  # from which on it is faster for a hundred tokens (recipes/benchmarks/ternary.py --parts layers)
+_CUDA_TOKENS, _CUDA_MULTIPLE = 32, 8  # CUDA's integer product needs this many tokens, and sizes that are multiples
+# A layer with at least as many weights is faster with a hundred tokens (recipes/benchmarks/ternary.py --parts layers).
+_WEIGHTS = 2**17
 _FAST_CPU = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
@@ -16,17 +17,17 @@ def int8_linear(
     tokens: torch.Tensor, trits: torch.Tensor, levels: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    The product is exact, in int32; what is lost is what rounding the tokens loses, half a 127th of a token's largest
-    value at most.
+    Computes the output of a linear layer. The product is exact, in int32. The only error comes from rounding the
+    tokens: at most half of 1/127 of a token's largest value.
 
     Args:
-        tokens: `(…, columns)`, float.
-        trits: The weight's, transposed: int8, `(columns, rows)`.
-        levels: One for each row, or one for all: `(rows,)` or `(1,)`.
-        bias: `(rows,)`.
+        tokens: The input, float, `(…, columns)`.
+        trits: The weight's trits, transposed: int8, `(columns, rows)`.
+        levels: A level for each row, `(rows,)`, or one level for all rows, `(1,)`.
+        bias: The bias, `(rows,)`.
 
     Returns:
-        `(…, rows)`, in the dtype of `tokens`.
+        The output, `(…, rows)`, in the dtype of `tokens`.
     """
     flat = tokens.reshape(-1, tokens.shape[-1])
     steps = flat.abs().amax(dim=1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / _STEPS
@@ -41,12 +42,13 @@ def int8_linear(
 
 def int8_works(tokens: torch.Tensor, shape: tuple[int, int], levels: torch.Tensor) -> bool:
     """
-    Whether `int8_linear` can do it: one level a row, no gradient, a CPU, or a GPU and sizes that it can multiply.
+    Tells whether `int8_linear` can run a layer. Every row must have one level, and no gradient must be needed. The
+    device must be a CPU, or a GPU that can multiply integers of these sizes.
 
     Args:
-        tokens: `(…, columns)`.
-        shape: Of the weight, `(rows, columns)`.
-        levels: `(rows, groups)`.
+        tokens: The input, `(…, columns)`.
+        shape: Shape of the weight, `(rows, columns)`.
+        levels: The weight's levels, `(rows, groups)`.
     """
     wants_gradient = torch.is_grad_enabled() and tokens.requires_grad
     fits = tokens.device.type == "cpu" or (tokens.is_cuda and not any(size % _CUDA_MULTIPLE for size in shape))
@@ -55,11 +57,11 @@ def int8_works(tokens: torch.Tensor, shape: tuple[int, int], levels: torch.Tenso
 
 def int8_pays(tokens: torch.Tensor, shape: tuple[int, int]) -> bool:
     """
-    Whether `int8_linear` is expected to be faster than a float product: on CPUs with wide integer products, for large
-    layers. On a GPU, float weights in fp16 are fast already.
+    Tells whether `int8_linear` is expected to be faster than a float product. This is so for large layers on CPUs with
+    wide integer products. On a GPU, fp16 products are fast already.
 
     Args:
-        tokens: `(…, columns)`.
-        shape: Of the weight, `(rows, columns)`.
+        tokens: The input, `(…, columns)`.
+        shape: Shape of the weight, `(rows, columns)`.
     """
     return tokens.device.type == "cpu" and _FAST_CPU and shape[0] * shape[1] >= _WEIGHTS

@@ -1,4 +1,4 @@
-"""How transformers loads and saves packed models: its quantizer of the method `clipmap_ternary`."""
+"""Makes transformers load and save packed models, by a quantizer for the method `clipmap_ternary`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +16,15 @@ from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 __all__ = ["TernaryQuantizer", "as_float_config", "configs", "mark_as_packed", "named", "register", "swap"]
 
 _TOWERS = ("vision_config", "text_config")
-_PLACES = ("vision_model", "text_model", "visual_projection", "text_projection")  # that one tower does not have
+# Modules of a whole model. A model that is a single tower lacks some of them.
+_PLACES = ("vision_model", "text_model", "visual_projection", "text_projection")
 
 
 class TernaryQuantizer(HfQuantizer):
     """
-    Puts ternary modules where a config names them before weights are loaded, and checks them afterwards; makes stock
-    float modules of them for `dequantize`. A float model is made ternary by recipes/ternarize.py, not on loading.
+    The quantizer of packed models. It puts ternary modules in the places that the config names before weights are
+    loaded, and checks the loaded weights afterwards. For `dequantize`, it replaces ternary modules by stock float
+    modules. It does not make a float model ternary; recipes/ternarize.py does.
     """
 
     requires_calibration = True
@@ -35,15 +37,17 @@ class TernaryQuantizer(HfQuantizer):
         dtype = model.requires_grad_(False).dtype  # trits cannot be trained, and `int8` has no gradient
         for name, module in model.named_modules():
             if isinstance(module, TernaryModule):
-                for kind in ("weight", "weight_scale"):  # transformers only warns, and leaves what was in memory
+                for kind in ("weight", "weight_scale"):  # transformers would only warn, and use uninitialized memory
                     if not getattr(getattr(module, kind), "_is_hf_initialized", False):
-                        raise ValueError(f"{name}.{kind} is missing in the file; it is corrupt, or another's.")
+                        raise ValueError(
+                            f"{name}.{kind} is missing in the file; the file is corrupt or belongs to another model."
+                        )
                 with named(name):
                     module.ready(dtype)
         return model
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Makes a model float; `dtype` is its own, whatever its config says of what was loaded."""
+        """Makes a model float. The default of `dtype` is the model's own, even if its config names another dtype."""
         return super().dequantize(model, dtype or model.dtype)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -68,7 +72,7 @@ class TernaryQuantizer(HfQuantizer):
 
 @contextmanager
 def named(module: str) -> Iterator[None]:
-    """Errors of values say of which module they are."""
+    """Adds the name of a module to the `ValueError`s that are raised in the context."""
     try:
         yield
     except ValueError as error:
@@ -77,18 +81,23 @@ def named(module: str) -> Iterator[None]:
 
 def swap(model: nn.Module, config: TernaryConfig) -> None:
     """
-    Puts ternary modules in the places that `config.modules` name. A model that is one tower has only some of them.
+    Replaces the modules that `config.modules` names by ternary modules. If the model is a single tower, only its own
+    modules are replaced.
+
+    Args:
+        model: The model, which is changed in place.
+        config: The options.
 
     Raises:
-        ValueError: If the model has no module of that name, or it cannot be ternary.
+        ValueError: If the model does not have a module, or the module cannot be ternary.
     """
     if not config.modules:
         raise ValueError("The quantization_config names no modules; it must be that of a packed folder.")
     children = {name for name, _ in model.named_children()}
     for name in config.modules:
         tower, _, inner = name.partition(".")
-        is_bare = tower not in children and model.config.model_type.endswith(tower)
-        place = inner if is_bare else name
+        is_tower = tower not in children and model.config.model_type.endswith(tower)  # the model is that tower
+        place = inner if is_tower else name
         if place.partition(".")[0] not in children:
             if tower not in _PLACES:
                 raise ValueError(f"The quantization_config names {name}, which the model does not have.")
@@ -103,7 +112,7 @@ def swap(model: nn.Module, config: TernaryConfig) -> None:
 
 
 def mark_as_packed(model: nn.Module, quantizer: TernaryQuantizer) -> None:
-    """Lets transformers know that a model is packed, and how: in its config and in that of each tower."""
+    """Records, for transformers, that a model is packed and how: in the model, its config and its towers' configs."""
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
     for config in configs(model.config):
         config.quantization_config = quantizer.quantization_config.to_dict()
@@ -112,7 +121,7 @@ def mark_as_packed(model: nn.Module, quantizer: TernaryQuantizer) -> None:
 
 
 def as_float_config(config: Any) -> Any:
-    """A packed model's config, as that of a float one. Its towers' say that there is something to unpack, too."""
+    """Turns a packed model's config into that of a float model, in place, together with its towers' configs."""
     for part in configs(config):
         part.__dict__.pop("quantization_config", None)
         part.__dict__.pop("_is_quantized", None)
@@ -120,15 +129,15 @@ def as_float_config(config: Any) -> Any:
 
 
 def register() -> None:
-    """Makes the quantizer known to transformers, once."""
+    """Registers the quantizer in transformers, unless it is registered already."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(TernaryConfig)
         register_quantizer(METHOD)(TernaryQuantizer)
 
 
 def configs(config: Any) -> list[Any]:
-    """A model's config, and those of its towers."""
+    """Returns a model's config and those of its towers."""
     return [config, *(inner for name in _TOWERS if (inner := getattr(config, name, None)) is not None)]
 
 
-register()  # again, if this module was imported before any model was
+register()  # `clipmap_hf` cannot call it while this module is still being imported

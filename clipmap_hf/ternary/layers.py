@@ -1,4 +1,4 @@
-"""Modules whose weight is packed trits: linear layers, embeddings and convolutions, run in one of several ways."""
+"""Linear layers, embeddings and convolutions with packed ternary weights, which several backends can run."""
 
 from collections.abc import Callable
 
@@ -17,12 +17,14 @@ __all__ = ["TERNARY", "TernaryConv2d", "TernaryEmbedding", "TernaryLinear", "Ter
 
 class TernaryModule(nn.Module):
     """
-    What ternary modules have in common: `weight`, trits in bytes `(rows, bytes)`, `weight_scale`, the levels
-    `(rows, groups)` in fp16, and a float `bias`. As `weight` is the name of the float tensor as well, a library that
-    does not know this package fails to load it, instead of making a random one.
+    The base class of ternary modules. Its tensors are `weight` (packed trits, uint8, `(rows, bytes)`), `weight_scale`
+    (levels, fp16, `(rows, groups)`) and a float `bias`.
+
+    `weight` is the name of the float tensor as well. So a library that does not know this package fails to load the
+    packed tensor. Under another name, it would ignore it and make a random weight.
 
     Args:
-        module: The float module, whose place this takes; on the meta device, only shapes are.
+        module: The float module that this module replaces. It may lie on the meta device.
         config: The options.
     """
 
@@ -31,50 +33,53 @@ class TernaryModule(nn.Module):
         self.shape, self.encoding, self.backend = tuple(module.weight.shape), config.encoding, "auto"
         self.columns = module.weight[0].numel()
         levels = grouped(module.weight.detach(), config.granularity, config.block_size).shape[:2]
-        bytes_of_row = packed_columns(self.columns, config.encoding)
+        width = packed_columns(self.columns, config.encoding)
         device = module.weight.device
-        self.register_buffer("weight", torch.empty(self.shape[0], bytes_of_row, dtype=torch.uint8, device=device))
+        self.register_buffer("weight", torch.empty(self.shape[0], width, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.empty(levels, dtype=torch.float16, device=device))
         self.register_parameter("bias", getattr(module, "bias", None))
-        self.kept: torch.Tensor | None = None  # what a backend computes with, made once; not in the state dict
+        self.kept: torch.Tensor | None = None  # the tensor that a backend computes with; not in the state dict
 
     def store(self, trits: torch.Tensor, levels: torch.Tensor) -> None:
-        """Takes trits in the float weight's shape, and their levels `(rows, groups)`."""
+        """Packs and stores trits, in the shape of the float weight, and their levels `(rows, groups)`."""
         _check_levels(levels, lambda: trits)
         self.weight = pack(trits.flatten(1), self.encoding)
         self.weight_scale, self.kept = levels, None
 
     def ready(self, dtype: torch.dtype) -> None:
-        """Checks a weight that was loaded, once before it is used; `dtype` is that of the model."""
+        """Prepares the module for its first use after a load: checks the weight. `dtype` is that of the model."""
         self.check()
 
     def check(self) -> None:
         """
+        Checks the weight.
+
         Raises:
-            ValueError: If the bytes of the weight hold no trits, or a level cannot be theirs.
+            ValueError: If the bytes of the weight hold no trits, or a level does not fit its trits.
         """
         kinds = self.weight.dtype, self.weight_scale.dtype
         if kinds != (torch.uint8, torch.float16):
             raise ValueError(
-                f"Trits and levels are uint8 and float16, not {kinds}; the file is corrupt, or another's."
+                f"Trits and levels must be uint8 and float16, not {kinds}; the file is corrupt or belongs to another "
+                "model."
             )
         check_packed(self.weight, self.columns, self.encoding)
         _check_levels(self.weight_scale, self.trits)
 
     def trits(self) -> torch.Tensor:
-        """int8, in the float weight's shape."""
+        """Returns the trits, int8, in the shape of the float weight."""
         return unpack(self.weight, self.columns, self.encoding).view(self.shape)
 
     def float_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight that the trits stand for."""
+        """Returns the float weight: trits times levels."""
         return dequantized(self.trits(), self.weight_scale, dtype)
 
     def set_backend(self, backend: str) -> None:
-        """One of `BACKENDS`; what another has kept is dropped."""
+        """Selects one of `BACKENDS`, and drops the tensor that the last backend kept."""
         self.backend, self.kept = backend, None
 
     def float_module(self, dtype: torch.dtype) -> nn.Module:
-        """The module of transformers' model whose place this has taken."""
+        """Returns the float module that this module replaces."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -82,20 +87,22 @@ class TernaryModule(nn.Module):
         return f"{self.shape}, levels={levels}, encoding={self.encoding!r}, backend={self.backend!r}"
 
     def _fill(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Puts the float weight and the bias into a float module."""
         module.weight = nn.Parameter(self.float_weight(dtype))
         if self.bias is not None:
             module.bias = self.bias
         return module.train(self.training)
 
-    def _float(self, dtype: torch.dtype) -> torch.Tensor:
+    def _make_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the float weight, which all backends but `packed` keep."""
         if self.backend == "packed":
             return self.float_weight(dtype)
-        return self._kept(dtype, lambda: self.float_weight(dtype))
+        return self._keep(dtype, lambda: self.float_weight(dtype))
 
-    def _kept(self, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A tensor of the weight that is made once for a dtype and device, and is no part of the state dict."""
+    def _keep(self, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Returns the kept tensor, which is made only once for a dtype and device."""
         if self.kept is None or self.kept.dtype != dtype or self.kept.device != self.weight.device:
-            with torch.inference_mode(False):  # or it could not be used where gradients are asked for
+            with torch.inference_mode(False):  # a tensor from inference mode could not be used for gradients
                 self.kept = make()
         return self.kept
 
@@ -111,7 +118,7 @@ class TernaryModule(nn.Module):
     def _apply(self, fn, *args, **kwargs):
         levels = self.weight_scale
         super()._apply(fn, *args, **kwargs)
-        if not levels.is_meta:  # levels are in fp16 whatever the model is in
+        if not levels.is_meta:  # levels stay in fp16, whatever the dtype of the model
             self.weight_scale = levels.to(self.weight_scale.device)
         return self
 
@@ -120,20 +127,20 @@ class TernaryModule(nn.Module):
 
 
 class TernaryLinear(TernaryModule):
-    """A linear layer; all of `BACKENDS` run it."""
+    """A linear layer, which all of `BACKENDS` can run."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         wanted = self.backend == "int8" or (self.backend == "auto" and int8_pays(tokens, self.shape))
         works = wanted and int8_works(tokens, self.shape, self.weight_scale)
         if self.backend == "int8" and not works:
             raise ValueError(
-                "backend='int8' has no gradient and, on a GPU, takes layers whose sizes are multiples of 8; "
-                "take 'auto'."
+                "backend='int8' has no gradient and, on a GPU, needs layers whose sizes are multiples of 8; "
+                "use 'auto'."
             )
         if works:
-            trits = self._kept(torch.int8, lambda: self.trits().T.contiguous())
+            trits = self._keep(torch.int8, lambda: self.trits().T.contiguous())
             return int8_linear(tokens, trits, self.weight_scale.squeeze(1), self.bias)
-        return F.linear(tokens, self._float(tokens.dtype), self.bias)
+        return F.linear(tokens, self._make_weight(tokens.dtype), self.bias)
 
     def float_module(self, dtype: torch.dtype) -> nn.Linear:
         rows, columns = self.shape
@@ -141,12 +148,12 @@ class TernaryLinear(TernaryModule):
 
 
 class TernaryEmbedding(TernaryModule):
-    """An embedding; only the rows that are looked up are unpacked, whatever the backend."""
+    """An embedding. With every backend, only the rows that are looked up are unpacked."""
 
     def __init__(self, module: nn.Embedding, config: TernaryConfig):
         super().__init__(module, config)
         self.padding, self.dtype = module.padding_idx, torch.float32
-        self.padding_idx = None  # the row that transformers sets to zeros on loading Chinese-CLIP, which is no trit
+        self.padding_idx = None  # or transformers would set this row to zero bytes when it loads Chinese-CLIP
 
     def ready(self, dtype: torch.dtype) -> None:
         super().ready(dtype)
@@ -158,9 +165,9 @@ class TernaryEmbedding(TernaryModule):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.flatten()
-        has_own = len(self.weight_scale) > 1
-        levels = F.embedding(flat, self.weight_scale) if has_own else self.weight_scale.expand(len(flat), 1)
-        packed = F.embedding(flat, self.weight)  # an index would take -1 for the last row
+        has_row_levels = len(self.weight_scale) > 1
+        levels = F.embedding(flat, self.weight_scale) if has_row_levels else self.weight_scale.expand(len(flat), 1)
+        packed = F.embedding(flat, self.weight)  # `self.weight[flat]` would accept -1 as the last row
         rows = dequantized(unpack(packed, self.columns, self.encoding), levels, self.dtype)
         return rows.view(*ids.shape, self.columns)
 
@@ -170,8 +177,8 @@ class TernaryEmbedding(TernaryModule):
 
 class TernaryConv2d(TernaryModule):
     """
-    A convolution, whose weight is float from `ready` on: transformers casts images to what it finds there. It is
-    small, and packed in the state dict.
+    A convolution. From `ready` on, its weight is float, since transformers casts images to the dtype of this weight.
+    The float weight is small. In the state dict, the weight is packed.
     """
 
     def __init__(self, module: nn.Conv2d, config: TernaryConfig):
@@ -209,13 +216,14 @@ class TernaryConv2d(TernaryModule):
         found, levels = len(errors), self.weight_scale.clone()
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if packed is not None:
-            if len(errors) > found:  # whoever catches the error has the old weight
+            if len(errors) > found:  # puts the old weight back, for code that catches the error
                 self.weight, self.weight_scale = packed.to(self.weight.device), levels
             self.ready(dtype)
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
-        if "packed" in self.__dict__ and not self.weight.is_meta:  # a cast and one back would leave a rounded weight
+        # Made anew from the trits: a cast to a smaller dtype and back would leave a rounded weight.
+        if "packed" in self.__dict__ and not self.weight.is_meta:
             self.weight = self.float_weight(self.weight.dtype)
         return self
 
@@ -229,8 +237,8 @@ def _check_levels(levels: torch.Tensor, trits: Callable[[], torch.Tensor]) -> No
     is_zero = levels == 0
     if is_zero.any() and (is_zero & trits().reshape(*levels.shape, -1).any(dim=-1)).any():
         raise ValueError(
-            "A level is zero, as if less than the smallest fp16 number, but not all of its trits are: the weights are "
-            "too small, or the file is corrupt."
+            "A level is zero (smaller than the smallest fp16 number), but not all of its trits are zero: the weights "
+            "are too small, or the file is corrupt."
         )
 
 

@@ -1,4 +1,4 @@
-"""A whole model, made ternary: weights replaced by what trits stand for, packed, or made float again."""
+"""Packs the weights of a whole model, selects the backend of a packed model, and measures its sparsity."""
 
 import copy
 import dataclasses
@@ -20,10 +20,10 @@ __all__ = ["pack_model", "set_backend", "sparsity", "ternary_modules"]
 
 def ternary_modules(model: nn.Module, config: TernaryConfig) -> list[str]:
     """
-    The names of the modules that `config` asks for.
+    Returns the names of the modules that `config` selects in a model.
 
     Raises:
-        ValueError: If there are none of a part.
+        ValueError: If the model has no modules of a part.
     """
     return config.modules or config.select(name for name, module in model.named_modules() if type(module) in TERNARY)
 
@@ -36,16 +36,16 @@ def pack_model(
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """
-    A copy of a model with packed ternary weights, which `save_pretrained` writes and `from_pretrained` loads.
+    Makes a copy of a model with packed ternary weights, which `save_pretrained` writes and `from_pretrained` loads.
 
     Args:
-        model: A float model; weights that are ternary already keep their trits if `levels` say theirs.
-        config: The options; `modules` are filled in.
-        levels: Learned levels `(rows, groups)` by module name, instead of those that the quantizer finds.
-        dtype: Of all that is not ternary.
+        model: A float model. Weights that are ternary already keep their trits if `levels` has their levels.
+        config: The options. Its `modules` are filled in.
+        levels: Learned levels `(rows, groups)` by module name. They replace those that the quantizer computes.
+        dtype: Dtype of everything that is not ternary.
 
     Raises:
-        ValueError: If the model is packed already, has nothing of a part, or has weights that are too large or too
+        ValueError: If the model is packed already, has no modules of a part, or has weights that are too large or too
             small for fp16.
     """
     check_float(model, "Packing")
@@ -69,23 +69,32 @@ def pack_model(
 
 
 def _check_finite(model: nn.Module, packed: nn.Module) -> None:
-    """Whether a cast left what is not ternary finite."""
+    """Raises a `ValueError` if the cast of float parameters has made finite values infinite."""
     before = dict(model.named_parameters())
     for name, parameter in packed.named_parameters():
         if before[name].isfinite().all() and not parameter.isfinite().all():
-            raise ValueError(f"{name} has values too large for {parameter.dtype}; keep the rest in float32.")
+            raise ValueError(
+                f"{name} has values too large for {parameter.dtype}; keep what is not ternary in float32."
+            )
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
     """
-    Says how a packed model's linear layers are run, all of them: `float`, exactly, with the float weights in memory;
-    `packed`, exactly, unpacked at every call; `int8`, with tokens rounded to 8 bits; or `auto`: `int8` where it is
-    possible (every row has one level, and no gradient is asked for) and expected to be faster (large layers, on CPUs
-    with AVX2), else `float`.
+    Selects how all linear layers of a packed model run:
+
+    - `float`: exactly; the float weights are kept in memory.
+    - `packed`: exactly; the weights are unpacked at every call.
+    - `int8`: with tokens rounded to 8 bits. Every row must have one level.
+    - `auto`: like `int8` where this is possible (every row has one level, and no gradient is needed) and expected to
+      be faster (large layers on CPUs with AVX2), otherwise like `float`.
+
+    Args:
+        model: The packed model.
+        backend: One of `BACKENDS`.
 
     Raises:
-        ValueError: If the backend is unknown, the model has nothing ternary, or its levels are those of blocks, of
-            which there is no `int8`.
+        ValueError: If the backend is unknown, the model has no ternary modules, or `int8` is selected but blocks have
+            levels of their own.
     """
     modules = [module for module in model.modules() if isinstance(module, TernaryModule)]
     if backend not in BACKENDS:
@@ -93,19 +102,19 @@ def set_backend(model: nn.Module, backend: str) -> None:
     if not modules:
         raise ValueError(f"A {type(model).__name__} without ternary modules has no backends; load a packed folder.")
     if backend == "int8" and any(module.weight_scale.shape[1] > 1 for module in modules):
-        raise ValueError("backend='int8' needs one level a row or tensor, not blocks; take 'float' or 'packed'.")
+        raise ValueError("backend='int8' needs one level per row or tensor, not blocks; use 'float' or 'packed'.")
     for module in modules:
         module.set_backend(backend)
 
 
 def sparsity(model: nn.Module) -> float:
     """
-    The share of zeros among a packed model's ternary weights.
+    Returns the share of zeros among the ternary weights of a packed model.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If the model has no ternary modules.
     """
     trits = [module.trits() for module in model.modules() if isinstance(module, TernaryModule)]
     if not trits:
         raise ValueError(f"A {type(model).__name__} without ternary modules has no trits; load a packed folder.")
-    return sum(int((one == 0).sum()) for one in trits) / sum(one.numel() for one in trits)
+    return sum(int((tensor == 0).sum()) for tensor in trits) / sum(tensor.numel() for tensor in trits)

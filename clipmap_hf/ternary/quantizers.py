@@ -1,4 +1,4 @@
-"""From float weights to -1, 0 and 1 times a level: thresholds, levels, and gradients that pass straight through."""
+"""Quantizes float weights to trits (-1, 0 and 1) and levels, with gradients that pass straight through."""
 
 from collections.abc import Callable
 
@@ -18,18 +18,19 @@ __all__ = [
     "twn",
 ]
 
-GRANULARITIES = ("tensor", "row", "block")  # what has a level of its own
-_TWN_THRESHOLD = 0.7  # of the mean magnitude, Li et al. 2016
+GRANULARITIES = ("tensor", "row", "block")  # the weights that share a level
+_TWN_THRESHOLD = 0.7  # as a share of the mean magnitude, Li et al. 2016
 
 Groups = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def absmean2(magnitudes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    TernaryCLIP's: what exceeds the mean magnitude becomes twice the mean; 57 % of Gaussian weights become zero.
+    Computes thresholds and levels as TernaryCLIP does: magnitudes above the mean become twice the mean. 57 % of
+    Gaussian weights become zero.
 
     Args:
-        magnitudes: Of weights, `(rows, groups, size)`.
+        magnitudes: Magnitudes of weights, `(rows, groups, size)`.
 
     Returns:
         The threshold and the level of each group, both `(rows, groups, 1)`.
@@ -39,15 +40,18 @@ def absmean2(magnitudes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def absmean(magnitudes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """BitNet b1.58's: what exceeds half the mean magnitude becomes the mean. Arguments as in `absmean2`."""
+    """
+    Computes thresholds and levels as BitNet b1.58 does: magnitudes above half the mean become the mean. Arguments as
+    in `absmean2`.
+    """
     mean = magnitudes.mean(dim=-1, keepdim=True)
     return mean / 2, mean
 
 
 def twn(magnitudes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Ternary weight networks': what exceeds 0.7 of the mean magnitude becomes the mean of what does, which is nearly the
-    least squared error. Arguments as in `absmean2`.
+    Computes thresholds and levels as ternary weight networks do: magnitudes above 0.7 of the mean become the mean of
+    these magnitudes. This nearly minimizes the squared error. Arguments as in `absmean2`.
     """
     threshold = _TWN_THRESHOLD * magnitudes.mean(dim=-1, keepdim=True)
     above = magnitudes > threshold
@@ -55,16 +59,17 @@ def twn(magnitudes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return threshold, level
 
 
-# `learned` starts as `twn`, and trains the levels.
+# `learned` starts with the levels of `twn` and trains them.
 QUANTIZERS: dict[str, Groups] = {"absmean": absmean, "absmean2": absmean2, "learned": twn, "twn": twn}
 
 
 def grouped(weight: torch.Tensor, granularity: str, block_size: int) -> torch.Tensor:
     """
-    A weight `(rows, …)` as `(rows, groups, size)`, where each group has a level of its own; a whole tensor is one row.
+    Reshapes a weight `(rows, …)` to `(rows, groups, size)`, where the weights of a group share a level. With the
+    granularity `tensor`, the whole weight is one row.
 
     Raises:
-        ValueError: If blocks do not divide rows.
+        ValueError: If a row does not consist of whole blocks.
     """
     if granularity == "tensor":
         return weight.reshape(1, 1, -1)
@@ -82,18 +87,18 @@ def ternarized(
     weight: torch.Tensor, quantizer: str, granularity: str, block_size: int, level: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The trits of a weight, and their levels as they are stored.
+    Quantizes a weight to trits and levels, in the dtypes in which they are stored.
 
     Args:
-        weight: `(rows, …)`.
+        weight: The weight, `(rows, …)`.
         quantizer: A key of `QUANTIZERS`.
         granularity: One of `GRANULARITIES`.
-        block_size: Weights in a block.
-        level: Levels `(rows, groups)` that were learned, instead of those that the quantizer finds.
+        block_size: Number of weights in a block.
+        level: Learned levels `(rows, groups)`. They replace those that the quantizer computes.
 
     Returns:
-        Trits as int8 in the shape of `weight`, and levels `(rows, groups)` in fp16; where a level is too small for
-        that, and so zero, its trits are too.
+        Trits, int8, in the shape of `weight`, and levels `(rows, groups)`, fp16. If a level is too small for fp16 and
+        becomes zero, its trits become zero too.
     """
     groups = grouped(weight, granularity, block_size)
     if level is None:
@@ -107,35 +112,39 @@ def ternarized(
 
 
 def dequantized(trits: torch.Tensor, level: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight that trits `(rows, …)` and levels `(rows, groups)`, or `(1, 1)`, stand for."""
+    """Computes a weight from its trits `(rows, …)` and levels `(rows, groups)` or `(1, 1)`."""
     return (trits.reshape(*level.shape, -1).to(dtype) * level[..., None].to(dtype)).view_as(trits)
 
 
 def straight_through(weight: torch.Tensor, quantizer: str, granularity: str, block_size: int) -> torch.Tensor:
-    """The ternary weight, exactly, whose gradient is taken for that of `weight`; arguments as in `ternarized`."""
+    """
+    Computes the ternary weight exactly. Its gradient passes to `weight` unchanged. Arguments as in `ternarized`.
+    """
     with torch.no_grad():
         value = dequantized(*ternarized(weight, quantizer, granularity, block_size), weight.dtype)
-    return _with_gradient_of(value, weight)
+    return _redirect_gradient(value, weight)
 
 
 def learned_ternary(weight: torch.Tensor, level: torch.Tensor, granularity: str, block_size: int) -> torch.Tensor:
     """
-    The ternary weight of learned levels, with the gradients of learned step sizes (LSQ, Esser et al. 2020): none for
-    weights beyond the level, and for levels that of the rounding error, divided by the root of a group's size.
+    Computes the ternary weight for learned levels, with the gradients of learned step sizes (LSQ, Esser et al. 2020).
+    A weight beyond its level gets no gradient. A level gets the gradient of the rounding error, divided by the square
+    root of its group's size.
 
     Args:
-        weight: `(rows, …)`.
-        level: `(rows, groups)`.
+        weight: The weight, `(rows, …)`.
+        level: The learned levels, `(rows, groups)`.
         granularity: One of `GRANULARITIES`.
-        block_size: Weights in a block.
+        block_size: Number of weights in a block.
     """
     groups = grouped(weight, granularity, block_size)
     level = level[..., None]  # (rows, groups, 1)
-    level = _with_gradient_of(level.detach(), level / groups.shape[-1] ** 0.5)
+    level = _redirect_gradient(level.detach(), level / groups.shape[-1] ** 0.5)
     share = (groups / level).clamp(-1, 1)
-    stored = _with_gradient_of(level.detach().half().to(level.dtype), level)
-    return (_with_gradient_of(share.detach().round(), share) * stored).view_as(weight)
+    stored = _redirect_gradient(level.detach().half().to(level.dtype), level)
+    return (_redirect_gradient(share.detach().round(), share) * stored).view_as(weight)
 
 
-def _with_gradient_of(value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    return value + (source - source.detach())  # what is added is exactly zero
+def _redirect_gradient(value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Returns `value`, whose gradient goes to `source`."""
+    return value + (source - source.detach())  # adds exactly zero

@@ -58,7 +58,7 @@ class RunArguments:
 
 @dataclass
 class StageArguments:
-    """The numbers of one training stage. Defaults: Tables 8 and 9 of the paper where they agree."""
+    """The numbers of a training stage. Defaults: Tables 8 and 9 of the paper where they agree."""
 
     epochs: float = field(
         default=1.0, metadata={"help": "Passes over the training data; ignored when `steps` is set."}

@@ -52,7 +52,7 @@ class Progress:
 
 class Checkpoints:
     """
-    The checkpoints of one run, of which the last two are kept.
+    The checkpoints of a run, of which the last two are kept.
 
     Args:
         folder: Where they lie.
@@ -76,7 +76,7 @@ class Checkpoints:
                 state = {"progress": asdict(progress), "config": self.config, "files": files}
                 (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")
         if is_main:
-            older = [one for one in self._paths() if one < path]  # later ones are damaged, or they would be in use
+            older = [other for other in self._paths() if other < path]  # later ones must be damaged
             for old in {*self._paths()} - {path, *older[1 - _KEPT :]}:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()

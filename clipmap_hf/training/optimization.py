@@ -1,4 +1,4 @@
-"""For how many steps AdamW goes, how fast at which, and what it decays."""
+"""AdamW: its number of steps, its learning rate at each step, and the parameters that it decays."""
 
 import math
 import re
@@ -45,7 +45,7 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[
 
 
 def adamw(module: torch.nn.Module, arguments: StageArguments) -> torch.optim.AdamW:
-    """The optimizer of a module's trainable parameters."""
+    """Makes the optimizer of a module's trainable parameters."""
     return torch.optim.AdamW(
         parameter_groups(module, arguments.weight_decay),
         lr=arguments.learning_rate,
@@ -72,7 +72,7 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
 
 
 def steps_or_share(number: float, steps: int) -> float:
-    """As many steps, or below 1 that share of all `steps`; not rounded."""
+    """Reads a number as steps, or below 1 as a share of `steps`; it is not rounded."""
     return number if number >= 1 else number * steps
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, with which clusters announce that they take a machine away: noticed, so that a run can end well."""
+"""Notices SIGTERM, by which clusters announce that they take a machine away, so that a run can end well."""
 
 import signal
 import threading
@@ -20,7 +20,7 @@ class Preempted(SystemExit):
 
 @contextmanager
 def watch_sigterm() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM sets instead of ending the process; outside the main thread, nothing does."""
+    """Yields an event that SIGTERM sets instead of ending the process; outside the main thread, nothing sets it."""
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -1,4 +1,4 @@
-"""What a stage needs to run under Accelerate's backends: DDP, FSDP on a copy of it in shards, DeepSpeed, or none."""
+"""Prepares a stage for Accelerate's backends: DDP, FSDP on a copy in shards, DeepSpeed, or none."""
 
 import copy
 
@@ -75,7 +75,7 @@ def can_step(chunks: torch.Tensor, accelerator: Accelerator) -> bool:
 
 
 def _copy_to_shard(stage: Stage, accelerator: Accelerator) -> Stage:
-    """What FSDP may cut into shards in place of `stage`, which stays whole."""
+    """Copies a stage for FSDP to cut into shards; the stage itself stays whole."""
     shared = getattr(stage, "_teachers", [])
     copied = copy.deepcopy(stage, {id(shared): shared})  # frozen teachers need no copy
     # FSDP takes no scalars. They stay out of it, and need nothing: every process has their whole gradient.

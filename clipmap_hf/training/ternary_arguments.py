@@ -1,4 +1,4 @@
-"""What recipes/ternarize.py can be told besides what distillation can."""
+"""The arguments of training ternary weights."""
 
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
@@ -46,8 +46,8 @@ class TernaryArguments(DistillationArguments):
             raise ValueError(f"ramp_steps={self.ramp_steps} must be at least 0.")
 
     def config(self) -> "TernaryConfig":
-        """Those of the arguments that are the model's."""
+        """The arguments that describe the model, as its config."""
         from clipmap_hf.ternary.config import TernaryConfig  # imports torch, for which `--help` must not wait
 
-        names = (one.name for one in fields(TernaryConfig) if hasattr(self, one.name))
+        names = (field.name for field in fields(TernaryConfig) if hasattr(self, field.name))
         return TernaryConfig(**{name: getattr(self, name) for name in names})

@@ -67,7 +67,7 @@ class Trainer:
         evaluate: Called in every process with the current `CLIPModel`, returns metrics; `mean_recall` decides what is
             best.
         save: Called in the main process with a folder and the last metrics: `output_dir` for the last state,
-            `output_dir/best` for the best evaluated one.
+            `output_dir/best` for the best evaluated state.
         max_bad_fraction: Share of bad rows above which training stops.
         name: Names the stage in logs.
         config: What else decides the result, as JSON values; a checkpoint of another `config` is refused.
@@ -198,7 +198,7 @@ class Trainer:
         return wrapped
 
     def _received(self, chunks: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-        """Counts the good and bad rows of all processes; this one's chunks on its device, none if one has too few."""
+        """Counts the rows of all processes. Returns this process's chunks, or none if any process has too few."""
         progress, device = self.progress, self.accelerator.device
         bad = sum((Counter(chunk.pop("bad_rows")) for chunk in chunks), Counter())
         chunks = [chunk for chunk in chunks if chunk]
@@ -209,7 +209,7 @@ class Trainer:
         if bad_rows:
             progress.bad_rows = dict(sum(gather_object([bad]), Counter(progress.bad_rows)))
         total = sum(progress.bad_rows.values())
-        if total > self.max_bad_fraction * max(total + progress.pairs, 1000):  # one in the first batch is no verdict
+        if total > self.max_bad_fraction * max(total + progress.pairs, 1000):  # a single bad row early is no verdict
             raise ValueError(
                 f"{total} of {total + progress.pairs} rows could not be used, more than max_bad_fraction="
                 f"{self.max_bad_fraction}: {progress.bad_rows}; the log names them. Mend the data, or raise the limit."

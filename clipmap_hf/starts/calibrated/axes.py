@@ -15,7 +15,7 @@ def residual_axes(read: torch.Tensor, size: int) -> torch.Tensor:
     scalar.
 
     Args:
-        read: Second moments of the LayerNorms' outputs, `(norms, width, width)`, the final one last.
+        read: Second moments of the LayerNorms' outputs, `(norms, width, width)`, the final LayerNorm's last.
         size: Of the student.
     """
     width = read.shape[-1]
@@ -31,7 +31,7 @@ def residual_axes(read: torch.Tensor, size: int) -> torch.Tensor:
 def stream_moment(read: torch.Tensor) -> torch.Tensor:
     """
     The second moment `(width, width)` of a tower's stream within the vectors of mean zero: the mean over its
-    LayerNorms, up to a factor, the final one weighing more.
+    LayerNorms, up to a factor, the final LayerNorm weighing more.
 
     Args:
         read: As in `residual_axes`.

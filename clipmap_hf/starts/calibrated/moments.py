@@ -1,4 +1,4 @@
-"""Sums over tokens from which linear layers are solved: as large as the layers, however many tokens there are."""
+"""Sums over tokens, from which linear layers are solved; their size does not depend on the number of tokens."""
 
 import torch
 
@@ -48,27 +48,27 @@ class Moments:
         self.input_target += weighted.T @ targets
 
     def sum_over_processes(self) -> None:
-        """Takes the tokens of all processes together."""
+        """Adds the sums of all processes."""
         sum_over_processes([self.weight, self.input, self.target, self.input_input, self.input_target])
 
     @property
     def mean(self) -> torch.Tensor:
-        """Of the inputs, `(inputs,)`."""
+        """The inputs' mean, `(inputs,)`."""
         return self.input / self.weight
 
     @property
     def second_moment(self) -> torch.Tensor:
-        """Of the inputs, `(inputs, inputs)`; the mean is not taken away."""
+        """The inputs' second moment, `(inputs, inputs)`; the mean is not subtracted."""
         return self.input_input / self.weight
 
     @property
     def covariance(self) -> torch.Tensor:
-        """Of the inputs, `(inputs, inputs)`."""
+        """The inputs' covariance, `(inputs, inputs)`."""
         return self.second_moment - torch.outer(self.mean, self.mean)
 
     @property
     def variance(self) -> torch.Tensor:
-        """Of the inputs, `(inputs,)`."""
+        """The inputs' variance, `(inputs,)`."""
         squares = self.input_input if self.diagonal else self.input_input.diagonal()
         return squares / self.weight - self.mean**2
 

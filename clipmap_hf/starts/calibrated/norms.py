@@ -1,4 +1,4 @@
-"""LayerNorms and biases of a mapped student, set so that its streams have the scale and mean of the teacher's."""
+"""Sets LayerNorms and biases of a mapped student, so that its streams have the scale and mean of the teacher's."""
 
 from collections.abc import Mapping
 
@@ -31,18 +31,18 @@ def set_gains_and_shifts(
         operators: As `calibrated_operators` gives them.
         layers: The teacher's layers that the student's stand for, by tower.
     """
-    for name, of_tower in statistics.items():
+    for name, found in statistics.items():
         big, small, residual = Tower(teacher, name), Tower(student, name), operators[f"{name}_residual"]
-        gains = [_gain(residual, moment) for moment in of_tower.read]
+        gains = [_gain(residual, moment) for moment in found.read]
         for index, layer in zip(layers[name], small.layers, strict=True):
             source = big.layers[index]
             layer.layer_norm1.weight.fill_(gains[2 * index])
             layer.layer_norm2.weight.fill_(gains[2 * index + 1])
             for space, own, writer, moments in (
-                ("value", layer.self_attn.out_proj, source.self_attn.out_proj, of_tower.attended[index]),
-                ("ffn", layer.mlp.fc2, source.mlp.fc2, of_tower.activated[index]),
+                ("value", layer.self_attn.out_proj, source.self_attn.out_proj, found.attended[index]),
+                ("ffn", layer.mlp.fc2, source.mlp.fc2, found.activated[index]),
             ):
-                kept, lift = (operators[f"{name}_{one}"][index] for one in (space, f"{space}_in"))
+                kept, lift = (operators[f"{name}_{side}"][index] for side in (space, f"{space}_in"))
                 lost = moments.mean.float() - lift.T @ (kept @ moments.mean.float())
                 own.bias += residual @ (writer.weight @ lost)
         small.final_norm.weight.fill_(gains[-1])
@@ -74,6 +74,6 @@ def set_pre_layrnorm(
 
 
 def _gain(residual: torch.Tensor, moment: torch.Tensor) -> float:
-    """Length of a mapped LayerNorm output to that of the mapped stream's own."""
+    """Divides the length of a mapped LayerNorm output by the length of the mapped stream's own."""
     residual = residual.double()
     return float((torch.einsum("sb,bc,sc->", residual, moment, residual) / len(residual)).sqrt())

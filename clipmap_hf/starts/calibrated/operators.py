@@ -40,24 +40,24 @@ def calibrated_operators(
         The operators by name, `(small, big)` or `(layers, small, big)`.
     """
     operators = {}
-    for name, of_tower in statistics.items():
+    for name, found in statistics.items():
         tower, size = Tower(teacher, name), getattr(student, f"{name}_config")
-        residual = residual_axes(of_tower.read, size.hidden_size)
-        heads = strongest(of_tower.head_energy, size.num_attention_heads)
+        residual = residual_axes(found.read, size.hidden_size)
+        heads = strongest(found.head_energy, size.num_attention_heads)
         heads = head_channels(heads, size.hidden_size // size.num_attention_heads)  # (layers, hidden_size)
-        neurons = strongest(of_tower.neuron_energy, size.intermediate_size)  # (layers, intermediate_size)
+        neurons = strongest(found.neuron_energy, size.intermediate_size)  # (layers, intermediate_size)
         operators[f"{name}_residual"] = residual
         if name == "vision":
             embedding = residual * tower.model.pre_layrnorm.weight
             operators["vision_patch"] = embedding - embedding.mean(dim=1, keepdim=True)
         for space in ("query", "key", "value"):
             operators[f"{name}_{space}"] = selection(heads, tower.config.hidden_size)
-        operators[f"{name}_value_in"] = _lifts(of_tower.attended, heads)
+        operators[f"{name}_value_in"] = _lifts(found.attended, heads)
         operators[f"{name}_ffn"] = selection(neurons, tower.config.intermediate_size)
-        alone = of_tower.activated[0].diagonal
-        operators[f"{name}_ffn_in"] = operators[f"{name}_ffn"] if alone else _lifts(of_tower.activated, neurons)
+        alone = found.activated[0].diagonal
+        operators[f"{name}_ffn_in"] = operators[f"{name}_ffn"] if alone else _lifts(found.activated, neurons)
     if student.projection_dim < teacher.config.projection_dim:
-        moment = sum(of_tower.embeds for of_tower in statistics.values())
+        moment = sum(found.embeds for found in statistics.values())
         operators["embed"] = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : student.projection_dim].T.float()
     return operators
 
@@ -65,8 +65,8 @@ def calibrated_operators(
 def _lifts(moments: list[Moments], kept: torch.Tensor) -> torch.Tensor:
     """For each layer the transposed least-squares map from the kept entries to all, `(layers, small, big)`."""
     lifts = []
-    for one, indices in zip(moments, kept, strict=True):
-        rows = one.covariance[indices]  # (small, big)
+    for inputs, indices in zip(moments, kept, strict=True):
+        rows = inputs.covariance[indices]  # (small, big)
         among = rows[:, indices]
         damping = _RIDGE * among.diagonal().mean() * torch.eye(len(among), dtype=among.dtype, device=among.device)
         lifts.append(torch.linalg.solve(among + damping, rows).float())

@@ -1,4 +1,4 @@
-"""Sequential refit: a student's layers solved in order, each from what its own, already smaller, past gives it."""
+"""Sequential refit: a student's layers are solved front to back, each on the stream that the layers before leave."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -23,7 +23,7 @@ __all__ = ["refit"]
 Batch = Mapping[str, torch.Tensor]
 
 _RIDGE = 1e-3
-_PROJECTION_RIDGE = 1e-2  # larger, for one token of each pair has to speak for it
+_PROJECTION_RIDGE = 1e-2  # larger, for only one token of each pair reaches the projection
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def refit(
     4. `fc2` is solved for the mapped stream behind the segment.
 
     Last, the projection is solved for the teacher's normalized embeddings. Gradient descent then repairs what solving
-    one layer after another cannot. No activations are kept but the streams that the towers begin with and those of the
+    layers one by one cannot. No activations are kept but the streams that the towers begin with and those of the
     current segment, in memory or in temporary files; several processes share the pairs.
 
     Args:
@@ -77,7 +77,7 @@ Examples = Iterable[tuple[Streams, torch.Tensor, torch.Tensor]]  # inputs and ta
 
 
 class _TowerRefit:
-    """A tower, as far as it is refitted."""
+    """A tower of the student, and how far its refit has come."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class _TowerRefit:
         self, layer: nn.Module, heads: Mapping[int, torch.Tensor], lifts: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
         attention = layer.self_attn
-        channels = {index: head_channels(of_layer, attention.head_dim) for index, of_layer in heads.items()}
+        channels = {index: head_channels(kept, attention.head_dim) for index, kept in heads.items()}
         for name in ("q_proj", "k_proj", "v_proj"):
             sources = {index: getattr(self.teacher.layers[index].self_attn, name) for index in heads}
             _set(getattr(attention, name), _reading(lifts, sources, channels))
@@ -249,5 +249,5 @@ def _strongest_of(energy: torch.Tensor, segment: range, count: int) -> dict[int,
     """The most energetic entries of a segment's layers together, by layer, where a layer has any; ascending."""
     size = energy.shape[1]
     kept = strongest(energy[segment.start : segment.stop].flatten(), count)
-    of_layers = {index: kept[kept // size == index - segment.start] % size for index in segment}
-    return {index: entries for index, entries in of_layers.items() if len(entries)}
+    by_layer = {index: kept[kept // size == index - segment.start] % size for index in segment}
+    return {index: entries for index, entries in by_layer.items() if len(entries)}

@@ -1,4 +1,4 @@
-"""What a teacher's activations are like: sums over calibration pairs, as large as the model, however many pairs."""
+"""Statistics of a teacher's activations over calibration pairs; their size does not depend on the number of pairs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ POOLED_WEIGHT = 16.0  # of the token that becomes the embedding, to the 1 of all
 @dataclass
 class TowerStatistics:
     """
-    What calibration measures in one tower with `layers` layers of width `hidden_size`.
+    What calibration measures in a tower with `layers` layers of width `hidden_size`.
 
     Args:
         read: Second moments of what LayerNorms give before scale and shift, `(2 layers + 1, hidden_size,
@@ -90,7 +90,7 @@ def token_weights(tower: Tower, batch: Mapping[str, torch.Tensor], stream: torch
 
 
 class _TowerSums:
-    """The running sums of one tower."""
+    """The running sums of a tower."""
 
     def __init__(self, tower: Tower, neuron_covariance: bool):
         self.tower, config, layers = tower, tower.config, range(len(tower.layers))
@@ -127,22 +127,22 @@ class _TowerSums:
         self.embeds.add(F.normalize(tower.embeds(stream, tower.ends(batch)), dim=-1))
 
     def statistics(self) -> TowerStatistics:
-        for one in (*self.read, self.embedded, self.embeds, *self.attended, *self.activated):
-            one.sum_over_processes()
+        for moments in (*self.read, self.embedded, self.embeds, *self.attended, *self.activated):
+            moments.sum_over_processes()
         sum_over_processes([self.cosines])
         if not self.read[-1].weight > 0:
             raise ValueError("There are no pairs to calibrate with.")
         layers, heads = self.tower.layers, self.tower.config.num_attention_heads
         head_energy = [
-            _head_energy(layer.self_attn.out_proj.weight, one.covariance, heads)
-            for layer, one in zip(layers, self.attended, strict=True)
+            _head_energy(layer.self_attn.out_proj.weight, moments.covariance, heads)
+            for layer, moments in zip(layers, self.attended, strict=True)
         ]
         neuron_energy = [
-            one.variance * layer.mlp.fc2.weight.double().square().sum(dim=0)
-            for layer, one in zip(layers, self.activated, strict=True)
+            moments.variance * layer.mlp.fc2.weight.double().square().sum(dim=0)
+            for layer, moments in zip(layers, self.activated, strict=True)
         ]
         return TowerStatistics(
-            read=torch.stack([one.second_moment for one in self.read]),
+            read=torch.stack([moments.second_moment for moments in self.read]),
             embedded=self.embedded.second_moment,
             embeds=self.embeds.second_moment,
             attended=self.attended,

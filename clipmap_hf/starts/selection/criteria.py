@@ -50,7 +50,7 @@ def taylor(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Sco
         seed: Not used.
     """
     model = teacher.eval()
-    # Copies of the parameters' handles, as those of a frozen teacher take no gradient.
+    # Detached, because the parameters of a teacher may not ask for gradients.
     weights = {name: parameter.detach().requires_grad_() for name, parameter in model.named_parameters()}
     gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for batch in batches:
@@ -83,7 +83,7 @@ def part_sums(teacher: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> S
             if space is not None:
                 others = [other for other in range(len(spec.rule.axes)) if other != axis]
                 sums[spec.tower, spec.layer, space] += value.sum(dim=others) if others else value
-    embed = sum(one.abs() for (_, _, space), one in sums.items() if space in ("embed", "embed.in"))
+    embed = sum(total.abs() for (_, _, space), total in sums.items() if space in ("embed", "embed.in"))
     return Scores(*(_tower_sums(teacher, name, sums) for name in ("vision", "text")), embed=embed)
 
 
@@ -91,24 +91,25 @@ def _tower_sums(teacher: PreTrainedModel, tower: str, sums: Mapping[tuple, torch
     config = getattr(teacher.config, f"{tower}_config")
     width = config.hidden_size // config.num_attention_heads
 
-    def of_layer(layer: int | None, *spaces: str) -> list[torch.Tensor]:
+    def in_layer(layer: int | None, *spaces: str) -> list[torch.Tensor]:
         return [
-            one for (where, index, space), one in sums.items() if (where, index) == (tower, layer) and space in spaces
+            total
+            for (where, index, space), total in sums.items()
+            if (where, index) == (tower, layer) and space in spaces
         ]
 
     def by_head(found: list[torch.Tensor]) -> torch.Tensor:
-        return sum(one.unflatten(0, (-1, width)).sum(dim=1).abs() for one in found)
+        return sum(total.unflatten(0, (-1, width)).sum(dim=1).abs() for total in found)
 
     layers = range(config.num_hidden_layers)
-    of_heads = [of_layer(index, "query", "key", "value", "value.in") for index in layers]
-    heads = torch.stack([by_head(found) for found in of_heads])
-    neurons = torch.stack([sum(one.abs() for one in of_layer(index, "ffn", "ffn.in")) for index in layers])
+    heads = torch.stack([by_head(in_layer(index, "query", "key", "value", "value.in")) for index in layers])
+    neurons = torch.stack([sum(total.abs() for total in in_layer(index, "ffn", "ffn.in")) for index in layers])
     stream = ("residual", "residual.in", "patch")
-    channels = sum(one.abs() for (where, _, space), one in sums.items() if where == tower and space in stream)
+    channels = sum(total.abs() for (where, _, space), total in sums.items() if where == tower and space in stream)
     scores = TowerScores(channels, heads, neurons, heads.sum(dim=1) + neurons.sum(dim=1))
-    if pool := of_layer(None, "pool", "pool.in"):
+    if pool := in_layer(None, "pool", "pool.in"):
         scores.pool_heads = by_head(pool)
-        scores.pool_neurons = sum(one.abs() for one in of_layer(None, "pool_ffn", "pool_ffn.in"))
+        scores.pool_neurons = sum(total.abs() for total in in_layer(None, "pool_ffn", "pool_ffn.in"))
     return scores
 
 
@@ -121,9 +122,9 @@ def _scores_like(teacher: PreTrainedModel, scores_of: Callable[[int], torch.Tens
             torch.stack([scores_of(size) for _ in layers])
             for size in (config.num_attention_heads, config.intermediate_size)
         )
-        of_tower = TowerScores(scores_of(config.hidden_size), heads, neurons, scores_of(len(layers)))
+        scores = TowerScores(scores_of(config.hidden_size), heads, neurons, scores_of(len(layers)))
         if name == "vision" and "pool" in family_for(teacher.config).spaces:
-            of_tower.pool_heads = scores_of(config.num_attention_heads)
-            of_tower.pool_neurons = scores_of(config.intermediate_size)
-        towers.append(of_tower)
+            scores.pool_heads = scores_of(config.num_attention_heads)
+            scores.pool_neurons = scores_of(config.intermediate_size)
+        towers.append(scores)
     return Scores(*towers, embed=scores_of(embedding_width(teacher.config)))

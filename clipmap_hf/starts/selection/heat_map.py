@@ -15,22 +15,22 @@ _SHADES = " ░▒▓█"
 
 def errors_to_dict(errors: Mapping[str, PruningErrors]) -> dict[str, dict[str, Any]]:
     """The errors of each tower as JSON values: `{"vision": {"heads": [[…]], "groups": [[…]], "layers": […]}, …}`."""
-    return {name: {part: tensor.tolist() for part, tensor in vars(one).items()} for name, one in errors.items()}
+    return {name: {part: tensor.tolist() for part, tensor in vars(found).items()} for name, found in errors.items()}
 
 
 def heat_map(errors: Mapping[str, PruningErrors]) -> str:
     """
-    The errors as text: a line for each layer, with what mean recall loses without each of its heads, without each
+    Renders the errors as text: a line for each layer, with what mean recall loses without each of its heads, each
     group of its neurons (the most important first) and without all of it, in percent points. The darker, the more, on
     one scale for heads and groups and another for layers.
 
     Args:
         errors: Of each tower, as `pruning_errors` gives them.
     """
-    return "\n\n".join(f"{name}\n{_of_tower(one)}" for name, one in errors.items())
+    return "\n\n".join(f"{name}\n{_table(found)}" for name, found in errors.items())
 
 
-def _of_tower(errors: PruningErrors) -> str:
+def _table(errors: PruningErrors) -> str:
     modules = torch.cat([errors.heads, errors.groups], dim=1)
     names = [f"head {index}" for index in range(errors.heads.shape[1])]
     names += [f"group {index}" for index in range(errors.groups.shape[1])]

@@ -23,7 +23,7 @@ GROUPS = 8  # of the neurons of a layer, which are left out together
 @dataclass
 class PruningErrors:
     """
-    What the mean recall@1, 5 and 10 of both ways loses without one module of a tower.
+    What the mean of recall@1, 5 and 10 in both directions loses without a module of a tower.
 
     Args:
         heads: `(layers, heads)`.
@@ -113,7 +113,7 @@ def pruning_errors(
 
 
 class _PrunedTower:
-    """A tower that goes through its layers once, and embeds all pairs without each module of the current one."""
+    """Goes through a tower's layers once, and embeds all pairs without each module of the current layer in turn."""
 
     def __init__(self, tower: Tower, batches: list[Batch]):
         self.tower, self.batches = tower, batches
@@ -127,15 +127,15 @@ class _PrunedTower:
         head_of = torch.arange(heads, device=tower.device).repeat_interleave(layer.self_attn.head_dim)
         for head in range(heads):
             kept = (head_of != head).float()
-            middles = (x + out_proj(one * kept) for x, one in zip(self.streams, attended, strict=True))
+            middles = (x + out_proj(heads_out * kept) for x, heads_out in zip(self.streams, attended, strict=True))
             yield self.embeds((tower.behind(layer, middle) for middle in middles), behind)
-        middles = [x + out_proj(one) for x, one in zip(self.streams, attended, strict=True)]
+        middles = [x + out_proj(heads_out) for x, heads_out in zip(self.streams, attended, strict=True)]
         activated = [tower.activated(layer, middle) for middle in middles]
         for group in range(GROUPS):
             kept = (groups != group).float()
-            yield self.embeds((x + fc2(one * kept) for x, one in zip(middles, activated, strict=True)), behind)
+            yield self.embeds((x + fc2(neurons * kept) for x, neurons in zip(middles, activated, strict=True)), behind)
         yield self.embeds(self.streams, behind)
-        self.streams = [x + fc2(one) for x, one in zip(middles, activated, strict=True)]
+        self.streams = [x + fc2(neurons) for x, neurons in zip(middles, activated, strict=True)]
         self.index += 1
 
     def embeds(self, streams: Iterable[torch.Tensor], index: int) -> torch.Tensor:

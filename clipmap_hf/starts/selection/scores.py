@@ -15,7 +15,7 @@ __all__ = ["Scores", "TowerScores", "head_channels", "keep", "selection", "stron
 @dataclass
 class TowerScores:
     """
-    Scores of one tower's parts; what counts more has a higher one. Only parts of a kind are compared: channels with
+    Scores of a tower's parts; what counts more has a higher score. Only parts of a kind are compared: channels with
     channels, heads and neurons with those of their layer, layers with layers.
 
     Args:
@@ -65,17 +65,17 @@ def keep(scores: Scores, teacher: PretrainedConfig, student: PretrainedConfig) -
     """
     operators = {}
     for name in cut_towers(teacher, student):
-        of_tower, big, small = getattr(scores, name), *(getattr(one, f"{name}_config") for one in (teacher, student))
-        operators[f"{name}_residual"] = selection(strongest(of_tower.channels, small.hidden_size), big.hidden_size)
+        found, (big, small) = getattr(scores, name), (getattr(model, f"{name}_config") for model in (teacher, student))
+        operators[f"{name}_residual"] = selection(strongest(found.channels, small.hidden_size), big.hidden_size)
         width = big.hidden_size // big.num_attention_heads
-        channels = head_channels(strongest(of_tower.heads, small.num_attention_heads), width)
+        channels = head_channels(strongest(found.heads, small.num_attention_heads), width)
         heads = selection(channels, big.hidden_size)
-        neurons = selection(strongest(of_tower.neurons, small.intermediate_size), big.intermediate_size)
+        neurons = selection(strongest(found.neurons, small.intermediate_size), big.intermediate_size)
         operators |= {f"{name}_{space}": heads for space in ("query", "key", "value")}
         operators |= {f"{name}_{space}": neurons for space in ("ffn", "ffn_in")}
-        if of_tower.pool_heads is not None:
-            heads = head_channels(strongest(of_tower.pool_heads, small.num_attention_heads), width)
-            neurons = strongest(of_tower.pool_neurons, small.intermediate_size)
+        if found.pool_heads is not None:
+            heads = head_channels(strongest(found.pool_heads, small.num_attention_heads), width)
+            neurons = strongest(found.pool_neurons, small.intermediate_size)
             operators[f"{name}_pool"] = selection(heads, big.hidden_size)
             operators[f"{name}_pool_ffn"] = selection(neurons, big.intermediate_size)
     if (embeds := embedding_width(student)) < embedding_width(teacher):

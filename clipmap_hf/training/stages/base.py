@@ -50,11 +50,11 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     def student(self) -> nn.Module:
-        """The `CLIPModel` as it stands, to evaluate."""
+        """Returns the `CLIPModel` as it stands, to evaluate."""
         return self.trained
 
     def export(self) -> nn.Module:
-        """The model as it stands, to write."""
+        """Returns the model as it stands, to write."""
         return self.student()
 
     def after_step(self) -> None:
@@ -66,7 +66,7 @@ class Stage(nn.Module):
         self._encode = torch.compile(encode_chunk)
 
     def _student_model(self, chunks: Sequence[Batch]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-        """The module that encodes these chunks, and weights for it that take the place of its own."""
+        """Returns the module that encodes these chunks, and weights that take the place of its own."""
         return self.trained, {}
 
     def _student_features(self, chunks: Sequence[Batch]) -> ClipFeatures:
@@ -78,7 +78,7 @@ class Stage(nn.Module):
         return joined_features(embeds, *logit_parameters(self.trained))
 
     def _encoded(self, model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, ...]:
-        """What the loss reads of a chunk, in rows that are pairs: the first fields of `ClipFeatures`."""
+        """Encodes a chunk to what the loss reads, in rows that are pairs: the first fields of `ClipFeatures`."""
         return self._encode(model, weights, chunk)[:2]
 
 
@@ -100,6 +100,6 @@ def encode_chunk(
 def joined_features(
     chunks: Sequence[tuple[torch.Tensor, ...]], logit_scale: torch.Tensor, logit_bias: torch.Tensor | None = None
 ) -> ClipFeatures:
-    """What was read of chunks put together, of all processes."""
+    """Joins what was read of all chunks and processes."""
     images, texts, *errors = (gather(torch.cat(pieces)) for pieces in zip(*chunks, strict=True))
     return ClipFeatures(images, texts, logit_scale.float().exp(), *errors, logit_bias=logit_bias)

@@ -94,13 +94,13 @@ class DistillationStage(Stage):
 
     @torch.no_grad()
     def _taught(self, chunks: Sequence[Batch]) -> list[Batch]:
-        """Chunks with what their teachers make of them; streams only of a single one, as many are too large."""
+        """Adds to chunks what the teachers embed; streams are added to a single chunk only, for many are too large."""
         taught = list(chunks)
         for index, chunk in enumerate(chunks):
             if self._teachers and "teacher_embeds" not in chunk:
                 found = [encode_chunk(teacher, {}, chunk, "hidden" in self.losses) for teacher in self._teachers]
                 streams = {"teacher_streams": found[0][2]} if len(chunks) == 1 else {}
-                taught[index] = {**chunk, **streams, "teacher_embeds": [one[:2] for one in found]}
+                taught[index] = {**chunk, **streams, "teacher_embeds": [embeds[:2] for embeds in found]}
         return taught
 
     def _teacher_features(self, chunks: Sequence[Batch]) -> list[ClipFeatures]:
@@ -108,8 +108,8 @@ class DistillationStage(Stage):
             [(images.float(), texts.float()) for images, texts in chunk.get("teacher_embeds", ())] for chunk in chunks
         ]
         return [
-            joined_features(of_teacher, torch.tensor(self.initial_logit_scale, device=of_teacher[0][0].device))
-            for of_teacher in zip(*embeds, strict=True)
+            joined_features(found, torch.tensor(self.initial_logit_scale, device=found[0][0].device))
+            for found in zip(*embeds, strict=True)
         ]
 
     def _encoded(self, model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, ...]:
@@ -120,7 +120,7 @@ class DistillationStage(Stage):
             with torch.no_grad():
                 theirs = encode_chunk(self._teachers[0], {}, chunk, True)[2]
         errors = [
-            hidden_errors([self.stream_projectors[name](one) for one in streams[name]], theirs[name], counts)
+            hidden_errors([self.stream_projectors[name](stream) for stream in streams[name]], theirs[name], counts)
             for name, counts in (("vision", None), ("text", chunk["attention_mask"]))
         ]
         return images, texts, sum(errors)

@@ -55,6 +55,6 @@ def learn_bias(model: nn.Module, losses: Mapping[str, float], first: float | Non
             bias.data.fill_(first)
     elif "sigmoid" in losses:
         raise ValueError(
-            "The sigmoid loss learns a logit bias, which models of type 'siglip' have and this one has not; take the "
+            "The sigmoid loss learns a logit bias, which models of type 'siglip' have and this model lacks; take the "
             "contrastive loss."
         )

@@ -30,7 +30,7 @@ class EmbeddingProjector(nn.Module):
 
     def forward(self, student: ClipFeatures) -> ClipFeatures:
         embeds = self.image(student.image_embeds), self.text(student.text_embeds)
-        return ClipFeatures(*(F.normalize(one.float(), dim=-1) for one in embeds), student.logit_scale)
+        return ClipFeatures(*(F.normalize(found.float(), dim=-1) for found in embeds), student.logit_scale)
 
 
 def stream_projectors(student: PretrainedConfig, teacher: PretrainedConfig) -> nn.ModuleDict:
