@@ -593,7 +593,7 @@ def test_a_missing_option_is_an_error_that_names_it(start):
     assert "--student_model" in result.stderr and "--output_dir" in result.stderr
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.py")))
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("[a-z]*.py")))
 def test_help_is_instant_and_complete(recipe):
     """It waits for neither torch nor datasets."""
     code = (

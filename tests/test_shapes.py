@@ -13,8 +13,8 @@ from clipmap_hf.costs.cost import model_cost
 from clipmap_hf.models.towers import Tower
 from clipmap_hf.shapes import choice as choice_module
 from clipmap_hf.shapes import choose_shape, kept_energy, latency
-from clipmap_hf.shapes.energy import kept_of_tower
-from clipmap_hf.shapes.grid import COUNTED, Shape, TowerGrid, counted_costs, grid_of, of_depths, shaped
+from clipmap_hf.shapes.energy import tower_kept_energy
+from clipmap_hf.shapes.grid import COUNTED, Shape, TowerGrid, counted_costs, extend_to_depths, grid_of, with_shape
 from clipmap_hf.shapes.latency import latency_costs, measured_latency
 from clipmap_hf.starts.calibrated.axes import residual_axes
 from clipmap_hf.starts.calibrated.batches import calibration_batch
@@ -81,7 +81,7 @@ def test_costs_of_both_towers_add_up_to_those_of_the_model(teacher, config, meas
     for shape in (Shape(16, 1, 16, 2), Shape(48, 4, 32, 2), Shape(64, 3, 48, 2)):
         vision = costs["vision"][grid["vision"].widths.index(shape[0]), shape[1] - 1]
         text = costs["text"][grid["text"].widths.index(shape[2]), grid["text"].depths.index(shape[3])]
-        assert vision + text == cost_of(teacher, shaped(config, shape), measure)
+        assert vision + text == cost_of(teacher, with_shape(config, shape), measure)
 
 
 def test_costs_of_a_teacher_of_one_layer_add_up(tiny_config):
@@ -129,7 +129,7 @@ def test_sizes_and_options_that_are_given_stay(teacher):
     given = ClipMapConfig(TowerConfig(intermediate_size=64), TowerConfig(48, num_hidden_layers=2), refit_steps=7)
     config = ClipMapConfig(given.vision, given.text, budget={"params": 100_000}, refit_steps=7)
     chosen = choose_shape(teacher, config)
-    assert chosen.config == shaped(given, shape_of(chosen.config))
+    assert chosen.config == with_shape(given, shape_of(chosen.config))
     assert chosen.config.text == given.text and chosen.config.vision.intermediate_size == 64
 
 
@@ -141,7 +141,7 @@ def test_a_budget_that_the_teacher_meets_leaves_nothing_to_compress(teacher):
 
 
 def test_a_budget_that_cannot_be_met_says_what_the_smallest_shape_costs(teacher):
-    smallest = cost_of(teacher, shaped(ClipMapConfig(), Shape(16, 1, 16, 1)), "params")
+    smallest = cost_of(teacher, with_shape(ClipMapConfig(), Shape(16, 1, 16, 1)), "params")
     with pytest.raises(ValueError, match=rf"vision 16 × 1 and text 16 × 1 .* has params={smallest:,}\. Allow more"):
         choose_shape(teacher, ClipMapConfig(budget={"params": smallest - 1}))
     chosen = choose_shape(teacher, ClipMapConfig(budget={"params": smallest}))
@@ -207,7 +207,7 @@ def test_what_is_kept_is_the_formula(tiny_teacher, tiny_batch):
         guess = covariance[:, kept] @ torch.linalg.solve(covariance[kept][:, kept], covariance[kept])
         explained = (written @ guess @ written.T).trace() / (written @ covariance @ written.T).trace()
         lost += statistics.changed[index] * (1 if index == dropped else 1 - explained)
-    actual = kept_of_tower(statistics, tower)[heads - 1, layers - 1]
+    actual = tower_kept_energy(statistics, tower)[heads - 1, layers - 1]
     torch.testing.assert_close(actual, torch.exp(-lost), rtol=1e-4, atol=0)
 
 
@@ -221,7 +221,7 @@ def test_batches_that_cannot_be_read_again_are_an_error(tiny_teacher, tiny_batch
 
 def test_costs_by_depth_are_a_line():
     expected = torch.tensor([[1.0, 3.0, 5.0], [2.0, 3.0, 4.0]], dtype=torch.float64)
-    torch.testing.assert_close(of_depths([1, 2], [3, 3], [1, 2, 3]), expected, rtol=0, atol=0)
+    torch.testing.assert_close(extend_to_depths([1, 2], [3, 3], [1, 2, 3]), expected, rtol=0, atol=0)
 
 
 @pytest.fixture

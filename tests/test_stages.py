@@ -273,9 +273,9 @@ def test_the_hidden_loss_needs_teachers_of_the_same_patches(student, tiny_config
         ({"affinity": -0.1, "contrastive": 1.0}, "weights of at least 0"),
         ({"affinity": math.nan}, "weights of at least 0"),
         ({"affinity": math.inf}, "weights of at least 0"),
-        ({"affinity": 0.0}, "and one above it"),
+        ({"affinity": 0.0}, "and some weight above 0"),
         ({"affinity": 0.0, "hidden": 1.0}, "would not train the projections"),
-        ({}, "and one above it"),
+        ({}, "and some weight above 0"),
     ],
 )
 def test_losses_that_make_no_sum_are_an_error(build, losses, message):

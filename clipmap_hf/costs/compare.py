@@ -140,7 +140,7 @@ def _name_models(models: Sequence[str]) -> list[str]:
     short = [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
     names = short if len(set(short)) == len(short) else list(models)
     if len(set(names)) < len(names):
-        raise ValueError(f"A model is named twice in {names}; name each once.")
+        raise ValueError(f"A model is named twice in {names}; name each model once.")
     return names
 
 

@@ -97,7 +97,7 @@ def _main_columns(rows: Rows) -> list[list[str]]:
     recalls = [row.recall for row in measured]
     files = scaled_column([row.file_bytes for row in measured], "MK")
     pairs = [
-        [f"pairs/s at batch {size}", *(_pairs_cell(rows, row, size) for row in measured)]
+        [f"pairs/s at batch {size}", *(_format_rate(rows, row, size) for row in measured)]
         for size in _batch_sizes(rows)
     ]
     return [
@@ -112,7 +112,7 @@ def _main_columns(rows: Rows) -> list[list[str]]:
     ]
 
 
-def _pairs_cell(rows: Rows, row: Measured, size: int) -> str:
+def _format_rate(rows: Rows, row: Measured, size: int) -> str:
     """Formats a model's pairs per second, and their ratio to those of the first model."""
     pairs = size * 1000 / spread(row.pair_milliseconds(size)).median
     return f"{pairs:,.1f} ({_speedup(rows, row, size).median:.2f}×)"

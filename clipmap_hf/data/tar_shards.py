@@ -69,11 +69,10 @@ def tar_pairs(
         files: Paths of the tars.
         image_column: Extension of the images.
         caption_columns: Extensions of the captions.
-        streaming: Whether to read the tars anew each time, with a shard per file, instead of copying them to the
-            cache.
+        streaming: Whether to read the tars in every pass, with a shard per file, instead of copying them to the cache.
 
     Raises:
-        ValueError: If no tar holds a row, or none of the first rows has one of the columns.
+        ValueError: If no tar holds a row, or a column is missing in all of the first rows.
     """
     _check_columns(files, [image_column, *caption_columns])
     captions = {column: Value("string") for column in caption_columns}

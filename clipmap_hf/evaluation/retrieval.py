@@ -63,7 +63,7 @@ def _ranks(
         scores = chunk @ keys.T  # (chunk, keys)
         right = ids[:, None] == key_ids[None, :]
         best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append((~(scores < best) & ~right).sum(dim=1))  # written with `~(<)`, so that NaN counts as high
+        ranks.append((~(scores < best) & ~right).sum(dim=1))  # `~(a < b)`, not `a >= b`: NaN counts as high
     return torch.cat(ranks)
 
 

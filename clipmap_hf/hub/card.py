@@ -59,7 +59,7 @@ def render_card(
     shown_teacher = os.path.basename(os.path.normpath(teacher)) if is_local else teacher
     arguments = yaml.safe_load(recipe) if recipe else {}
     index = {"model_name": f"compressed {shown_teacher}", "eval_results": model_index(results)} if results else {}
-    with_projection = model_class.replace("Model", "VisionModelWithProjection")  # SigLIP has none
+    with_projection = model_class.replace("Model", "VisionModelWithProjection")  # SigLIP has no such class
     data = ModelCardData(
         base_model=None if is_local else teacher,
         base_model_relation=None if is_local else ("quantized" if packed else "finetune"),

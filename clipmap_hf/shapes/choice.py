@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from clipmap_hf.config import Budget, ClipMapConfig, cut_towers, student_config
 from clipmap_hf.files.tables import markdown_table, scaled_column
-from clipmap_hf.shapes.grid import Grid, Shape, Table, counted_costs, grid_of, shaped
+from clipmap_hf.shapes.grid import Grid, Shape, Table, counted_costs, grid_of, with_shape
 from clipmap_hf.shapes.latency import latency_costs, measured_latency
 from clipmap_hf.shapes.rules import Rule, energy_rule, literature_rule
 
@@ -147,12 +147,12 @@ def _choose(
         candidates.append(Candidate(shape, float(total[place]), float(score[place])))
     candidates.sort(key=lambda candidate: (-round(candidate.score, 9), -candidate.cost))
     best = candidates[0]
-    if not cut_towers(teacher, student_config(teacher, shaped(config, best.shape))):
+    if not cut_towers(teacher, student_config(teacher, with_shape(config, best.shape))):
         raise ValueError(
             f"The budget {config.budget} leaves nothing to compress: the teacher has {config.budget.measure}="
             f"{best.cost:,.10g}. Allow less."
         )
-    return Choice(shaped(config, best.shape), config.budget, candidates[:shown], len(candidates), rule)
+    return Choice(with_shape(config, best.shape), config.budget, candidates[:shown], len(candidates), rule)
 
 
 def _find_maximal(costs: Table, limit: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ from clipmap_hf.starts.calibrated.statistics import TowerStatistics, calibrate
 from clipmap_hf.starts.selection.scores import head_channels
 
 
-__all__ = ["kept_energy", "kept_of_tower"]
+__all__ = ["kept_energy", "tower_kept_energy"]
 
 _RIDGE = 1e-6
 
@@ -49,12 +49,14 @@ def kept_energy(teacher: PreTrainedModel, batches: Iterable[Mapping[str, torch.T
     """
     model = copy.deepcopy(teacher).float().eval()
     tower_statistics = calibrate(model, CalibrationBatches(batches, model.config))
-    kept = {name: kept_of_tower(statistics, Tower(model, name)).cpu() for name, statistics in tower_statistics.items()}
+    kept = {
+        name: tower_kept_energy(statistics, Tower(model, name)).cpu() for name, statistics in tower_statistics.items()
+    }
     broadcast(kept.values(), model.device)  # so that all processes choose the same shape
     return kept
 
 
-def kept_of_tower(statistics: TowerStatistics, tower: Tower) -> torch.Tensor:
+def tower_kept_energy(statistics: TowerStatistics, tower: Tower) -> torch.Tensor:
     """Computes the table of `kept_energy` for one tower from its statistics, `(heads, layers)`."""
     heads = tower.config.num_attention_heads
     head_width = tower.config.hidden_size // heads

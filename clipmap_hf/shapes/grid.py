@@ -12,7 +12,17 @@ from clipmap_hf.config import ClipMapConfig, student_config
 from clipmap_hf.costs.cost import model_cost, parameter_count
 
 
-__all__ = ["COUNTED", "Grid", "Shape", "Table", "TowerGrid", "counted_costs", "grid_of", "of_depths", "shaped"]
+__all__ = [
+    "COUNTED",
+    "Grid",
+    "Shape",
+    "Table",
+    "TowerGrid",
+    "counted_costs",
+    "extend_to_depths",
+    "grid_of",
+    "with_shape",
+]
 
 # The measures of a budget that can be computed from a config.
 COUNTED: Mapping[str, Callable[[PretrainedConfig], int]] = {
@@ -87,7 +97,7 @@ def counted_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, 
     """
 
     def cost(**sizes: int) -> int:
-        return COUNTED[measure](student_config(teacher, shaped(config, smallest._replace(**sizes))))
+        return COUNTED[measure](student_config(teacher, with_shape(config, smallest._replace(**sizes))))
 
     smallest = Shape(grid["vision"].widths[0], 1, grid["text"].widths[0], 1)
     tables = {}
@@ -96,12 +106,12 @@ def counted_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, 
         one_layer, two_layers = (
             [cost(**{f"{name}_width": width, f"{name}_depth": depth}) for width in tower.widths] for depth in layers
         )
-        tables[name] = of_depths(one_layer, two_layers, tower.depths)
+        tables[name] = extend_to_depths(one_layer, two_layers, tower.depths)
     tables["text"] -= cost()  # each table includes the other tower at its smallest
     return tables
 
 
-def of_depths(one: Sequence[float], two: Sequence[float], depths: Sequence[int]) -> torch.Tensor:
+def extend_to_depths(one: Sequence[float], two: Sequence[float], depths: Sequence[int]) -> torch.Tensor:
     """
     Extrapolates costs linearly in depth.
 
@@ -117,7 +127,7 @@ def of_depths(one: Sequence[float], two: Sequence[float], depths: Sequence[int])
     return first[:, None] + (second - first)[:, None] * (depths - 1)
 
 
-def shaped(config: ClipMapConfig, shape: Shape) -> ClipMapConfig:
+def with_shape(config: ClipMapConfig, shape: Shape) -> ClipMapConfig:
     """Returns a config with the widths and depths of a shape, and without a budget."""
     return dataclasses.replace(
         config,

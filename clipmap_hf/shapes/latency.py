@@ -9,7 +9,7 @@ from clipmap_hf.config import Budget, ClipMapConfig, student_config
 from clipmap_hf.costs.latency import milliseconds, random_inputs
 from clipmap_hf.distributed import broadcast, join_processes, process_index
 from clipmap_hf.models.features import Towers
-from clipmap_hf.shapes.grid import Grid, Shape, Table, of_depths, shaped
+from clipmap_hf.shapes.grid import Grid, Shape, Table, extend_to_depths, with_shape
 
 
 __all__ = ["latency_costs", "measured_latency"]
@@ -34,12 +34,12 @@ def latency_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, 
         vision, text = (widths[name][min(index, len(widths[name]) - 1)] for name in ("vision", "text"))
         for layers in (1, 2):
             depths = [min(layers, getattr(teacher, f"{name}_config").num_hidden_layers) for name in widths]
-            small = student_config(teacher, shaped(config, Shape(vision, depths[0], text, depths[1])))
+            small = student_config(teacher, with_shape(config, Shape(vision, depths[0], text, depths[1])))
             names = [name for name in widths if index < len(widths[name])]
             for name, time in measured_latency(small, budget, names).items():
                 measured[name, layers].append(time)
     tables = {
-        name: of_depths(measured[name, 1], measured[name, 2], tower.depths).clamp(min=0)
+        name: extend_to_depths(measured[name, 1], measured[name, 2], tower.depths).clamp(min=0)
         for name, tower in grid.items()
     }
     return {name: table.cummax(dim=0).values.cummax(dim=1).values for name, table in tables.items()}

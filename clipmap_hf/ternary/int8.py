@@ -7,7 +7,7 @@ from torch.nn import functional as F
 __all__ = ["int8_linear", "int8_pays", "int8_works"]
 
 _STEPS = 127
-_CUDA_TOKENS, _CUDA_MULTIPLE = 32, 8  # CUDA's integer product needs this many tokens, and sizes that are multiples
+_CUDA_TOKENS, _CUDA_MULTIPLE = 32, 8  # CUDA's integer product needs at least 32 tokens, and sizes divisible by 8
 # A layer with at least as many weights is faster with a hundred tokens (recipes/benchmarks/ternary.py --parts layers).
 _WEIGHTS = 2**17
 _FAST_CPU = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
