@@ -1,6 +1,5 @@
 """`ClipMapCompressor`: a teacher, the operators that map it, and the student they make, behind one object."""
 
-import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,9 +11,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-from clipmap_hf.config import PRESETS, Budget, ClipMapConfig
+from clipmap_hf.config import Budget, ClipMapConfig, requested_config
 from clipmap_hf.costs.cost import CostReport, model_cost
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.held_batches import HeldBatches
@@ -22,15 +21,16 @@ from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.distributed import calibration_device
 from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import config_yaml, render_card
-from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER, write_student_folder
-from clipmap_hf.hub.map_folder import MAP_WEIGHTS, find_map, load_mapper, map_file, write_map
+from clipmap_hf.hub.folder import MAP_FOLDER, write_student_folder
+from clipmap_hf.hub.map_folder import read_map, write_map
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.models.model_id import ModelId
+from clipmap_hf.models.options import check_download_options
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.shapes import Choice, search_shape
-from clipmap_hf.starts import check_start, make_plan, start_mapper
+from clipmap_hf.starts import check_start, start_mapper
 
 
 __all__ = ["ClipMapCompressor"]
@@ -42,7 +42,6 @@ class ClipMapCompressor(nn.Module):
 
     ```python
     compressor = ClipMapCompressor.from_pretrained("openai/clip-vit-base-patch16", student="small")
-    print(compressor.cost())
     compressor.save_pretrained("out")  # CLIPModel.from_pretrained("out") loads the student
     ```
 
@@ -77,6 +76,7 @@ class ClipMapCompressor(nn.Module):
         calibration_pairs: int = 2048,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
         backend: str = "pil",
         **kwargs: Any,
     ) -> "ClipMapCompressor":
@@ -96,27 +96,32 @@ class ClipMapCompressor(nn.Module):
             calibration_pairs: How many pairs to take of a data set.
             revision: Branch, tag or commit of `source` on the Hub.
             dtype: The teacher's weights are cast to it when loaded; the mapping itself is always fp32.
+            device: Where the compressor lies afterwards, the CPU by default; `device_map` means the same, as in
+                transformers. A start that reads pairs is computed on the process's accelerator anyhow.
             backend: Of the image processor, `pil` or `torchvision`.
             kwargs: Passed to every download (`token`, `cache_dir`, `local_files_only`, …).
 
         Raises:
+            TypeError: If an argument is unknown; the message names the nearest.
             ValueError: If `student` is unknown, does not fit the teacher, is a budget that no shape meets, or is
                 missing where there is no map; if calibration data is missing or not used; if weights do not fit.
             OSError: If a file is missing or the Hub cannot be reached.
         """
+        device = kwargs.pop("device_map", device)
+        check_download_options(cls.from_pretrained, kwargs)
         source = ModelId(os.fspath(source), revision)
         load = partial(Teacher.load, backend=backend, dtype=dtype, **kwargs)
         if student is None:
             if initializer is not None or calibration_data is not None:
                 raise ValueError("A map that is gone on with has started already; leave initializer and data out.")
-            return cls.from_map(source, load, **kwargs)
-        config = _starting_config(student, initializer, calibration_data is not None)
+            return cls.from_map(source, load, **kwargs).to(device)
+        config = requested_config(student, initializer, calibration_data is not None)
         teacher = load(*source)
         if isinstance(calibration_data, str):
             calibration_data = load_pairs(calibration_data)
         if isinstance(calibration_data, (Dataset, IterableDataset)):
             calibration_data = CalibrationPairs(calibration_data, teacher.processor, calibration_pairs)
-        return cls.from_teacher(teacher, config, calibration_data)
+        return cls.from_teacher(teacher, config, calibration_data).to(device)
 
     @classmethod
     def from_teacher(
@@ -162,29 +167,38 @@ class ClipMapCompressor(nn.Module):
             ValueError: If there is no map, or its weights do not fit.
             OSError: If a file of it is missing, or its teacher cannot be loaded.
         """
-        found, content = find_map(source.id, source.revision, **kwargs)
-        try:
-            teacher = load(content["teacher"], content["teacher_revision"])
-        except OSError as error:
-            raise OSError(
-                f"The map in {source.id!r} was made from the teacher {content['teacher']!r}, which cannot be loaded: "
-                f"{error} If it has moved, correct `teacher` in {found}."
-            ) from error
-        weights = map_file(source.id, MAP_WEIGHTS, source.revision, kwargs)
-        if weights is None:
-            raise OSError(f"{source.id!r} has {MAP_FOLDER}/{MAP_CONFIG} but no {MAP_FOLDER}/{MAP_WEIGHTS}.")
-        plan = make_plan(teacher.model, content["map"])
-        mapper = load_mapper(weights, plan, plan.teacher_tensors(teacher.model)).cpu()
-        return cls(mapper, teacher.processor, *teacher.source).eval()
+        teacher, mapper = read_map(source, load, **kwargs)
+        return cls(mapper.cpu(), teacher.processor, *teacher.source).eval()
+
+    def __repr__(self) -> str:
+        sizes = []
+        for tower in ("vision_config", "text_config"):
+            teacher, student = (getattr(config, tower) for config in (self.mapper.plan.teacher, self.config))
+            shapes = (f"{size.hidden_size} × {size.num_hidden_layers}" for size in (teacher, student))
+            sizes.append(f"{tower.removesuffix('_config')} {' → '.join(shapes)}")
+        return f"ClipMapCompressor({self.teacher_id!r}, {self.map_config.initializer}, {', '.join(sizes)})"
 
     @property
-    def config(self) -> ClipMapConfig:
+    def map_config(self) -> ClipMapConfig:
         """The student's size and how its operators started."""
+        return self.mapper.map_config
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The student's model config."""
         return self.mapper.config
 
     def forward(self, **inputs: torch.Tensor):
         """The student's `CLIPOutput` for `input_ids`, `attention_mask` and `pixel_values`."""
         return self.mapper(**inputs)
+
+    def get_image_features(self, **inputs: torch.Tensor):
+        """What the student's `get_image_features` gives for `pixel_values`."""
+        return self.mapper.get_image_features(**inputs)
+
+    def get_text_features(self, **inputs: torch.Tensor):
+        """What the student's `get_text_features` gives for `input_ids` and `attention_mask`."""
+        return self.mapper.get_text_features(**inputs)
 
     def cost(self) -> CostReport:
         """Parameters, MACs per tower and bytes of teacher and student; prints as a table."""
@@ -192,9 +206,7 @@ class ClipMapCompressor(nn.Module):
 
     @cached_property
     def _cost(self) -> CostReport:  # counted once: every save shows it
-        return CostReport(
-            {"teacher": model_cost(self.mapper.plan.teacher), "student": model_cost(self.mapper.student_config)}
-        )
+        return CostReport({"teacher": model_cost(self.mapper.plan.teacher), "student": model_cost(self.mapper.config)})
 
     def export(self) -> PreTrainedModel:
         """The student as it stands, an ordinary `CLIPModel`."""
@@ -205,6 +217,7 @@ class ClipMapCompressor(nn.Module):
         folder: str | os.PathLike,
         *,
         include_map: bool = True,
+        dtype: torch.dtype | None = None,
         results: Sequence[SetResults] = (),
         recipe: str | None = None,
     ) -> None:
@@ -214,6 +227,7 @@ class ClipMapCompressor(nn.Module):
         Args:
             folder: Made if needed.
             include_map: Whether to write `map/`, which is several times the student's size.
+            dtype: Of the student's weights, such as `torch.float16`; by default they stay fp32, as the map does.
             results: What was measured, for the card.
             recipe: The resolved arguments as YAML, for the card; by default those of the mapping alone.
 
@@ -225,23 +239,23 @@ class ClipMapCompressor(nn.Module):
             raise ValueError(
                 f"{str(folder)!r} holds the teacher, which the student would overwrite; name another folder."
             )
-        student = self.export()
+        student = self.export().to(dtype or torch.float32)
         card = render_card(
             self.teacher_id,
             str(self.cost()),
             model_class=type(student).__name__,
             method="Its weights are mapped from the teacher's by operators, one per axis (CLIP-Map, started as "
-            f"`{self.config.initializer}`), without distillation.",
+            f"`{self.map_config.initializer}`), without distillation.",
             revision=self.teacher_revision,
             results=results,
-            recipe=recipe or config_yaml(self.teacher_id, self.config),
+            recipe=recipe or config_yaml(self.teacher_id, self.map_config),
         )
         write_student_folder(folder, student, self.processor, card, results, keep_map=include_map)
         if include_map:
             content = {
                 "teacher": self.teacher_id,
                 "teacher_revision": self.teacher_revision,
-                "map": self.config.to_dict(),
+                "map": self.map_config.to_dict(),
             }
             write_map(folder / MAP_FOLDER, content, self.mapper.state_dict())
 
@@ -275,22 +289,3 @@ class ClipMapCompressor(nn.Module):
                 commit_message=commit_message,
                 token=token,
             )
-
-
-def _starting_config(
-    student: str | Budget | Mapping[str, Any] | ClipMapConfig, initializer: str | None, has_data: bool
-) -> ClipMapConfig:
-    """The config of `student` with its initializer decided."""
-    if isinstance(student, str) and student in PRESETS:
-        student = PRESETS[student]
-    elif isinstance(student, (Budget, Mapping)):
-        student = ClipMapConfig(budget=student)
-    if not isinstance(student, ClipMapConfig):
-        raise ValueError(
-            f"student={student!r} is unknown; it must be one of {sorted(PRESETS)}, a budget such as "
-            "{'params': '30M'}, or a ClipMapConfig."
-        )
-    if None not in (initializer, student.initializer) and initializer != student.initializer:
-        raise ValueError(f"initializer={initializer!r}, but the student's config says {student.initializer!r}.")
-    chosen = initializer or student.initializer or ("calibrated" if has_data else "diagonal")
-    return dataclasses.replace(student, initializer=chosen)

@@ -22,6 +22,8 @@ from transformers import (
     CLIPProcessor,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 from transformers.models.clip.modeling_clip import CLIPOutput
@@ -115,7 +117,7 @@ def test_export_is_a_plain_clip_model_of_the_size_asked_for(shared_compressor):
     student = shared_compressor.export()
     assert type(student) is CLIPModel
     assert (student.config.vision_config.hidden_size, student.config.vision_config.num_hidden_layers) == (32, 2)
-    assert shared_compressor.config == SMALL
+    assert shared_compressor.map_config == SMALL
 
 
 def test_half_precision_is_for_loading_only(teacher_folder, tiny_batch):
@@ -141,18 +143,18 @@ def test_an_unknown_preset_is_an_error_that_lists_the_presets(teacher_folder, st
 def test_a_budget_gives_the_shape_that_is_chosen_for_it(teacher_folder, shared_teacher, student, tmp_path):
     compressor = ClipMapCompressor.from_pretrained(teacher_folder, student)
     expected = choose_shape(shared_teacher.config, ClipMapConfig(budget={"params": "100k"}, initializer="diagonal"))
-    assert compressor.config == expected.config and str(compressor.choice) == str(expected)
+    assert compressor.map_config == expected.config and str(compressor.choice) == str(expected)
     assert compressor.cost()["student"].parameters == expected.candidates[0].cost <= 100_000
     compressor.save_pretrained(tmp_path)
     again = ClipMapCompressor.from_pretrained(tmp_path)
-    assert again.config == expected.config and again.choice is None
+    assert again.map_config == expected.config and again.choice is None
 
 
 def test_with_data_the_shape_is_the_one_that_keeps_most(teacher_folder, shared_teacher, batches):
     config = ClipMapConfig(budget={"params": "100k"}, initializer="importance")
     compressor = ClipMapCompressor.from_pretrained(teacher_folder, config, calibration_data=batches)
     expected = choose_shape(shared_teacher.config, config, kept_energy(shared_teacher, batches))
-    assert compressor.config == expected.config and str(compressor.choice) == str(expected)
+    assert compressor.map_config == expected.config and str(compressor.choice) == str(expected)
 
 
 def test_a_student_that_does_not_fit_is_an_error_that_says_what_would(teacher_folder):
@@ -284,21 +286,21 @@ def test_a_start_from_data_is_that_of_its_pairs(teacher_folder, shared_teacher, 
     compressor = ClipMapCompressor.from_pretrained(
         teacher_folder, OPEN, calibration_data=calibration_data, calibration_pairs=9
     )
-    assert compressor.config == dataclasses.replace(OPEN, initializer="calibrated")
+    assert compressor.map_config == dataclasses.replace(OPEN, initializer="calibrated")
     if isinstance(calibration_data, str):
         calibration_data = load_pairs(calibration_data)
     if isinstance(calibration_data, (Dataset, IterableDataset)):
         calibration_data = CalibrationPairs(calibration_data, tiny_processor, 9)
         assert sum(len(batch["pixel_values"]) for batch in calibration_data) == 9
     teacher = copy.deepcopy(shared_teacher).to(calibration_device())
-    mapper = start_mapper(teacher, compressor.config, calibration_data)
+    mapper = start_mapper(teacher, compressor.map_config, calibration_data)
     assert_same(compressor.export(), mapper.export())
 
 
 def test_by_default_the_initializer_follows_from_the_data(teacher_folder, batches):
     with_data = ClipMapCompressor.from_pretrained(teacher_folder, OPEN, calibration_data=batches)
     without = ClipMapCompressor.from_pretrained(teacher_folder, OPEN)
-    assert (with_data.config.initializer, without.config.initializer) == ("calibrated", "diagonal")
+    assert (with_data.map_config.initializer, without.map_config.initializer) == ("calibrated", "diagonal")
     diagonal = ClipMapCompressor.from_pretrained(teacher_folder, OPEN, initializer="diagonal")
     assert_same(diagonal.export(), without.export())
     assert OPEN.initializer is None
@@ -311,7 +313,7 @@ def test_an_initializer_may_stand_in_the_config_or_beside_it(teacher_folder, bat
         ClipMapCompressor.from_pretrained(teacher_folder, config, calibration_data=batches, initializer=name)
         for config, name in ((named, None), (OPEN, initializer), (named, initializer))
     )
-    assert first.config == second.config == third.config == named
+    assert first.map_config == second.map_config == third.map_config == named
     assert_same(second.export(), first.export())
 
 
@@ -386,7 +388,7 @@ def test_a_calibrated_map_goes_on_where_it_was_saved(calibrated_compressor, tiny
     loaded = ClipMapCompressor.from_pretrained(tmp_path / "out")
     assert_same(loaded.mapper, calibrated_compressor.mapper)
     assert_same(loaded.export(), calibrated_compressor.export())
-    assert loaded.config == calibrated_compressor.config and loaded.config.initializer == "calibrated"
+    assert loaded.map_config == calibrated_compressor.map_config and loaded.map_config.initializer == "calibrated"
     loaded.train()(**tiny_batch).logits_per_image.sum().backward()
     trained = [part.delta for part in (*loaded.mapper.operators.values(), *loaded.mapper.corrections.values())]
     assert loaded.mapper.corrections and all(delta.grad is not None for delta in trained)
@@ -407,7 +409,7 @@ def test_a_map_goes_on_where_it_was_saved(shared_compressor, saved_folder, teach
     loaded = ClipMapCompressor.from_pretrained(saved_folder)
     assert_same(loaded.mapper, shared_compressor.mapper)
     assert_same(loaded.export(), shared_compressor.export())
-    assert loaded.config == SMALL
+    assert loaded.map_config == SMALL
     assert loaded.teacher_id == str(teacher_folder)
 
 
@@ -648,3 +650,74 @@ def test_a_card_names_a_local_teacher_without_its_path(saved_folder, teacher_fol
     text = (saved_folder / "README.md").read_text()
     assert str(teacher_folder) not in text and teacher_folder.name in text
     assert ModelCard.load(saved_folder / "README.md").data.base_model is None
+
+
+# What a model of transformers has too
+
+
+def test_features_are_the_students(shared_compressor, tiny_batch):
+    student = shared_compressor.export()
+    texts = {name: tiny_batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        for ours, theirs in (
+            (shared_compressor.get_image_features, student.get_image_features),
+            (shared_compressor.mapper.get_image_features, student.get_image_features),
+        ):
+            given, wanted = (call(pixel_values=tiny_batch["pixel_values"]).pooler_output for call in (ours, theirs))
+            torch.testing.assert_close(given, wanted, atol=0, rtol=0)
+        given, wanted = shared_compressor.get_text_features(**texts), student.get_text_features(**texts)
+        torch.testing.assert_close(given.pooler_output, wanted.pooler_output, atol=0, rtol=0)
+
+
+def test_it_prints_in_a_line(shared_compressor, teacher_folder):
+    text = repr(shared_compressor)
+    assert text == f"ClipMapCompressor('{teacher_folder}', diagonal, vision 64 × 4 → 32 × 2, text 48 × 3 → 32 × 2)"
+
+
+def test_its_config_is_the_students(shared_compressor):
+    assert shared_compressor.config is shared_compressor.mapper.config
+    assert shared_compressor.config.vision_config.hidden_size == 32
+
+
+@pytest.mark.parametrize("part", ["compressor", "mapper"])
+def test_the_trainer_of_transformers_trains_it(teacher_folder, tiny_pairs, tiny_processor, tmp_path, part):
+    compressor = ClipMapCompressor.from_pretrained(teacher_folder, SMALL)
+    model = compressor if part == "compressor" else compressor.mapper
+    before = copy.deepcopy(compressor.mapper.operators.state_dict())
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        learning_rate=1e-3,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+
+    def collate(rows):
+        texts, images = [row["caption"] for row in rows], [row["image"] for row in rows]
+        batch = tiny_processor(text=texts, images=images, padding=True, return_tensors="pt")
+        return {**batch, "return_loss": True}
+
+    Trainer(model, arguments, data_collator=collate, train_dataset=tiny_pairs).train()
+    after = compressor.mapper.operators.state_dict()
+    moved = [name for name in after if not torch.equal(after[name], before[name])]
+    assert moved and all(name.endswith("delta") for name in moved)
+
+
+def test_weights_are_saved_in_the_dtype_asked_for(shared_compressor, tmp_path):
+    shared_compressor.save_pretrained(tmp_path, include_map=False, dtype=torch.float16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
+    assert CLIPModel.from_pretrained(tmp_path).dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["device", "device_map"])
+def test_it_lies_where_it_was_told(teacher_folder, name):
+    compressor = ClipMapCompressor.from_pretrained(teacher_folder, SMALL, **{name: "meta"})
+    assert {parameter.device.type for parameter in compressor.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(("name", "words"), [("studnet", "Did you mean 'student'"), ("trust", "Downloads take")])
+def test_a_misspelt_argument_is_refused_by_its_own_name(teacher_folder, name, words):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'. {words}"):
+        ClipMapCompressor.from_pretrained(teacher_folder, SMALL, **{name: 1})

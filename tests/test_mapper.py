@@ -480,7 +480,7 @@ def test_a_corrected_student_has_the_weights_it_was_given(tiny_teacher, batches,
     changes = {"initializer": "calibrated", "refit": False, "decay_towards": decay_towards}
     mapper = started(tiny_teacher, dataclasses.replace(VARIANTS[variant], **changes), batches)
     before = mapper.export().state_dict()
-    wanted = randomize(CLIPModel(mapper.student_config), seed=5).state_dict()
+    wanted = randomize(CLIPModel(mapper.config), seed=5).state_dict()
     for _ in range(2):  # the second time, it is corrected already
         mapper.correct(wanted)
         for name, tensor in mapper.export().state_dict().items():

@@ -86,7 +86,7 @@ def test_a_metaclip2_is_compressed_from_end_to_end(folder, pairs_parquet, tmp_pa
     compressor = ClipMapCompressor.from_pretrained(
         folder, SMALL, calibration_data=str(pairs_parquet), calibration_pairs=16
     )
-    assert compressor.config.initializer == "calibrated"
+    assert compressor.map_config.initializer == "calibrated"
     run_mapping(
         compressor, MappingArguments(**numbers), RunContext(RunArguments(output_dir=str(tmp_path / "mapped")), data)
     )

@@ -57,7 +57,7 @@ def test_a_start_is_that_of_the_library(start, teacher_folder, tiny_processor, d
     expected = ClipMapCompressor.from_pretrained(teacher_folder, config, calibration_data=pairs)
     given = start(config, seed=3)
     assert torch.equal(weights(given), weights(expected))
-    assert given.config == expected.config and given.config.initializer == (initializer or "calibrated")
+    assert given.map_config == expected.map_config and given.map_config.initializer == (initializer or "calibrated")
 
 
 def test_other_initializers_start_without_data(start, data, no_start):
@@ -65,7 +65,7 @@ def test_other_initializers_start_without_data(start, data, no_start):
     nowhere = dataclasses.replace(data, train_data="/no/such/pairs.parquet")
     for initializer in ("diagonal", "random"):
         config = dataclasses.replace(STARTED, initializer=initializer)
-        assert start(config, data=nowhere).config == config
+        assert start(config, data=nowhere).map_config == config
 
 
 def test_without_a_student_a_map_is_gone_on_with(start, tmp_path, no_start):
@@ -97,7 +97,7 @@ def test_a_start_is_kept_and_taken_up_by_the_same_command(start, tmp_path, no_st
     assert torch.equal(CLIPModel.from_pretrained(tmp_path / "out" / "start").logit_scale, first.export().logit_scale)
     no_start()
     again = start(STARTED)
-    assert torch.equal(weights(again), weights(first)) and again.config == first.config
+    assert torch.equal(weights(again), weights(first)) and again.map_config == first.map_config
     assert again.teacher_id == first.teacher_id
 
 
@@ -125,7 +125,7 @@ def test_a_start_that_was_not_written_to_its_end_is_not_taken_for_the_one_before
         patch.setattr(pipeline_start, "write_json", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             start(dataclasses.replace(STARTED, projection_dim=16))
-    assert start(STARTED).config.projection_dim is None
+    assert start(STARTED).map_config.projection_dim is None
 
 
 def test_a_stream_is_another_start(start, pairs_tars, no_start):
@@ -166,11 +166,11 @@ BUDGET = dataclasses.replace(STARTED, vision=TowerConfig(), text=TowerConfig(), 
 def test_a_shape_is_chosen_once_and_the_same_command_takes_it_up(start, tmp_path, no_search, capsys, initializer):
     student = dataclasses.replace(BUDGET, initializer=initializer)
     first, printed = start(student), capsys.readouterr().out
-    assert first.config.budget is None and first.cost()["student"].parameters <= 100_000
+    assert first.map_config.budget is None and first.cost()["student"].parameters <= 100_000
     assert ("vision times text" if initializer == "calibrated" else "literature") in printed
     no_search()
     again = start(student)
-    assert again.config == first.config and capsys.readouterr().out == printed
+    assert again.map_config == first.map_config and capsys.readouterr().out == printed
     assert torch.equal(weights(again), weights(first))
 
 

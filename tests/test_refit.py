@@ -19,6 +19,7 @@ from calibrated_starts import (
     streams,
 )
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig
 
@@ -232,3 +233,21 @@ def test_the_given_teacher_stays_as_it_is(shared_teacher, batches):
     assert all(parameter.grad is None for parameter in teacher.parameters())
     for name, tensor in shared_teacher.state_dict().items():
         assert torch.equal(teacher.state_dict()[name], tensor), name
+
+
+def test_a_refit_shows_a_line_for_each_layer(shared_teacher, batches, capsys):
+    logging.enable_progress_bar()
+    try:
+        started(shared_teacher, SMALL, batches)
+    finally:
+        logging.disable_progress_bar()
+    printed = capsys.readouterr().err
+    assert "Calibrated start: 100%" in printed
+    lines = [line for line in printed.splitlines() if "stands for" in line]
+    assert len(lines) == sum(map(len, SEGMENTS.values()))
+    assert "vision layer 1 of 2 stands for the teacher's layers 1 to 2: solved after" in printed
+
+
+def test_a_refit_is_silent_where_progress_bars_are_disabled(shared_teacher, batches, capsys):
+    started(shared_teacher, SMALL, batches)
+    assert "stands for" not in capsys.readouterr().err

@@ -3,7 +3,17 @@
 from clipmap_hf.config.budget import Budget
 from clipmap_hf.config.clipmap_config import ClipMapConfig, TowerConfig
 from clipmap_hf.config.presets import PRESETS
+from clipmap_hf.config.request import requested_config
 from clipmap_hf.config.student import cut_towers, embedding_width, student_config
 
 
-__all__ = ["PRESETS", "Budget", "ClipMapConfig", "TowerConfig", "cut_towers", "embedding_width", "student_config"]
+__all__ = [
+    "PRESETS",
+    "Budget",
+    "ClipMapConfig",
+    "TowerConfig",
+    "cut_towers",
+    "embedding_width",
+    "requested_config",
+    "student_config",
+]

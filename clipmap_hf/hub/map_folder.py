@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from clipmap_hf.config import PRESETS, ClipMapConfig
 from clipmap_hf.files.atomic import atomic_folder
 from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER
 from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.models.model_id import ModelId
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.starts import make_plan
 
 
-__all__ = ["MAP_WEIGHTS", "find_map", "load_mapper", "map_file", "read_map_config", "write_map"]
+__all__ = ["MAP_WEIGHTS", "find_map", "map_file", "read_map", "read_map_config", "write_map"]
 
 MAP_WEIGHTS = "clipmap.safetensors"
 
@@ -104,19 +106,37 @@ def read_map_config(path: Path) -> dict[str, Any]:
     return {**content, "map": ClipMapConfig.from_dict(content["map"])}
 
 
-def load_mapper(path: Path, plan: MappingPlan, tensors: Mapping[str, torch.Tensor]) -> WeightMapper:
+def read_map(
+    source: ModelId, load: Callable[[str, str | None], Teacher], **kwargs: Any
+) -> tuple[Teacher, WeightMapper]:
     """
-    Loads a mapper from the weights that `write_map` wrote.
+    Reads the map in a folder or repository.
 
     Args:
-        path: File of the weights.
-        plan: Plan of the mapping.
-        tensors: The teacher's tensors, as `plan.teacher_tensors` returns them.
+        source: Where it is.
+        load: From id and revision to the teacher that the map names.
+        kwargs: Passed to every download.
+
+    Returns:
+        The teacher, and the mapper whose weights `write_map` wrote.
 
     Raises:
-        ValueError: If a tensor is missing, unknown or of another shape.
+        ValueError: If there is no map, or one of its tensors is missing, unknown or of another shape.
+        OSError: If a file of it is missing, or its teacher cannot be loaded.
     """
+    found, content = find_map(source.id, source.revision, **kwargs)
     try:
-        return WeightMapper.from_state(plan, tensors, load_file(path))
+        teacher = load(content["teacher"], content["teacher_revision"])
+    except OSError as error:
+        raise OSError(
+            f"The map in {source.id!r} was made from the teacher {content['teacher']!r}, which cannot be loaded: "
+            f"{error} If it has moved, correct `teacher` in {found}."
+        ) from error
+    weights = map_file(source.id, MAP_WEIGHTS, source.revision, kwargs)
+    if weights is None:
+        raise OSError(f"{source.id!r} has {MAP_FOLDER}/{MAP_CONFIG} but no {MAP_FOLDER}/{MAP_WEIGHTS}.")
+    plan = make_plan(teacher.model, content["map"])
+    try:
+        return teacher, WeightMapper.from_state(plan, plan.teacher_tensors(teacher.model), load_file(weights))
     except ValueError as error:
-        raise ValueError(f"{path} does not fit the map's config; {error}") from error
+        raise ValueError(f"{weights} does not fit the map's config; {error}") from error

@@ -90,13 +90,13 @@ class WeightMapper(nn.Module):
         return mapper
 
     @property
-    def config(self) -> ClipMapConfig:
+    def map_config(self) -> ClipMapConfig:
         """The student's size and how the operators started."""
         return self.plan.config
 
     @property
-    def student_config(self) -> PretrainedConfig:
-        """The student's model config."""
+    def config(self) -> PretrainedConfig:
+        """The student's model config, under the name that transformers looks for."""
         return self.plan.student
 
     def forward(self, **inputs: torch.Tensor):
@@ -104,8 +104,15 @@ class WeightMapper(nn.Module):
         The student's `CLIPOutput` for `input_ids`, `attention_mask`, `pixel_values`; gradients reach the operators
         only. In training, just the rows of the token table that the batch looks up are mapped.
         """
-        weights = self.materialize(inputs.get("input_ids") if self.training else None)
-        return functional_call(self.skeleton, weights, args=(), kwargs=inputs)
+        return self._call("forward", inputs)
+
+    def get_image_features(self, **inputs: torch.Tensor):
+        """What the student's `get_image_features` gives for `pixel_values`."""
+        return self._call("get_image_features", inputs)
+
+    def get_text_features(self, **inputs: torch.Tensor):
+        """What the student's `get_text_features` gives for `input_ids` and `attention_mask`."""
+        return self._call("get_text_features", inputs)
 
     def materialize(self, token_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """
@@ -146,6 +153,12 @@ class WeightMapper(nn.Module):
                 change = self._student_tensor(weights, spec) - self._student_tensor(mapped, spec)
                 self.corrections[name].start(self.corrections[name]() + change)
 
+    def _call(self, method: str, inputs: Mapping[str, torch.Tensor]):
+        """Calls a method of the skeleton with the mapped weights in place of its own."""
+        weights = self.materialize(inputs.get("input_ids") if self.training else None)
+        weights = {f"model.{name}": weight for name, weight in weights.items()}
+        return functional_call(_Method(self.skeleton, method), weights, args=(), kwargs=inputs)
+
     def _map(
         self,
         tensor: torch.Tensor,
@@ -178,7 +191,7 @@ class WeightMapper(nn.Module):
         }
 
     def _operator(self, initial: torch.Tensor) -> Operator:
-        return Operator(initial, decay_to_zero=self.config.decay_towards == "zero")
+        return Operator(initial, decay_to_zero=self.map_config.decay_towards == "zero")
 
     def _student_tensor(self, weights: Mapping[str, torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         """The student's tensor of a kind, stacked over layers."""
@@ -194,6 +207,17 @@ class WeightMapper(nn.Module):
     def train(self, mode: bool = True):
         self.skeleton.train(mode)
         return super().train(mode)
+
+
+class _Method(nn.Module):
+    """A method of a model as a forward pass, which `functional_call` can call."""
+
+    def __init__(self, model: nn.Module, method: str):
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, **inputs: torch.Tensor):
+        return getattr(self.model, self.method)(**inputs)
 
 
 def _stacked(tensors: Mapping[str, torch.Tensor], spec: TensorSpec, teacher: PretrainedConfig) -> torch.Tensor:

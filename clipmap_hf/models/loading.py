@@ -24,10 +24,11 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from clipmap_hf.models.options import DOWNLOAD_OPTIONS
+
 
 __all__ = ["check_float", "load_config", "load_model", "load_processor"]
 
-_FILE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 _TRITS = 5  # in a byte of packed ternary weights, at most
 _PROCESSORS = {"chinese_clip": ChineseCLIPProcessor, "siglip": SiglipProcessor}  # others have CLIP's
 
@@ -75,7 +76,7 @@ def load_model(
         ValueError: If the checkpoint lacks a tensor, or holds unknown ones or some of another shape; if the config
             describes a far larger model, or names code of its own.
     """
-    options = {name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs}
+    options = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if name in kwargs}
     config = load_config(source, revision=revision, **options)
     _check_size(source, config, _weight_files(source, revision, options))
     model, info = AutoModel.from_pretrained(

@@ -89,5 +89,5 @@ def run_mapping(
         name="mapping",
         evaluate=evaluation_function(context, compressor.processor),
         save=save,
-        config={"teachers": [list(teacher)], "student": compressor.config.to_dict(), "origin": origin},
+        config={"teachers": [list(teacher)], "student": compressor.map_config.to_dict(), "origin": origin},
     )

@@ -13,6 +13,7 @@ from clipmap_hf.files.tensor_store import TensorStore
 from clipmap_hf.models.towers import Tower, pooled
 from clipmap_hf.starts.calibrated.descent import descend
 from clipmap_hf.starts.calibrated.moments import Moments
+from clipmap_hf.starts.calibrated.progress import layer_progress
 from clipmap_hf.starts.calibrated.statistics import TowerStatistics, normalized, token_weights
 from clipmap_hf.starts.calibrated.streams import SegmentPass, Streams
 from clipmap_hf.starts.selection.scores import head_channels, strongest
@@ -61,16 +62,19 @@ def refit(
         steps: Steps of gradient descent on each layer after it was solved, for the mapped stream behind the segment,
             and last on all of a tower behind its embeddings, for the teacher's normalized embeddings.
     """
-    for name, found in statistics.items():
-        towers = (Tower(teacher, name), Tower(student, name))
-        segments = list(starmap(range, pairwise([0, *layers[name][1:], len(towers[0].layers)])))
-        longest = max(len(segment) for segment in segments)
-        tower = _TowerRefit(*towers, operators[f"{name}_residual"], found, batches, longest)
-        for layer, segment in zip(towers[1].layers, segments, strict=True):
-            tower.refit_layer(layer, segment, steps)
-        tower.refit_projection(operators.get("embed"))
-        if steps:
-            tower.descend(steps)
+    count = sum(len(layers[name]) for name in statistics)
+    with layer_progress(count) as layer_is_done:
+        for name, found in statistics.items():
+            towers = (Tower(teacher, name), Tower(student, name))
+            segments = list(starmap(range, pairwise([0, *layers[name][1:], len(towers[0].layers)])))
+            longest = max(len(segment) for segment in segments)
+            tower = _TowerRefit(*towers, operators[f"{name}_residual"], found, batches, longest)
+            for index, (layer, segment) in enumerate(zip(towers[1].layers, segments, strict=True)):
+                tower.refit_layer(layer, segment, steps)
+                layer_is_done(f"{name} layer {index + 1} of {len(segments)} stands for {_names(segment)}")
+            tower.refit_projection(operators.get("embed"))
+            if steps:
+                tower.descend(steps)
 
 
 Examples = Iterable[tuple[Streams, torch.Tensor, torch.Tensor]]  # inputs and targets, (items, tokens, width)
@@ -226,6 +230,12 @@ class _TowerRefit:
 
     def _load(self, stream: torch.Tensor) -> torch.Tensor:
         return stream.to(self.teacher.device)
+
+
+def _names(segment: range) -> str:
+    """The teacher's layers of a segment, counted from 1."""
+    first, last = segment.start + 1, segment.stop
+    return f"the teacher's layer {first}" if first == last else f"the teacher's layers {first} to {last}"
 
 
 def _reading(

@@ -53,7 +53,7 @@ class DistillationStage(Stage):
         super().__init__(trained, logit_scale=logit_scale, learn_logit_scale=learn_logit_scale)
         check_losses(losses)
         learn_bias(trained, losses)
-        config = self._student_config()
+        config = trained.config
         for teacher in teachers:
             _check_same_inputs(config, teacher.config)
         self.losses = dict(losses)
@@ -88,9 +88,6 @@ class DistillationStage(Stage):
             return LOSSES[name](student, *teachers)
         projected = [projector(student) for projector in self.projectors]
         return sum(starmap(LOSSES[name], zip(projected, teachers, strict=True))) / len(teachers)
-
-    def _student_config(self) -> PretrainedConfig:
-        return self.trained.config
 
     @torch.no_grad()
     def _taught(self, chunks: Sequence[Batch]) -> list[Batch]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from clipmap_hf.distributed import average_gradients, gather
 from clipmap_hf.mapping.mapper import WeightMapper
@@ -65,9 +64,6 @@ class MappingStage(DistillationStage):
 
     def student(self) -> nn.Module:
         return self.trained.export()
-
-    def _student_config(self) -> PretrainedConfig:
-        return self.trained.student_config
 
     def _student_model(self, chunks: Sequence[Batch]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         # Those of all processes: the gradient that comes back is the mean of theirs, for the rows that any looks up.
