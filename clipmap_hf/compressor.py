@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from clipmap_hf.config import Budget, ClipMapConfig, requested_config
 from clipmap_hf.costs.cost import CostReport, model_cost
-from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.calibration_pairs import is_batches, sampled_pairs
 from clipmap_hf.data.held_batches import HeldBatches
-from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.distributed import calibration_device
 from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import config_yaml, render_card
@@ -72,8 +71,10 @@ class ClipMapCompressor(nn.Module):
         student: str | Budget | Mapping[str, Any] | ClipMapConfig | None = None,
         *,
         initializer: str | None = None,
-        calibration_data: str | Dataset | IterableDataset | Iterable[Mapping[str, torch.Tensor]] | None = None,
+        calibration_data: PairSource | Iterable[Mapping[str, torch.Tensor]] | None = None,
         calibration_pairs: int = 2048,
+        image_column: str = "image",
+        caption_column: str | None = "caption",
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
@@ -90,10 +91,12 @@ class ClipMapCompressor(nn.Module):
                 `choose_shape` finds the best shape (`choice` then explains it); or a `ClipMapConfig`.
             initializer: How the operators start, if `student` does not say it: by default `calibrated` with
                 calibration data, `diagonal` without.
-            calibration_data: What starts read that look at pairs, such as `calibrated`: anything `load_pairs` reads; a
-                data set with a column `image` and, or else texts are made up, `caption`; or batches of `pixel_values`
-                and `input_ids`, in a list or a `DataLoader`.
+            calibration_data: What starts read that look at pairs, such as `calibrated`: anything `load_pairs` reads,
+                a `Dataset` or a list of `(image, text)` among it; or batches of `pixel_values` and `input_ids`, in a
+                list or a `DataLoader`.
             calibration_pairs: How many pairs to take of a data set.
+            image_column: Its column of images.
+            caption_column: Its column of captions; `None` for images alone, so that texts are made up.
             revision: Branch, tag or commit of `source` on the Hub.
             dtype: The teacher's weights are cast to it when loaded; the mapping itself is always fp32.
             device: Where the compressor lies afterwards, the CPU by default; `device_map` means the same, as in
@@ -117,10 +120,9 @@ class ClipMapCompressor(nn.Module):
             return cls.from_map(source, load, **kwargs).to(device)
         config = requested_config(student, initializer, calibration_data is not None)
         teacher = load(*source)
-        if isinstance(calibration_data, str):
-            calibration_data = load_pairs(calibration_data)
-        if isinstance(calibration_data, (Dataset, IterableDataset)):
-            calibration_data = CalibrationPairs(calibration_data, teacher.processor, calibration_pairs)
+        if calibration_data is not None and not is_batches(calibration_data):
+            columns = {"image_column": image_column, "caption_column": caption_column}
+            calibration_data = sampled_pairs(calibration_data, teacher.processor, calibration_pairs, **columns)
         return cls.from_teacher(teacher, config, calibration_data).to(device)
 
     @classmethod

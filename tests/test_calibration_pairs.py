@@ -75,7 +75,7 @@ def test_of_a_stream_the_first_are_taken(stream, tiny_pairs, tiny_processor):
 
 def test_without_captions_there_are_images_alone(rows, stream, tiny_processor):
     for given in (rows.remove_columns("caption"), stream.remove_columns("caption")):
-        batches = list(CalibrationPairs(given, tiny_processor, 10))
+        batches = list(CalibrationPairs(given, tiny_processor, 10, caption_column=None))
         assert [set(batch) for batch in batches] == [{"pixel_values"}] * 2
         assert [len(batch["pixel_values"]) for batch in batches] == [8, 2]
 

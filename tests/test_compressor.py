@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from calibrated_starts import random_pairs, split
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -30,7 +30,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 import clipmap_hf.hub.map_folder
 from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig
-from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.calibration_pairs import is_batches, sampled_pairs
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.distributed import calibration_device
 from clipmap_hf.shapes import choose_shape, kept_energy
@@ -267,7 +267,10 @@ def calibration_data(request, pairs_parquet, pairs_tars, batches) -> object:
     stream = load_pairs(pairs_tars, image_column="png", caption_columns=["txt"], streaming=True)
     return {
         "path": str(pairs_parquet),
+        "Path": pairs_parquet,
         "data set": rows,
+        "dict of one split": DatasetDict(train=rows),
+        "list": [(row["image"]["bytes"], row["caption"]) for row in rows],
         "images": rows.remove_columns("caption"),
         "stream": stream.rename_column("txt", "caption"),
         "stream of images": stream,
@@ -278,19 +281,31 @@ def calibration_data(request, pairs_parquet, pairs_tars, batches) -> object:
     }[request.param]
 
 
-SOURCES = ["path", "data set", "images", "stream", "stream of images", "batches", "loader"]
+SOURCES = [
+    "path",
+    "Path",
+    "data set",
+    "dict of one split",
+    "list",
+    "images",
+    "stream",
+    "stream of images",
+    "batches",
+    "loader",
+]
 
 
 @pytest.mark.parametrize("calibration_data", SOURCES, indirect=True)
-def test_a_start_from_data_is_that_of_its_pairs(teacher_folder, shared_teacher, tiny_processor, calibration_data):
+def test_a_start_from_data_is_that_of_its_pairs(
+    teacher_folder, shared_teacher, tiny_processor, calibration_data, request
+):
+    caption = None if "images" in request.node.callspec.id else "caption"
     compressor = ClipMapCompressor.from_pretrained(
-        teacher_folder, OPEN, calibration_data=calibration_data, calibration_pairs=9
+        teacher_folder, OPEN, calibration_data=calibration_data, calibration_pairs=9, caption_column=caption
     )
     assert compressor.map_config == dataclasses.replace(OPEN, initializer="calibrated")
-    if isinstance(calibration_data, str):
-        calibration_data = load_pairs(calibration_data)
-    if isinstance(calibration_data, (Dataset, IterableDataset)):
-        calibration_data = CalibrationPairs(calibration_data, tiny_processor, 9)
+    if not is_batches(calibration_data):
+        calibration_data = sampled_pairs(calibration_data, tiny_processor, 9, caption_column=caption)
         assert sum(len(batch["pixel_values"]) for batch in calibration_data) == 9
     teacher = copy.deepcopy(shared_teacher).to(calibration_device())
     mapper = start_mapper(teacher, compressor.map_config, calibration_data)
@@ -721,3 +736,38 @@ def test_it_lies_where_it_was_told(teacher_folder, name):
 def test_a_misspelt_argument_is_refused_by_its_own_name(teacher_folder, name, words):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'. {words}"):
         ClipMapCompressor.from_pretrained(teacher_folder, SMALL, **{name: 1})
+
+
+# Data
+
+
+def test_columns_are_taken_by_name(teacher_folder, pairs_parquet):
+    rows = load_pairs(str(pairs_parquet)).rename_columns({"image": "picture", "caption": "alt"})
+    given = {"calibration_data": rows, "calibration_pairs": 8, "image_column": "picture", "caption_column": "alt"}
+    expected = ClipMapCompressor.from_pretrained(
+        teacher_folder, OPEN, calibration_data=pairs_parquet, calibration_pairs=8
+    )
+    assert_same(ClipMapCompressor.from_pretrained(teacher_folder, OPEN, **given).export(), expected.export())
+
+
+def test_captions_are_not_replaced_by_random_texts_unless_that_is_asked_for(teacher_folder, pairs_parquet):
+    rows = load_pairs(str(pairs_parquet)).rename_column("caption", "alt")
+    with pytest.raises(ValueError, match=r"no column 'caption'; it has \['image', 'alt'\]. .*caption_column=None"):
+        ClipMapCompressor.from_pretrained(teacher_folder, OPEN, calibration_data=rows)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (
+            DatasetDict(train=Dataset.from_dict({}), test=Dataset.from_dict({})),
+            ValueError,
+            r"splits \['test', 'train'\]",
+        ),
+        ({"image": []}, TypeError, "Data of the type dict cannot be read. Give a path"),
+        (7, TypeError, "Calibration data of the type int cannot be read. Give pairs"),
+    ],
+)
+def test_data_that_cannot_be_read_is_refused_with_what_can(teacher_folder, data, error, words):
+    with pytest.raises(error, match=words):
+        ClipMapCompressor.from_pretrained(teacher_folder, OPEN, calibration_data=data)

@@ -2,11 +2,13 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from PIL import Image
 
 import clipmap_hf.data.pairs
+from clipmap_hf.data.collate import decoded
 from clipmap_hf.data.pairs import load_pairs, undecoded
 
 
@@ -192,3 +194,38 @@ def test_loaded_pairs_whose_columns_are_unknown_are_an_error():
     unknown = IterableDataset.from_generator(lambda: iter([{"image": None}]))
     with pytest.raises(ValueError, match="columns of 'these' are unknown until it is read"):
         undecoded(unknown, "these", "image", [])
+
+
+def test_a_list_of_pairs_has_images_in_any_form(tiny_pairs, pairs_parquet, tmp_path):
+    image = tiny_pairs[0]["image"]
+    image.save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    forms = [image, content, str(tmp_path / "image.png"), tmp_path / "image.png"]
+    rows = load_pairs([(form, f"text {index}") for index, form in enumerate(forms)])
+    assert rows["caption"] == [f"text {index}" for index in range(4)]
+    for row in rows:
+        assert np.array_equal(np.asarray(decoded(row)[1]), np.asarray(image))
+
+
+def test_a_list_of_pairs_may_have_several_captions_each(tiny_pairs):
+    rows = load_pairs([(tiny_pairs[0]["image"], ["one", "two"]), (tiny_pairs[1]["image"], ["three"])])
+    assert rows["caption"] == [["one", "two"], ["three"]]
+
+
+def test_what_a_program_holds_is_read_as_a_file_is(pairs_parquet):
+    rows = Dataset.from_parquet(str(pairs_parquet))
+    for given in (rows, DatasetDict(test=rows), pairs_parquet):
+        assert load_pairs(given).to_list() == load_pairs(str(pairs_parquet)).to_list()
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [
+        ([], ValueError, "an empty list; give at least one pair"),
+        (["a.png"], TypeError, "Data of the type list cannot be read"),
+        (DatasetDict(), ValueError, r"has the splits \[\]"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_what_can(source, error, words):
+    with pytest.raises(error, match=words):
+        load_pairs(source)

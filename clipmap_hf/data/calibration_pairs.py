@@ -1,6 +1,7 @@
 """Batches of calibration pairs: a sample of a data set, without augmentation and the same in every iteration."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.pairs import undecoded
+from clipmap_hf.data.pairs import Datasets, PairSource, given_pairs, load_pairs, undecoded
 from clipmap_hf.data.tally import RowTally
 from clipmap_hf.distributed import process_count, process_index
 
 
-__all__ = ["CalibrationPairs"]
+__all__ = ["CalibrationPairs", "is_batches", "sampled_pairs"]
 
 _BATCH_SIZE = 64
 
@@ -23,16 +24,17 @@ class CalibrationPairs:
     Iterates over batches of `pixel_values` and, if there are captions, `input_ids`. Each process has its own pairs.
 
     Args:
-        rows: A data set with the column `image` and, unless images are enough, the column `caption`. From a data set
-            with random access, pairs are drawn at random. From a stream, the first pairs are taken.
+        rows: A data set. With random access, pairs are drawn at random. From a stream, the first pairs are taken.
         processor: The model's `CLIPProcessor`.
         pairs: Number of pairs to take, of all processes together. If there are fewer, all are taken.
         max_bad_fraction: Share of the rows that may be unusable, as in `RowTally`.
         seed: Seed of the draw.
+        image_column: Column of the images.
+        caption_column: Column of the captions; `None` if there are none, so that texts are made up.
 
     Raises:
-        ValueError: If there are no images or fewer pairs than processes. While iterating, if too many rows are
-            unusable.
+        ValueError: If a column is missing, or there are fewer pairs than processes. While iterating, if too many rows
+            are unusable.
     """
 
     def __init__(
@@ -42,9 +44,18 @@ class CalibrationPairs:
         pairs: int,
         max_bad_fraction: float = 0.01,
         seed: int = 0,
+        image_column: str = "image",
+        caption_column: str | None = "caption",
     ):
-        others = [column for column in ("caption", "error") if column in (rows.column_names or ())]
-        rows = undecoded(rows, "The calibration data", "image", others)
+        columns = rows.column_names or ()
+        captions = [] if caption_column is None else [caption_column]
+        if captions and columns and caption_column not in columns:
+            raise ValueError(
+                f"The calibration data has no column {caption_column!r}; it has {columns}. Name the column of the "
+                "captions by caption_column, or give caption_column=None to calibrate with random texts."
+            )
+        others = [*captions, *(["error"] if "error" in columns else [])]
+        rows = undecoded(rows, "The calibration data", image_column, others)
         if isinstance(rows, Dataset):
             rows = rows.shuffle(seed=seed).select(range(min(pairs, len(rows))))
         else:
@@ -54,7 +65,6 @@ class CalibrationPairs:
                 f"The calibration data has {len(rows)} pairs, fewer than the {process_count()} processes."
             )
         self.rows = rows.shard(process_count(), process_index(), contiguous=True)
-        captions = [column for column in others if column == "caption"]
         self.collator = PairCollator(processor.tokenizer, processor.image_processor, captions)
         self.max_bad_fraction = max_bad_fraction
 
@@ -65,3 +75,38 @@ class CalibrationPairs:
             tally.add(len(batch.get("pixel_values", ())) + sum(bad.values()), bad)
             if batch:
                 yield batch
+
+
+def sampled_pairs(
+    source: PairSource,
+    processor: Any,
+    pairs: int,
+    *,
+    image_column: str = "image",
+    caption_column: str | None = "caption",
+) -> CalibrationPairs:
+    """
+    Samples calibration pairs from any source.
+
+    Args:
+        source: What `load_pairs` reads.
+        processor: The model's `CLIPProcessor`.
+        pairs: Number of pairs to take.
+        image_column: Column of the images.
+        caption_column: Column of the captions; `None` if there are none.
+    """
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if isinstance(source, (str, os.PathLike)):
+        captions = [] if caption_column is None else [caption_column]
+        rows = load_pairs(source, image_column=image_column, caption_columns=captions)
+        columns["image_column"] = "image"  # to which `load_pairs` renames it
+    else:
+        rows = given_pairs(source)
+    return CalibrationPairs(rows, processor, pairs, **columns)
+
+
+def is_batches(data: Any) -> bool:
+    """Tells whether calibration data is made of batches already, in a list or a loader; other data has pairs."""
+    if isinstance(data, (list, tuple)):
+        return not data or isinstance(data[0], Mapping)
+    return not isinstance(data, (str, os.PathLike, Mapping, Datasets))

@@ -23,6 +23,11 @@ class HeldBatches:
     """
 
     def __init__(self, batches: Iterable[Mapping[str, torch.Tensor]]):
+        if not isinstance(batches, Iterable):
+            raise TypeError(
+                f"Calibration data of the type {type(batches).__name__} cannot be read. Give pairs (a path, a Hub id, "
+                "a datasets.Dataset, a list of (image, text)), or batches in a list or a DataLoader."
+            )
         if iter(batches) is batches:
             raise TypeError("Calibration goes through its batches several times; give a list or a DataLoader.")
         self.batches = batches

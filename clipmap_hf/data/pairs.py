@@ -1,22 +1,37 @@
-"""Loads image–text pairs from a Hub id, an image folder, parquet files or webdataset tars, with undecoded images."""
+"""Loads image–text pairs, with undecoded images, from files, the Hub, or what a Python program holds."""
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, Image, IterableDataset, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    load_dataset,
+)
 
 from clipmap_hf.data.tar_shards import tar_pairs
 
 
-__all__ = ["load_pairs", "undecoded"]
+__all__ = ["Datasets", "PairSource", "given_pairs", "load_pairs", "undecoded"]
+
+Datasets = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
+PairSource = str | os.PathLike | Datasets | Sequence[tuple[Any, Any]]
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _FILES = (".parquet", *_TARS)
 
 
 def load_pairs(
-    source: str,
+    source: PairSource,
     *,
     split: str = "train",
     image_column: str = "image",
@@ -29,7 +44,8 @@ def load_pairs(
 
     Args:
         source: A folder of images (with captions in `metadata.jsonl` or `metadata.csv`), a path or glob of `.parquet`
-            files or webdataset tars (`.tar`, `.tar.gz`, `.tgz`), or the id of a data set on the Hub.
+            files or webdataset tars (`.tar`, `.tar.gz`, `.tgz`), the id of a data set on the Hub, or whatever
+            `given_pairs` takes.
         split: Split to read. Local files have only `train`, unless an image folder holds other splits.
         image_column: Column of the images; in tars, the extension of the image files.
         caption_columns: Columns of the captions, each a string or a list of strings; in tars, the extensions of the
@@ -38,8 +54,12 @@ def load_pairs(
             of a `Dataset`.
 
     Raises:
+        TypeError: If `source` is none of these.
         ValueError: If nothing is found at `source`, or a column is missing.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        return undecoded(given_pairs(source), "The data", image_column, caption_columns)
+    source = os.fspath(source)
     path = Path(source)
     if path.is_dir():
         for suffix in _FILES:
@@ -58,6 +78,42 @@ def load_pairs(
     else:
         pairs = load_dataset(source, split=split, streaming=streaming)
     return undecoded(pairs, source, image_column, caption_columns)
+
+
+def given_pairs(source: Any) -> Dataset | IterableDataset:
+    """
+    Takes pairs that a program holds already.
+
+    Args:
+        source: A `datasets.Dataset` or `IterableDataset`; a dict of them with a single split; or a list of
+            `(image, text)`, the image a PIL image, an array, the bytes of a file or its path. Pairs of a list have
+            the columns `image` and `caption`.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If a dict has several splits, or the list is empty.
+    """
+    if isinstance(source, (DatasetDict, IterableDatasetDict)):
+        if len(source) != 1:
+            raise ValueError(f"The data has the splits {sorted(source)}; give one of them, such as data['train'].")
+        return next(iter(source.values()))
+    if isinstance(source, (Dataset, IterableDataset)):
+        return source
+    if isinstance(source, (list, tuple)) and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in source):
+        if not source:
+            raise ValueError("The data is an empty list; give at least one pair (image, text).")
+        images, texts = zip(*source, strict=True)
+        images = [os.fspath(image) if isinstance(image, os.PathLike) else image for image in images]
+        return Dataset.from_dict({"image": images, "caption": texts}, features=_features(texts))
+    raise TypeError(
+        f"Data of the type {type(source).__name__} cannot be read. Give a path, a Hub id, a datasets.Dataset or "
+        "IterableDataset, or a list of (image, text)."
+    )
+
+
+def _features(texts: Sequence[Any]) -> Features:
+    text = Value("string") if all(isinstance(caption, str) for caption in texts) else List(Value("string"))
+    return Features({"image": Image(), "caption": text})
 
 
 def _matching_files(source: str) -> list[str]:

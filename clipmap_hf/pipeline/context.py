@@ -96,6 +96,7 @@ class RunContext:
                 calibration.calibration_pairs,
                 self.data.max_bad_fraction,
                 self.run.seed,
+                caption_column=self.data.caption_column[0],
             )
             self.loaded.calibration[key] = HeldBatches(pairs)
         return self.loaded.calibration[key]
@@ -105,17 +106,14 @@ class RunContext:
         self.loaded.calibration.clear()
 
     def _calibration_rows(self, calibration: CalibrationArguments) -> Dataset | IterableDataset:
-        """Rows with the columns `image` and `caption`."""
-        data, caption = self.data, self.data.caption_column[0]
+        """Rows with the column `image` and that of the captions."""
+        data = self.data
         if calibration.calibration_data in (None, data.train_data):
-            rows = self.pairs.pairs
-            rows = rows.select_columns([name for name in rows.column_names if name in ("image", caption, "error")])
-        else:
-            rows = load_pairs(
-                calibration.calibration_data,
-                split=data.train_split,
-                image_column=data.image_column,
-                caption_columns=[caption],
-                streaming=data.streaming,
-            )
-        return rows if caption == "caption" else rows.rename_column(caption, "caption")
+            return self.pairs.pairs
+        return load_pairs(
+            calibration.calibration_data,
+            split=data.train_split,
+            image_column=data.image_column,
+            caption_columns=[data.caption_column[0]],
+            streaming=data.streaming,
+        )
