@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterable
 from dataclasses import field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,32 +47,70 @@ def parse_arguments(
         An instance of each dataclass type, then of each stage.
 
     Raises:
-        ValueError: If the YAML file has a key that no dataclass knows.
+        ValueError: If the YAML file has a key that no dataclass knows, or a value is not allowed. On a real command
+            line (`argv` is `None`), the process ends with one line that says so instead, and exit code 2.
+        SystemExit: If an option is unknown, missing or of the wrong type.
     """
+    reading = partial(_read, dataclass_types, stages or {}, others, other_stages or {}, description)
+    if argv is not None:
+        return reading(argv)
+    try:
+        return reading(sys.argv[1:])
+    except (ValueError, TypeError) as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        raise SystemExit(2) from error
+
+
+def _read(
+    dataclass_types: tuple[type, ...],
+    stages: dict[str, type],
+    others: tuple[type, ...],
+    other_stages: dict[str, type],
+    description: str | None,
+    argv: list[str],
+) -> tuple:
     from transformers import HfArgumentParser  # seconds to import on a cold disk, and only needed here
 
-    stages = stages or {}
+    class Parser(HfArgumentParser):
+        """Ends with one line instead of the usage, which is as long as the list of options."""
+
+        def error(self, message: str) -> None:
+            self.exit(2, f"{self.prog}: error: {message}\n")
+
     asked = [*(("", kind) for kind in dataclass_types), *((f"{name}_", stage) for name, stage in stages.items())]
     as_options = [_as_options(prefix, kind) for prefix, kind in asked]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path, help="YAML file with values for these options; the command line wins")
-    config, argv = finder.parse_known_args(sys.argv[1:] if argv is None else argv)
+    config, argv = finder.parse_known_args(argv)
     if config.config is not None:
         known = {f"{prefix}{f.name}": f for prefix, kind in asked for f in dataclasses.fields(kind)}
         ignored = {f.name for kind in others for f in dataclasses.fields(kind)} - known.keys()
-        argv = _yaml_options(config.config, known, ignored, {**stages, **(other_stages or {})}, stages) + argv
-    parser = HfArgumentParser(
+        argv = _yaml_options(config.config, known, ignored, {**stages, **other_stages}, stages) + argv
+    parser = Parser(
         as_options,
+        usage="%(prog)s [--config FILE] [--option value …]",
         description=description,
         parents=[finder],
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
+    options = [option for action in parser._actions for option in action.option_strings]
+    for word in argv:
+        if word.startswith("--") and (name := word.split("=")[0]) not in options:
+            parser.error(f"unknown option {name}; {_nearest(name, options, stages)}")
     parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return tuple(
         kind(**{f.name: _value(f, getattr(values, f"{prefix}{f.name}")) for f in dataclasses.fields(kind)})
         for (prefix, kind), values in zip(asked, parsed, strict=False)  # a namespace with `config` comes last
     )
+
+
+def _nearest(word: str, options: list[str], stages: Iterable[str]) -> str:
+    """Says which option was meant: that of a stage, if its prefix is missing, or the most similar word."""
+    name = word.removeprefix("--")
+    near = [option for stage in stages if (option := f"--{stage}_{name}") in options]
+    near = near or get_close_matches(word, options, n=1)
+    return f"did you mean {' or '.join(near)}?" if near else "--help lists all"
 
 
 def arguments_yaml(*arguments: Any, **stages: Any) -> str:
@@ -117,7 +157,9 @@ def _yaml_options(
 def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
     unknown = sorted(set(map(str, keys)) - allowed)
     if unknown:
-        raise ValueError(f"{path}: unknown keys {unknown}{where}; allowed are {sorted(allowed)}.")
+        near = get_close_matches(unknown[0], sorted(allowed), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed are {sorted(allowed)}."
+        raise ValueError(f"{path}: unknown keys {unknown}{where}; {hint}")
 
 
 def _option(of: dataclasses.Field, name: str, value: Any) -> list[str]:
@@ -146,7 +188,10 @@ def _as_options(prefix: str, cls: type) -> type:
             options |= {"default": dataclasses.MISSING, "default_factory": list}
         words = f.type in (_NUMBERS, _NAME_OR_VALUES)
         fields.append((f"{prefix}{f.name}", list[str] if words else f.type, field(**options)))
-    return dataclasses.make_dataclass(f"{cls.__name__}Options", fields, namespace={"__module__": __name__})
+    has_words = cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(")  # which dataclasses make up
+    title = cls.__doc__.strip().splitlines()[0].rstrip(".") if has_words else "This recipe's own options"
+    group = {"_argument_group_name": f"{prefix.removesuffix('_')}: {title}" if prefix else title}
+    return dataclasses.make_dataclass(f"{cls.__name__}Options", fields, namespace={"__module__": __name__, **group})
 
 
 def _as_words(values: dict[str, Any]) -> list[str]:
