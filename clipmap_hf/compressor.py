@@ -14,9 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from clipmap_hf.config import Budget, ClipMapConfig, requested_config
 from clipmap_hf.costs.cost import CostReport, model_cost
-from clipmap_hf.data.calibration_pairs import is_batches, sampled_pairs
+from clipmap_hf.data.calibration_pairs import sampled_pairs
 from clipmap_hf.data.held_batches import HeldBatches
-from clipmap_hf.data.pairs import PairSource
+from clipmap_hf.data.pairs import PairSource, holds_pairs
 from clipmap_hf.distributed import calibration_device
 from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import config_yaml, render_card
@@ -120,7 +120,7 @@ class ClipMapCompressor(nn.Module):
             return cls.from_map(source, load, **kwargs).to(device)
         config = requested_config(student, initializer, calibration_data is not None)
         teacher = load(*source)
-        if calibration_data is not None and not is_batches(calibration_data):
+        if holds_pairs(calibration_data):
             columns = {"image_column": image_column, "caption_column": caption_column}
             calibration_data = sampled_pairs(calibration_data, teacher.processor, calibration_pairs, **columns)
         return cls.from_teacher(teacher, config, calibration_data).to(device)

@@ -9,10 +9,10 @@ Within a budget, `--student params=30M` (or macs=2G, bytes=100M, latency_ms=20 b
 searched, explained, and kept in `choice.json`.
 
 The student starts from the teacher's activations on `--calibration_pairs` of the training pairs, if `--initializer`
-does not say otherwise; that start is kept in `start/` inside the output folder until the run is finished. The student is
-mapped only if `--mapping_steps` or `--mapping_epochs` say so: in our trials that made such a start worse. The mapped
-student and its map lie in `mapped/`. A student that starts by `diagonal` and is not mapped is TinyCLIP's manual inheritance; with
-`--masking_steps` or `--masking_epochs`, learned masks select it (the automatic one).
+does not say otherwise; that start is kept in `start/` inside the output folder until the run is finished. The student
+is mapped only if `--mapping_steps` or `--mapping_epochs` say so: in our trials that made such a start worse. The
+mapped student and its map lie in `mapped/`. A student that starts by `diagonal` and is not mapped is TinyCLIP's manual
+inheritance; with `--masking_steps` or `--masking_epochs`, learned masks select it (the automatic one).
 """
 
 from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments

@@ -6,6 +6,10 @@ or both on the sets of the literature.
     python recipes/evaluate.py --model student --suite paper --output results
     python recipes/evaluate.py --model student --eval_data test.parquet --output results.json
     python recipes/evaluate.py --model student --eval_data test.parquet --label_column group --templates 'a {}'
+    python recipes/evaluate.py --model student --index_model teacher --eval_data test.parquet
+
+With `--index_model`, the student's texts search the other model's images, and the student's images its texts: what an
+index that was made by the teacher is worth to the student.
 """
 
 import json
@@ -33,6 +37,10 @@ class EvaluateArguments:
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     caption_column: str = field(default="caption", metadata={"help": "Column of the captions."})
+    index_model: str | None = field(
+        default=None,
+        metadata={"help": "Search this model's embeddings by the model's queries: an index that exists stays in use."},
+    )
     label_column: str | None = field(default=None, metadata={"help": "Classify by this column instead of retrieving."})
     templates: list[str] = field(
         default_factory=list, metadata={"help": "Prompts with {} for the class name; eight of OpenAI's by default."}
@@ -48,6 +56,8 @@ class EvaluateArguments:
             raise ValueError("Give either eval_data, or sets or a suite.")
         if by_sets and (self.output is None or self.label_column is not None or self.templates):
             raise ValueError("Sets need an output folder, and have labels and templates of their own.")
+        if self.index_model is not None and (by_sets or self.label_column is not None):
+            raise ValueError("index_model is for retrieval on eval_data; leave it out, or the sets or label_column.")
 
 
 def main() -> None:
@@ -81,37 +91,35 @@ def on_sets(arguments: EvaluateArguments, model, processor, sets) -> str:
 
 
 def retrieval(arguments: EvaluateArguments, model, processor) -> dict[str, float]:
-    from clipmap_hf.data.evaluation_pairs import evaluation_pairs
     from clipmap_hf.evaluation.retrieval import evaluate_retrieval
+    from clipmap_hf.models.loading import load_model
 
-    pairs = evaluation_pairs(
+    index = arguments.index_model and load_model(arguments.index_model).to(model.device)
+    return evaluate_retrieval(
+        model,
         arguments.eval_data,
-        processor,
+        processor=processor,
+        index_model=index,
         split=arguments.eval_split,
         image_column=arguments.image_column,
         caption_column=arguments.caption_column,
         batch_size=arguments.batch_size,
     )
-    return evaluate_retrieval(model, pairs)
 
 
 def classification(arguments: EvaluateArguments, model, processor) -> dict[str, float]:
-    from clipmap_hf.data.pairs import load_pairs
-    from clipmap_hf.distributed import process_count, process_index
-    from clipmap_hf.evaluation.labeled import class_names, labeled_batches
-    from clipmap_hf.evaluation.zero_shot import DEFAULT_TEMPLATES, evaluate_zero_shot, zero_shot_classifier
+    from clipmap_hf.evaluation.zero_shot import DEFAULT_TEMPLATES, evaluate_zero_shot
 
-    images = load_pairs(
+    return evaluate_zero_shot(
+        model,
         arguments.eval_data,
-        split=arguments.eval_split,
+        processor=processor,
+        label_column=arguments.label_column,
         image_column=arguments.image_column,
-        caption_columns=[arguments.label_column],
+        split=arguments.eval_split,
+        templates=arguments.templates or DEFAULT_TEMPLATES,
+        batch_size=arguments.batch_size,
     )
-    names = class_names(images, arguments.label_column)
-    classifier = zero_shot_classifier(model, processor.tokenizer, names, arguments.templates or DEFAULT_TEMPLATES)
-    images = images.shard(process_count(), process_index(), contiguous=True)
-    batches = labeled_batches(images, processor.image_processor, arguments.label_column, names, arguments.batch_size)
-    return evaluate_zero_shot(model, batches, classifier)
 
 
 if __name__ == "__main__":

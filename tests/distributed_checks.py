@@ -30,6 +30,7 @@ from clipmap_hf.data.sources import stage_seed, training_collator
 from clipmap_hf.distributed import average_gradients, gather, join_processes, process_count, process_index
 from clipmap_hf.models.loading import load_model, load_processor
 from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.stage import evaluation_function
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
@@ -264,9 +265,10 @@ def evaluated(shop: Workshop) -> dict[str, Any]:
     report = {}
     for name in ("pairs", "odd", "captions"):
         data = DataArguments(train_data="unused", eval_data=str(shop.folder / f"{name}.parquet"))
-        report[name] = evaluation_function(data, shop.processor, run)(model)
+        report[name] = evaluation_function(RunContext(run, data), shop.processor)(model)
     try:
-        evaluation_function(DataArguments("unused", eval_data=str(shop.folder / "one.parquet")), shop.processor, run)
+        data = DataArguments("unused", eval_data=str(shop.folder / "one.parquet"))
+        evaluation_function(RunContext(run, data), shop.processor)
         report["one"] = None
     except ValueError as error:
         report["one"] = str(error)

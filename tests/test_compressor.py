@@ -30,8 +30,8 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 import clipmap_hf.hub.map_folder
 from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig
-from clipmap_hf.data.calibration_pairs import is_batches, sampled_pairs
-from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.calibration_pairs import sampled_pairs
+from clipmap_hf.data.pairs import holds_pairs, load_pairs
 from clipmap_hf.distributed import calibration_device
 from clipmap_hf.shapes import choose_shape, kept_energy
 from clipmap_hf.starts import start_mapper
@@ -304,7 +304,7 @@ def test_a_start_from_data_is_that_of_its_pairs(
         teacher_folder, OPEN, calibration_data=calibration_data, calibration_pairs=9, caption_column=caption
     )
     assert compressor.map_config == dataclasses.replace(OPEN, initializer="calibrated")
-    if not is_batches(calibration_data):
+    if holds_pairs(calibration_data):
         calibration_data = sampled_pairs(calibration_data, tiny_processor, 9, caption_column=caption)
         assert sum(len(batch["pixel_values"]) for batch in calibration_data) == 9
     teacher = copy.deepcopy(shared_teacher).to(calibration_device())

@@ -1,7 +1,11 @@
 import pytest
 import torch
+from conftest import randomize
+from datasets import Dataset
 from torch.nn import functional as F
+from transformers import CLIPModel
 
+from clipmap_hf.data.evaluation_pairs import evaluation_pairs
 from clipmap_hf.evaluation.retrieval import embed_pairs, evaluate_retrieval, recall_at_k
 
 
@@ -115,3 +119,44 @@ def test_mean_recall_averages_all_cut_offs_and_both_ways(tiny_teacher, tiny_batc
     recall = recall_at_k(*embed_pairs(tiny_teacher, [batch]), ks=(1, 3))
     assert metrics == recall | {"mean_recall": pytest.approx(sum(recall.values()) / 4)}
     assert metrics["mean_recall"] > 0
+
+
+# Pairs from any source, and an index that exists
+
+
+def test_pairs_are_read_from_a_path_a_data_set_or_batches(tiny_teacher, tiny_processor, pairs_parquet):
+    batches = evaluation_pairs(str(pairs_parquet), tiny_processor)
+    expected = evaluate_retrieval(tiny_teacher, batches)
+    rows = Dataset.from_parquet(str(pairs_parquet)).rename_columns({"image": "picture", "caption": "alt"})
+    columns = {"image_column": "picture", "caption_column": "alt"}
+    assert evaluate_retrieval(tiny_teacher, pairs_parquet, processor=tiny_processor) == expected
+    assert evaluate_retrieval(tiny_teacher, rows, processor=tiny_processor, batch_size=7, **columns) == expected
+
+
+def test_reading_needs_a_processor_and_batches_are_read_already(tiny_teacher, pairs_parquet, tiny_processor):
+    with pytest.raises(TypeError, match="need processor="):
+        evaluate_retrieval(tiny_teacher, pairs_parquet)
+    with pytest.raises(TypeError, match=r"\['split'\] say how to read pairs"):
+        evaluate_retrieval(tiny_teacher, evaluation_pairs(str(pairs_parquet), tiny_processor), split="train")
+
+
+def test_an_index_is_searched_by_the_models_queries(tiny_teacher, tiny_config, tiny_processor, pairs_parquet):
+    other = randomize(CLIPModel(tiny_config()), seed=3).eval()
+    batches = evaluation_pairs(str(pairs_parquet), tiny_processor)
+    images, texts, owners = embed_pairs(tiny_teacher, batches)
+    image_index, text_index, _ = embed_pairs(other, batches)
+    given = evaluate_retrieval(tiny_teacher, batches, ks=(1, 3), index_model=other)
+    by_images, by_texts = images @ text_index.T, texts @ image_index.T  # one caption for each image, in order
+    for k in (1, 3):
+        for direction, scores in (("image_to_text", by_images), ("text_to_image", by_texts)):
+            found = (scores.topk(k).indices == owners[:, None]).any(dim=1).float().mean().item()
+            assert given[f"{direction}_recall@{k}"] == pytest.approx(found)
+    assert evaluate_retrieval(tiny_teacher, batches, index_model=tiny_teacher) == evaluate_retrieval(
+        tiny_teacher, batches
+    )
+
+
+def test_an_index_of_another_width_is_refused(tiny_teacher, tiny_config, tiny_processor, pairs_parquet):
+    other = CLIPModel(tiny_config(projection_dim=16)).eval()
+    with pytest.raises(ValueError, match="they must live in one space"):
+        evaluate_retrieval(tiny_teacher, pairs_parquet, processor=tiny_processor, index_model=other)

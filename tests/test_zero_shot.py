@@ -1,5 +1,6 @@
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn import functional as F
 
 from clipmap_hf.evaluation.zero_shot import (
@@ -125,3 +126,22 @@ def test_evaluation_finds_each_image_in_a_classifier_of_its_own_embeddings(tiny_
 def test_evaluation_without_batches_is_an_error(tiny_teacher):
     with pytest.raises(ValueError, match="at least one image"):
         evaluate_zero_shot(tiny_teacher, [], torch.eye(3, 32))
+
+
+def test_labeled_images_are_read_from_a_path_or_a_data_set(tiny_teacher, tiny_processor, pairs_parquet):
+    rows = Dataset.from_parquet(str(pairs_parquet))
+    names = sorted(set(rows["caption"]))
+    classifier = zero_shot_classifier(tiny_teacher, tiny_processor.tokenizer, names)
+    pixels = tiny_processor.image_processor(list(rows["image"]), return_tensors="pt")["pixel_values"]
+    labels = torch.tensor([names.index(caption) for caption in rows["caption"]])
+    expected = evaluate_zero_shot(tiny_teacher, [{"pixel_values": pixels, "labels": labels}], classifier)
+    for images in (pairs_parquet, rows):
+        given = evaluate_zero_shot(tiny_teacher, images, processor=tiny_processor, label_column="caption")
+        assert given == pytest.approx(expected)
+
+
+def test_images_need_a_processor_and_batches_a_classifier(tiny_teacher, pairs_parquet):
+    with pytest.raises(TypeError, match="need processor="):
+        evaluate_zero_shot(tiny_teacher, pairs_parquet, label_column="caption")
+    with pytest.raises(TypeError, match="need a classifier"):
+        evaluate_zero_shot(tiny_teacher, [])

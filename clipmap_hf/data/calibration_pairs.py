@@ -1,7 +1,7 @@
 """Batches of calibration pairs: a sample of a data set, without augmentation and the same in every iteration."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,12 +9,12 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.pairs import Datasets, PairSource, given_pairs, load_pairs, undecoded
+from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, undecoded
 from clipmap_hf.data.tally import RowTally
 from clipmap_hf.distributed import process_count, process_index
 
 
-__all__ = ["CalibrationPairs", "is_batches", "sampled_pairs"]
+__all__ = ["CalibrationPairs", "sampled_pairs"]
 
 _BATCH_SIZE = 64
 
@@ -103,10 +103,3 @@ def sampled_pairs(
     else:
         rows = given_pairs(source)
     return CalibrationPairs(rows, processor, pairs, **columns)
-
-
-def is_batches(data: Any) -> bool:
-    """Tells whether calibration data is made of batches already, in a list or a loader; other data has pairs."""
-    if isinstance(data, (list, tuple)):
-        return not data or isinstance(data[0], Mapping)
-    return not isinstance(data, (str, os.PathLike, Mapping, Datasets))

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.loader import start_worker
-from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.pairs import PairSource, load_pairs
 from clipmap_hf.distributed import process_count, process_index
 
 
@@ -14,7 +14,7 @@ __all__ = ["evaluation_pairs"]
 
 
 def evaluation_pairs(
-    source: str,
+    source: PairSource,
     processor: Any,
     *,
     split: str = "train",
@@ -27,7 +27,7 @@ def evaluation_pairs(
     Loads batches of preprocessed pairs. Several processes share the pairs.
 
     Args:
-        source: Hub id, image folder, or path or glob of parquet files or webdataset tars.
+        source: What `load_pairs` reads.
         processor: Tokenizer and image processor of the model.
         split: Split of the data set. Plain files have only `train`.
         image_column: Column of the images.
@@ -41,6 +41,7 @@ def evaluation_pairs(
     pairs = load_pairs(source, split=split, image_column=image_column, caption_columns=[caption_column])
     collator = PairCollator(processor.tokenizer, processor.image_processor, [caption_column])
     if len(pairs) < process_count():
-        raise ValueError(f"{source!r} has {len(pairs)} pairs, fewer than the {process_count()} processes.")
+        name = repr(source) if isinstance(source, str) else "The evaluation data"
+        raise ValueError(f"{name} has {len(pairs)} pairs, fewer than the {process_count()} processes.")
     pairs = pairs.shard(process_count(), process_index(), contiguous=True)
     return DataLoader(pairs, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=start_worker)

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from datasets import (
 from clipmap_hf.data.tar_shards import tar_pairs
 
 
-__all__ = ["Datasets", "PairSource", "given_pairs", "load_pairs", "undecoded"]
+__all__ = ["Datasets", "PairSource", "given_pairs", "holds_pairs", "load_pairs", "undecoded"]
 
 Datasets = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 PairSource = str | os.PathLike | Datasets | Sequence[tuple[Any, Any]]
@@ -78,6 +78,13 @@ def load_pairs(
     else:
         pairs = load_dataset(source, split=split, streaming=streaming)
     return undecoded(pairs, source, image_column, caption_columns)
+
+
+def holds_pairs(data: Any) -> bool:
+    """Tells whether data is a source of pairs, as `load_pairs` takes them; otherwise it may be made of batches."""
+    if isinstance(data, (list, tuple)):
+        return bool(data) and not isinstance(data[0], Mapping)
+    return isinstance(data, (str, os.PathLike, Mapping, Datasets))
 
 
 def given_pairs(source: Any) -> Dataset | IterableDataset:

@@ -1,10 +1,14 @@
 """Image–text retrieval: recall@k in both directions, for images with one or several captions."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
+from clipmap_hf.data.evaluation_pairs import evaluation_pairs
+from clipmap_hf.data.pairs import PairSource, holds_pairs
 from clipmap_hf.distributed import gather, process_index
 from clipmap_hf.models.features import Towers, evaluating
 
@@ -18,6 +22,7 @@ def recall_at_k(
     image_of_text: torch.Tensor | None = None,
     ks: Sequence[int] = (1, 5, 10),
     chunk_size: int = 1024,
+    index: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """
     Computes the share of queries that have a match among their `k` nearest results. An image with several captions
@@ -29,13 +34,22 @@ def recall_at_k(
         image_of_text: Index of the image of each text `(texts,)`. By default, text `i` belongs to image `i`.
         ks: Cut-offs.
         chunk_size: Queries to compare at a time. Memory grows with `chunk_size * max(images, texts)`.
+        index: Embeddings of the same images and texts by another model, which are searched in place of the model's
+            own: images by its texts, texts by its images.
 
     Returns:
         `{"image_to_text_recall@1": …, "text_to_image_recall@1": …, …}`, between 0 and 1.
 
     Raises:
-        ValueError: If `image_of_text` does not fit the embeddings, or an image has no text.
+        ValueError: If `image_of_text` does not fit the embeddings, an image has no text, or the index has another
+            width.
     """
+    image_index, text_index = (image_embeds, text_embeds) if index is None else index
+    if image_index.shape != image_embeds.shape or text_index.shape != text_embeds.shape:
+        raise ValueError(
+            f"The index has embeddings {tuple(image_index.shape)} and {tuple(text_index.shape)}, the model "
+            f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}; they must live in one space."
+        )
     images, texts = len(image_embeds), len(text_embeds)
     if image_of_text is None:
         image_of_text = torch.arange(texts, device=text_embeds.device)
@@ -46,8 +60,8 @@ def recall_at_k(
         )
     image_ids = torch.arange(images, device=image_embeds.device)
     ranks = {
-        "image_to_text": _ranks(image_embeds, text_embeds, image_ids, image_of_text, chunk_size),
-        "text_to_image": _ranks(text_embeds, image_embeds, image_of_text, image_ids, chunk_size),
+        "image_to_text": _ranks(image_embeds, text_index, image_ids, image_of_text, chunk_size),
+        "text_to_image": _ranks(text_embeds, image_index, image_of_text, image_ids, chunk_size),
     }
     return {
         f"{direction}_recall@{k}": (rank < k).float().mean().item() for direction, rank in ranks.items() for k in ks
@@ -85,23 +99,54 @@ def embed_pairs(model: nn.Module, batches: Iterable[Mapping]) -> tuple[torch.Ten
             comparable.
     """
     with evaluating(model):
-        return _embed(Towers.of_model(model), batches)
+        (embeds,), image_of_text = _embed([Towers.of_model(model)], batches)
+        return *embeds, image_of_text
 
 
 def evaluate_retrieval(
-    model: nn.Module, batches: Iterable[Mapping], ks: Sequence[int] = (1, 5, 10)
+    model: nn.Module,
+    pairs: PairSource | Iterable[Mapping],
+    ks: Sequence[int] = (1, 5, 10),
+    *,
+    processor: Any = None,
+    index_model: nn.Module | None = None,
+    **reading: Any,
 ) -> dict[str, float]:
     """
-    Computes `recall_at_k` of a `CLIPModel` on collated pairs, and adds `mean_recall`: the mean over all cut-offs and
-    both directions. Arguments as in `embed_pairs` and `recall_at_k`.
+    Computes `recall_at_k` of a `CLIPModel`, and adds `mean_recall`: the mean over all cut-offs and both directions.
+
+    Args:
+        model: A `CLIPModel`.
+        pairs: Batches of a `PairCollator`, as for `embed_pairs`; or what `load_pairs` reads, such as a path or a
+            `datasets.Dataset`.
+        ks: Cut-offs.
+        processor: The model's processor, for pairs that are no batches.
+        index_model: A model, mostly the teacher, whose embeddings are searched in place of the model's own: how well
+            do the student's queries find what was stored long ago?
+        reading: Further arguments of `evaluation_pairs`: `split`, `image_column`, `caption_column`, `batch_size`,
+            `num_workers`.
+
+    Raises:
+        TypeError: If pairs are given without a processor, or batches with arguments of how to read pairs.
+        ValueError: If there are no pairs, some cannot be read, or the index model has an embedding of another width.
     """
-    with evaluating(model):
-        return evaluate_towers(Towers.of_model(model), batches, ks)
+    if holds_pairs(pairs):
+        if processor is None:
+            raise TypeError("Pairs that are no batches need processor=, the model's tokenizer and image processor.")
+        pairs = evaluation_pairs(pairs, processor, **reading)
+    elif reading:
+        raise TypeError(f"{sorted(reading)} say how to read pairs; batches are read already.")
+    with evaluating(model), nullcontext() if index_model is None else evaluating(index_model):
+        index = None if index_model is None else Towers.of_model(index_model)
+        return evaluate_towers(Towers.of_model(model), pairs, ks, index)
 
 
-def evaluate_towers(towers: Towers, batches: Iterable[Mapping], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def evaluate_towers(
+    towers: Towers, batches: Iterable[Mapping], ks: Sequence[int] = (1, 5, 10), index: Towers | None = None
+) -> dict[str, float]:
     """Computes the result of `evaluate_retrieval` for towers that any runtime may run."""
-    recall = recall_at_k(*_embed(towers, batches), ks=ks)
+    (own, *others), image_of_text = _embed([towers] if index is None else [towers, index], batches)
+    recall = recall_at_k(*own, image_of_text, ks=ks, index=others[0] if others else None)
     return {**recall, "mean_recall": sum(recall.values()) / len(recall)}
 
 
@@ -116,23 +161,28 @@ def recall_columns(results: Sequence[Mapping[str, float]], ks: Sequence[int] = (
 
 
 @torch.no_grad()
-def _embed(towers: Towers, batches: Iterable[Mapping]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    image_embeds, text_embeds, image_of_text = [], [], []
+def _embed(
+    models: Sequence[Towers], batches: Iterable[Mapping]
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """Embeds batches by several models, each read once: images and texts of each model, and the image of each text."""
+    embeds = [([], []) for _ in models]
+    image_of_text, device = [], models[0].device
     images = bad_rows = 0
     for batch in batches:
         bad_rows += sum(batch.get("bad_rows", {}).values())
         if bad_rows:
             continue  # embeds no more, but counts all bad rows for the error message
-        passes = towers.passes({name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")})
-        image_embeds.append(passes["vision"]())
-        text_embeds.append(passes["text"]())
-        image_of_text.append(batch["image_of_text"].to(towers.device) + images)
+        inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+        for towers, (image_embeds, text_embeds) in zip(models, embeds, strict=True):
+            passes = towers.passes(inputs)
+            image_embeds.append(passes["vision"]())
+            text_embeds.append(passes["text"]())
+        image_of_text.append(batch["image_of_text"].to(device) + images)
         images += len(batch["pixel_values"])
-    counts = gather(torch.tensor([[images, bad_rows]], device=towers.device))  # (processes, 2)
+    counts = gather(torch.tensor([[images, bad_rows]], device=device))  # (processes, 2)
     if counts[:, 1].any():
         raise ValueError(f"{counts[:, 1].sum()} evaluation pairs cannot be read; the log says why. Repair the data.")
     if not images:
         raise ValueError("There are no evaluation pairs.")
-    embeds = [torch.cat(image_embeds), torch.cat(text_embeds), torch.cat(image_of_text)]
-    embeds[2] += counts[: process_index(), 0].sum()
-    return tuple(gather(rows).cpu() for rows in embeds)
+    owners = gather(torch.cat(image_of_text) + counts[: process_index(), 0].sum()).cpu()
+    return [tuple(gather(torch.cat(part)).cpu() for part in both) for both in embeds], owners

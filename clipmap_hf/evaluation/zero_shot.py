@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from clipmap_hf.data.collate import tokenized
-from clipmap_hf.distributed import gather
+from clipmap_hf.data.pairs import PairSource, holds_pairs, load_pairs
+from clipmap_hf.distributed import gather, process_count, process_index
+from clipmap_hf.evaluation.labeled import class_names, labeled_batches
 from clipmap_hf.models.features import encode_images, encode_texts, evaluating
 
 
@@ -134,12 +136,48 @@ def zero_shot_logits(
     return gather(torch.cat(logits)).cpu(), gather(labels).cpu()
 
 
-def evaluate_zero_shot(model: nn.Module, batches: Iterable[Mapping], classifier: torch.Tensor) -> dict[str, float]:
+def evaluate_zero_shot(
+    model: nn.Module,
+    images: PairSource | Iterable[Mapping],
+    classifier: torch.Tensor | None = None,
+    *,
+    processor: Any = None,
+    label_column: str = "label",
+    image_column: str = "image",
+    split: str = "train",
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    batch_size: int = 256,
+) -> dict[str, float]:
     """
-    Computes `zero_shot_metrics` of a `CLIPModel` on labeled images with one class each. Arguments as in
-    `zero_shot_logits`.
+    Computes `zero_shot_metrics` of a `CLIPModel` on labeled images with one class each. Several processes share the
+    images.
+
+    Args:
+        model: A `CLIPModel`. It runs in eval mode on its own device.
+        images: Batches as for `zero_shot_logits`; or what `load_pairs` reads, such as a path or a `datasets.Dataset`,
+            with a column of labels in place of the captions.
+        classifier: Class embeddings of `zero_shot_classifier`; made of the names of the labels, if images are no
+            batches.
+        processor: The model's processor, for images that are no batches.
+        label_column: Column of the labels: a `ClassLabel`, or strings.
+        image_column: Column of the images.
+        split: Split of the data set. Plain files have only `train`.
+        templates: Prompts with `{}` in place of the class name.
+        batch_size: Images per batch.
 
     Raises:
-        ValueError: If there are no batches, or a label is not a class of `classifier`.
+        TypeError: If images are given without a processor, or batches without a classifier.
+        ValueError: If there are no images, or a label is not a class.
     """
+    if not holds_pairs(images):
+        if classifier is None:
+            raise TypeError("Batches need a classifier, which zero_shot_classifier makes of the class names.")
+        return zero_shot_metrics(*zero_shot_logits(model, images, classifier))
+    if processor is None or classifier is not None:
+        raise TypeError("Images that are no batches need processor=, and a classifier is made of their labels.")
+    rows = load_pairs(images, split=split, image_column=image_column, caption_columns=[label_column])
+    names = class_names(rows, label_column)
+    classifier = zero_shot_classifier(model, processor.tokenizer, names, templates)
+    rows = rows.shard(process_count(), process_index(), contiguous=True)
+    batches = labeled_batches(rows, processor.image_processor, label_column, names, batch_size)
     return zero_shot_metrics(*zero_shot_logits(model, batches, classifier))
