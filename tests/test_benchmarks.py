@@ -14,7 +14,7 @@ import clipmap_hf
 
 REPOSITORY = Path(clipmap_hf.__file__).parents[1]
 BENCHMARKS = REPOSITORY / "recipes" / "benchmarks"
-# The smallest that each can be told to be (`{folder}` is a new one), and what begins the rows of its table, or the
+# The smallest that each can be told to be (`{folder}` is a new folder), and what begins the rows of its table, or the
 # lines that it prints.
 RUNS = {
     "batch.py": (
@@ -70,6 +70,12 @@ NEEDS = {
     "packaged_sets.py": ("qtawesome", "sklearn"),
     "runtimes.py": ("onnxruntime", "onnxscript", "sentence_transformers"),
 }
+
+
+def forget_modules(*names: str) -> None:
+    """Forgets modules of the benchmarks, and those inside them, that a test has imported."""
+    for name in [name for name in sys.modules if name.split(".")[0] in names]:
+        sys.modules.pop(name)
 
 
 def test_every_benchmark_is_run():

@@ -2,21 +2,22 @@
 
 import argparse
 import math
-import sys
 
 import pytest
-from test_benchmarks import BENCHMARKS
+from test_benchmarks import BENCHMARKS, forget_modules
 
 
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import initializers
-    from initializer_study import report, runs
+    from initializer_study import ablations, report, runs
+    from study import curves, tables
 
-    yield argparse.Namespace(initializers=initializers, report=report, runs=runs)
-    for name in ("initializers", "initializer_study", "initializer_study.report", "initializer_study.runs"):
-        sys.modules.pop(name, None)
+    yield argparse.Namespace(
+        initializers=initializers, ablations=ablations, report=report, runs=runs, curves=curves, tables=tables
+    )
+    forget_modules("initializers", "initializer_study", "study")
 
 
 @pytest.fixture
@@ -37,17 +38,17 @@ CURVE = [
     "target, pairs", [(0.05, 0), (0.1, 0), (0.2, 50), (0.3, 100), (0.35, 275), (0.4, 300), (0.41, math.inf)]
 )
 def test_pairs_to_reach_are_those_of_the_first_crossing(study, target, pairs):
-    assert study.report.pairs_to_reach(CURVE, "recall@1", target) == pytest.approx(pairs)
+    assert study.curves.pairs_to_reach(CURVE, "recall@1", target) == pytest.approx(pairs)
 
 
 def test_values_between_evaluations_lie_on_a_line(study):
-    assert study.report.value_at(CURVE, "recall@5", 150) == pytest.approx(0.5)
+    assert study.curves.value_at(CURVE, "recall@5", 150) == pytest.approx(0.5)
 
 
 def test_spread_shows_no_number_that_some_seed_lacks(study):
-    assert study.report.spread([1.0, 3.0]) == "2.0 ± 1.4"
-    assert study.report.spread([1.0]) == "1.0"
-    assert study.report.spread([1.0, math.inf]) == study.report.spread([]) == "–"
+    assert study.tables.spread([1.0, 3.0]) == "2.0 ± 1.4"
+    assert study.tables.spread([1.0]) == "1.0"
+    assert study.tables.spread([1.0, math.inf]) == study.tables.spread([]) == "–"
 
 
 def test_reference_needs_its_own_pairs(study):
@@ -82,3 +83,11 @@ def test_best_method_is_that_of_validation(study, arguments):
     rates = {"mapping_rate": 1e-3, "distillation_rate": 4e-3, "mapping": 0, "recall": 0.2}
     tuned = {"1 %": {"xavier": {"mapped": {**rates, "recall": 0.1, "mapping": 80}}, "diagonal": {"direct": rates}}}
     assert study.initializers.best_in_validation(tuned, "1 %") == {"method": "diagonal", "mapping": 0}
+
+
+def test_every_ingredient_can_be_left_out(study):
+    ingredients = {change["without"] for change in study.initializers.ABLATIONS.values() if "without" in change}
+    for ingredient in ingredients:
+        with study.ablations.without(ingredient):  # fails where the package has nothing of a replaced name
+            pass
+    assert study.ablations.REPLACEMENTS.keys() == ingredients - {"captions"}

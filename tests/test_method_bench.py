@@ -6,23 +6,20 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from test_benchmarks import BENCHMARKS
+from test_benchmarks import BENCHMARKS, forget_modules
 
 from clipmap_hf.losses import check_losses
-from clipmap_hf.mapping.initializers import CALIBRATED_INITIALIZERS, INITIALIZERS, SELECTIONS
+from clipmap_hf.starts import STARTS
 
 
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import methods
-    from method_bench import cells, tables
+    from method_bench import cells, report
 
-    yield SimpleNamespace(methods=methods, cells=cells, tables=tables)
-    for name in [
-        name for name in sys.modules if name.split(".")[0] in ("methods", "method_bench", "initializer_study")
-    ]:
-        sys.modules.pop(name)
+    yield SimpleNamespace(methods=methods, cells=cells, report=report)
+    forget_modules("methods", "method_bench", "study")
 
 
 @pytest.fixture
@@ -33,7 +30,7 @@ def cell(bench):
 
 
 def test_methods_are_known_to_the_package(bench):
-    known = {*INITIALIZERS, *CALIBRATED_INITIALIZERS, *SELECTIONS, "scratch", None}
+    known = {*STARTS, "scratch", None}
     for method in bench.methods.METHODS.values():
         assert method["initializer"] in known
         check_losses(method["losses"])
@@ -51,7 +48,7 @@ def test_only_a_progressive_compression_has_sizes_on_its_way(bench, cell):
 
 def test_cells_of_other_settings_lie_elsewhere(bench, cell, tmp_path):
     made = [cell("MoPE"), cell("MoPE-CLIP"), cell("MoPE", "10 %"), cell("MoPE") | {"rate": 2e-3}]
-    assert len({bench.cells.cell_file(tmp_path, one) for one in made}) == len(made)
+    assert len({bench.cells.cell_file(tmp_path, of_method) for of_method in made}) == len(made)
     assert bench.cells.cell_file(tmp_path, made[0]).name.startswith("1-MoPE-seed-0-")
 
 
@@ -102,11 +99,11 @@ def test_a_report_makes_no_cells(bench, cell, monkeypatch, tmp_path):
 
 def test_a_row_says_when_the_reference_is_reached(bench):
     reference = [result(0, 0.0, 0.1, 0.2), result(1, 0.0, 0.1, 0.4)]
-    row = bench.tables.method_row("ours", [result(0, 0.1, 0.3, 0.5), result(1, 0.2, 0.4, 0.6)], reference)
+    row = bench.report.method_row("ours", [result(0, 0.1, 0.3, 0.5), result(1, 0.2, 0.4, 0.6)], reference)
     assert row["pairs to manual's R@5"] == "75 ± 35"  # 50 and 100
     assert row["R@1"] == "55.0 ± 7.1 / 55.0 ± 7.1" and row["loss"] == "affinity + 500 feature"
 
 
 def test_a_claim_is_judged_seed_by_seed(bench):
-    row = bench.tables.claim_row("1 %", [result(0, 0.2), result(1, 0.1)], [result(1, 0.2), result(0, 0.1)])
+    row = bench.report.claim_row("1 %", [result(0, 0.2), result(1, 0.1)], [result(1, 0.2), result(0, 0.1)])
     assert row["gain in R@5"] == "0.00 ± 14.14" and row["seeds ahead, R@5"] == "1 of 2"

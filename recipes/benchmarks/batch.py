@@ -29,10 +29,13 @@ from mapping_step import random_chunks, take_step
 from transformers import CLIPConfig, CLIPModel
 
 from clipmap_hf.config import PRESETS, student_config
-from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.starts import start_mapper
 from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.optimization import adamw
-from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, MappingStage, Stage
+from clipmap_hf.training.stages.base import Stage
+from clipmap_hf.training.stages.contrastive import ContrastiveStage
+from clipmap_hf.training.stages.distillation import DistillationStage
+from clipmap_hf.training.stages.mapping import MappingStage
 
 
 STAGES = ("contrastive", "mapping", "distillation")
@@ -45,7 +48,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4096, help="pairs per step of the large batch")
     parser.add_argument("--micro_batch_size", type=int, default=256, help="pairs per chunk, and per plain batch")
     parser.add_argument("--plain_steps", type=int, default=4, help="timed steps of plain batches, in each round")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds; in each, one process for each batch")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds; in each, a process for each batch")
     arguments = parser.parse_args()
     if arguments.batch_size % arguments.micro_batch_size:
         parser.error(f"--batch_size must be a multiple of --micro_batch_size, {arguments.micro_batch_size}")
@@ -56,24 +59,24 @@ def main() -> None:
     for stage in arguments.stage:
         runs = [[in_own_process(arguments, stage, size) for size in sizes] for _ in range(arguments.rounds)]
         plain, large = (merged(of_size) for of_size in zip(*runs, strict=True))
-        for size, one in zip(sizes, (plain, large), strict=True):
-            times, middle = one["seconds"], statistics.median(one["seconds"])
-            ratios = middle / statistics.median(plain["seconds"]), one["peak"] / plain["peak"]
+        for size, measured in zip(sizes, (plain, large), strict=True):
+            times, middle = measured["seconds"], statistics.median(measured["seconds"])
+            ratios = middle / statistics.median(plain["seconds"]), measured["peak"] / plain["peak"]
             print(
                 f"| {stage} | {size} | {size // sizes[0]} | {middle:.4f} | {min(times):.4f} | {max(times):.4f} "
-                f"| {ratios[0]:.3f} | {one['at_first']:.2f} | {one['peak']:.2f} | {ratios[1]:.3f} |",
+                f"| {ratios[0]:.3f} | {measured['at_first']:.2f} | {measured['peak']:.2f} | {ratios[1]:.3f} |",
                 flush=True,
             )
 
 
 def in_own_process(arguments: argparse.Namespace, stage: str, batch_size: int) -> dict:
-    """What `measure` returns, of a new process: the peak of a process never falls."""
+    """Runs `measure` in a new process: the peak of a process never falls."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(measure, argparse.Namespace(**vars(arguments) | {"batch_size": batch_size}), stage).result()
 
 
 def measure(arguments: argparse.Namespace, name: str) -> dict:
-    """Seconds per pair in every step, and GB of memory at first and at most."""
+    """Measures seconds per pair in every step, and GB of memory at first and at most."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     stage = make_stage(name, arguments.student).to(device).train()
@@ -91,25 +94,25 @@ def measure(arguments: argparse.Namespace, name: str) -> dict:
 
 
 def merged(runs: Iterable[dict]) -> dict:
-    """The times of all runs, and the largest memory of any."""
+    """Joins the times of all runs, and takes the largest memory of any."""
     runs = list(runs)
     largest = {name: max(run[name] for run in runs) for name in ("at_first", "peak")}
     return {"seconds": [seconds for run in runs for seconds in run["seconds"]], **largest}
 
 
 def make_stage(name: str, student: str) -> Stage:
-    """A stage that trains a random student of a ViT-B/16."""
+    """Makes a stage that trains a random student of a ViT-B/16."""
     config, settings = CLIPConfig(vision_config={"patch_size": 16}), {"logit_scale": 50.0, "learn_logit_scale": False}
     if name == "mapping":
-        return MappingStage(WeightMapper(CLIPModel(config), PRESETS[student]), **settings)
+        return MappingStage(start_mapper(CLIPModel(config), PRESETS[student]), **settings)
     trained = CLIPModel(student_config(config, PRESETS[student]))
     if name == "contrastive":
         return ContrastiveStage(trained, **settings)
-    return DistillationStage(trained, [CLIPModel(config)], **settings)
+    return DistillationStage(trained, teachers=[CLIPModel(config)], **settings)
 
 
 def memory(device: torch.device) -> tuple[float, float]:
-    """GB in use now, and at most so far."""
+    """Reads the GB in use now, and at most so far."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated() / 1e9, torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: kB

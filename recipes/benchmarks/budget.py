@@ -1,7 +1,7 @@
 """
 Does a search within a budget choose well? Students of the embedded teacher that cost the same, made from activations
-and not trained: the shape that keeps most (`kept_energy`), the one nearest to the literature's, and others that cost
-at least 95 % of the budget, a quarter and half down the list by what is kept. Recall@5 is on a style that no model was
+and not trained: the shape that keeps most (`kept_energy`), that nearest to the literature's, and others that cost at
+least 95 % of the budget, a quarter and half down the list by what is kept. Recall@5 is on a style that no model was
 trained on, as a share of the teacher's, the mean of both directions.
 
     python recipes/benchmarks/budget.py
@@ -15,20 +15,21 @@ import math
 from collections.abc import Iterator
 
 import datasets
+from study.recall import mean_recall
 from transformers.utils import logging
 
 from clipmap_hf import ClipMapCompressor, ClipMapConfig
 from clipmap_hf.config import student_config
+from clipmap_hf.costs.cost import parameter_count
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.sources import evaluation_batches
 from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
-from clipmap_hf.evaluation.cost import parameter_count
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
+from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.shapes import choose_shape, kept_energy
-from clipmap_hf.shapes.grid import Shape, shaped
-from clipmap_hf.teachers import Teacher
-from clipmap_hf.training.arguments import DataArguments
-from clipmap_hf.training.setup import evaluation_batches
+from clipmap_hf.shapes.grid import Shape, with_shape
 
 
 TOWERS = {
@@ -69,7 +70,7 @@ def main() -> None:
         "| of | shape | vision | text | parameters | kept | recall@5 |\n|---|---|---|---|---:|---:|---:|", flush=True
     )
     for of, name, shape, cost, left in table:
-        config = shaped(ClipMapConfig(**options), shape)
+        config = with_shape(ClipMapConfig(**options), shape)
         student = ClipMapCompressor.from_pretrained(TEACHER, config, calibration_data=pairs)
         sizes = f"{shape.vision_width} × {shape.vision_depth} | {shape.text_width} × {shape.text_depth}"
         found = recall(student.export(), test) / whole
@@ -77,38 +78,37 @@ def main() -> None:
 
 
 def of_budgets(teacher: Teacher, kept: dict, budgets: list[str]) -> Iterator[tuple]:
-    """Budget, what the shape is among those that it allows, the shape, its parameters and what it keeps."""
+    """Yields budget, what the shape is among those that it allows, the shape, its parameters and what it keeps."""
     for budget in budgets:
         config = ClipMapConfig(budget={"params": budget})
         ranked = choose_shape(teacher.model.config, config, kept, shown=10**6).candidates
-        equal = [one for one in ranked if one.cost >= ENOUGH * config.budget.limit]
+        equal = [candidate for candidate in ranked if candidate.cost >= ENOUGH * config.budget.limit]
         near = choose_shape(teacher.model.config, config).candidates[0].shape
-        for name, one in (
+        for name, candidate in (
             ("keeps most", ranked[0]),
-            ("nearest to the literature", next(one for one in ranked if one.shape == near)),
+            ("nearest to the literature", next(candidate for candidate in ranked if candidate.shape == near)),
             ("a quarter down", equal[len(equal) // 4]),
             ("half down", equal[len(equal) // 2]),
         ):
-            yield budget, name, one.shape, one.cost, math.exp(one.score)
+            yield budget, name, candidate.shape, candidate.cost, math.exp(candidate.score)
 
 
 def of_towers(teacher: Teacher, kept: dict) -> Iterator[tuple]:
-    """Tower, nothing, the shape, its parameters and what the tower keeps."""
+    """Yields tower, nothing, the shape, its parameters and what the tower keeps."""
     whole = {name: getattr(teacher.model.config, f"{name}_config") for name in TOWERS}
-    sizes = {name: (one.hidden_size, one.num_hidden_layers) for name, one in whole.items()}
+    sizes = {name: (tower.hidden_size, tower.num_hidden_layers) for name, tower in whole.items()}
     for name, towers in TOWERS.items():
         head_width = whole[name].hidden_size // whole[name].num_attention_heads
         for width, depth in towers:
             cut = sizes | {name: (width, depth)}
             shape = Shape(*cut["vision"], *cut["text"])
-            cost = parameter_count(student_config(teacher.model.config, shaped(ClipMapConfig(), shape)))
+            cost = parameter_count(student_config(teacher.model.config, with_shape(ClipMapConfig(), shape)))
             yield name, "", shape, cost, float(kept[name][width // head_width - 1, depth - 1])
 
 
 def recall(model, batches: list) -> float:
-    """Recall@5, the mean of both directions."""
-    found = evaluate_retrieval(model, batches, ks=(5,))
-    return (found["image_to_text_recall@5"] + found["text_to_image_recall@5"]) / 2
+    """Measures recall@5, the mean of both directions."""
+    return mean_recall(evaluate_retrieval(model, batches, ks=(5,)), 5)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main() -> None:
 def measure(
     batches: dict[str, Iterator[tuple[torch.Tensor, torch.Tensor]]], count: int, rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Images per second and per second of CPU time in every round, after one that is not counted."""
+    """Measures images per second and per second of CPU time in every round, after a round that is not counted."""
     speeds = {name: [] for name in batches}
     for number in range(rounds + 1):
         for name, iterator in batches.items():
@@ -84,7 +84,7 @@ def measure(
 
 
 def print_table(speeds: dict[str, list[tuple[float, float]]]) -> None:
-    """A Markdown table of the medians, with the slowest and the fastest round, and the ratios to the last pipeline."""
+    """Prints the medians as Markdown, with the slowest and the fastest round, and the ratios to the last pipeline."""
     medians = {
         name: [statistics.median(kind) for kind in zip(*values, strict=True)] for name, values in speeds.items()
     }
@@ -100,7 +100,7 @@ def print_table(speeds: dict[str, list[tuple[float, float]]]) -> None:
 def package_batches(
     folder: str, tokenizer, batch_size: int, shuffle_buffer: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What the package trains on: chunks of bytes from the stream, made floats as the trainer makes them."""
+    """Yields what the package trains on: chunks of bytes from the stream, made floats as the trainer makes them."""
     from transformers import CLIPImageProcessorPil
 
     from clipmap_hf.data.augment import Augmentation
@@ -122,7 +122,7 @@ def package_batches(
 def open_clip_batches(
     folder: str, tokenizer, transform: Callable, batch_size: int, shuffle_buffer: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The stages of open_clip's training pipeline, in its order."""
+    """Yields what comes out of the stages of open_clip's training pipeline, in its order."""
     import webdataset
 
     def token_ids(text: str) -> torch.Tensor:
@@ -142,7 +142,7 @@ def open_clip_batches(
 
 
 def open_clip_transform() -> tuple[Callable[[Image.Image], torch.Tensor], str]:
-    """open_clip's training transform, and whose functions it is made of."""
+    """Returns open_clip's training transform, and whose functions it is made of."""
     try:
         from torchvision import transforms
     except (ImportError, RuntimeError):  # the latter if it was built for another torch
@@ -157,7 +157,7 @@ def open_clip_transform() -> tuple[Callable[[Image.Image], torch.Tensor], str]:
 
 
 def resized_crop(image: Image.Image) -> Image.Image:
-    """torchvision's `RandomResizedCrop`."""
+    """Does what torchvision's `RandomResizedCrop` does."""
     width, height = image.size
     for _ in range(10):
         area = width * height * random.uniform(*SCALE)
@@ -174,21 +174,21 @@ def resized_crop(image: Image.Image) -> Image.Image:
 
 
 def normalized(image: Image.Image) -> torch.Tensor:
-    """torchvision's `ToTensor` and `Normalize`, which works in place on the tensor that it is given a copy of."""
+    """Does as torchvision's `ToTensor`, and `Normalize`, which works in place on a copy of what it is given."""
     pixels = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
     mean, std = (torch.as_tensor(values)[:, None, None] for values in (MEAN, STD))
     return pixels.clone().sub_(mean).div_(std)
 
 
 def train_tokenizer(captions: list[str]):
-    """A CLIP tokenizer of 77 tokens."""
+    """Trains a CLIP tokenizer of 77 tokens."""
     from clipmap_hf.data.tokenizer import train_clip_tokenizer
 
     return train_clip_tokenizer(captions, vocab_size=1024, context_length=77)
 
 
 def write_shards(folder: Path, images: int, shards: int = 4) -> tuple[list[str], float]:
-    """Tars of JPEGs and captions; returns the captions and the mean size of a JPEG."""
+    """Writes tars of JPEGs and captions; returns the captions and the mean size of a JPEG."""
     rng, captions, size = np.random.default_rng(0), [], 0
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
@@ -204,7 +204,7 @@ def write_shards(folder: Path, images: int, shards: int = 4) -> tuple[list[str],
 
 
 def photo_like(rng: np.random.Generator) -> bytes:
-    """A JPEG of 500 × 375: smooth colors, ellipses, and grain that makes it as large a file as a photo."""
+    """Draws a JPEG of 500 × 375: smooth colors, ellipses, and grain that makes the file as large as a photo's."""
     coarse, fine = (
         Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
         for shape in ((12, 16), (225, 300))

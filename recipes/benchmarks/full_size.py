@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def write_shard(path: Path, pairs: int) -> list[str]:
-    """A webdataset tar of 256-pixel noise with captions; returns the captions."""
+    """Writes a webdataset tar of 256-pixel noise with captions; returns the captions."""
     from PIL import Image
 
     rng = random.Random(0)
@@ -77,7 +77,7 @@ def write_shard(path: Path, pairs: int) -> list[str]:
 
 
 def write_teacher(folder: Path, captions: list[str]) -> None:
-    """A ViT-B/16 `CLIPModel` of random weights, with OpenAI's vocabulary size, and a processor."""
+    """Writes a ViT-B/16 `CLIPModel` of random weights, with OpenAI's vocabulary size, and a processor."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
     from clipmap_hf.data.tokenizer import train_clip_tokenizer

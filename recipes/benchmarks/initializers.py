@@ -5,7 +5,7 @@ training pairs, evaluated untrained, after mapping and after distillation on a s
     python recipes/benchmarks/initializers.py --output_dir study --seeds 0 1 2
 
 A study is made of runs, and a run is what its settings say. Each that is finished lies in `runs/`, named after its
-settings, and is not made again, so a killed study goes on where it was; remove the file to make one anew. Runs with a
+settings, and is not made again, so a killed study goes on where it was; remove the file to make it anew. Runs with a
 common beginning share it, and all runs of a seed share the teacher's embeddings. Once the part `tune` is done, several
 processes may work on the other parts of one study, each on seeds of its own; `--report_only` then puts them together.
 
@@ -18,16 +18,15 @@ the mean of both directions. Pairs seen are those of training; what calibration 
 """
 
 import argparse
-import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import datasets
 from initializer_study.report import write_report
 from initializer_study.runs import TRAINED, finished, result_file
+from study.rates import best_trial, keep_tuned, read_tuned
 from transformers.utils import logging
-
-from clipmap_hf.atomic import write_atomically
 
 
 METHODS = ("random", "kaiming", "xavier", "diagonal", "importance", "calibrated")
@@ -75,7 +74,7 @@ TUNED |= {method: {"mapped": MAPPED, "direct": DIRECT, "feature": FEATURE} for m
 # How large the rates to try are beside those above: a good start is soon lost, unless the loss is its own.
 TRIALS_OF = {("calibrated", "mapped"): 0.25, ("calibrated", "direct"): 0.25}
 
-# The rows of each part. One without a method has the method that is best in validation, and is mapped or not as there.
+# The rows of each part. A row without a method has that which is best in validation, and is mapped or not as there.
 STARTS = {method: {"method": method} for method in METHODS}
 ABLATED = {name: {"method": "calibrated", "changes": changes} for name, changes in ABLATIONS.items()}
 PARTS = {
@@ -134,7 +133,7 @@ def main() -> None:
 
 
 def planned(arguments: argparse.Namespace, part: str, seed: int) -> list[tuple[str, str, dict]]:
-    """The runs of a part: its name, the row's name, and the settings."""
+    """Plans the runs of a part: its name, the row's name, and the settings."""
     tuned, runs = read_tuned(arguments.output_dir), []
     sizes = LARGER if part == "untrained" else {size: SIZES[size] for size in arguments.sizes}
     for size in sizes:
@@ -148,7 +147,7 @@ def planned(arguments: argparse.Namespace, part: str, seed: int) -> list[tuple[s
 
 
 def make_settings(arguments: argparse.Namespace, sizes: dict, size: str, row: dict, seed: int) -> dict:
-    """All that decides a run; a stage without steps is `None`."""
+    """Puts together all that decides a run; a stage without steps is `None`."""
     mapping = round(row.get("mapping", 0) * arguments.steps / BUDGET)
     steps = {"mapping": mapping, "distillation": 0 if row.get("untrained") else arguments.steps - mapping}
     more = {
@@ -174,31 +173,33 @@ def make_settings(arguments: argparse.Namespace, sizes: dict, size: str, row: di
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    """Writes the rates that are best in validation to `tuned.json`; what others found of other sizes stays there."""
+    """Finds the rates that are best in validation, and keeps them in `tuned.json`."""
     for size in arguments.sizes:
         for method in arguments.methods:
             ways = {way: best_rates(arguments, size, method, way) for way in TUNED[method]}
-            tuned = read_tuned(arguments.output_dir)
-            tuned.setdefault(size, {})[method] = ways
-            write_atomically(arguments.output_dir / "tuned.json", (json.dumps(tuned, indent=2) + "\n").encode())
+            keep_tuned(arguments.output_dir, size, method, ways)
 
 
 def best_rates(arguments: argparse.Namespace, size: str, method: str, way: str) -> dict[str, float]:
-    """The best rates, of mapping first, with the recall that they lead to in validation and what the way asks for."""
+    """Finds the best rates, of mapping first, with the recall that they lead to in validation."""
     best = {**RATES, **TUNED[method][way], "recall": -1.0}
+
+    def recall(name: str, rate: float) -> float:
+        row = {**best, name: rate, "method": method, "validation": True}
+        result = finished(arguments.output_dir, make_settings(arguments, SIZES, size, row, seed=0))
+        return result["distillation"]["recall@5"]
+
     for name, values in TRIALS.items():
         if best["mapping"] or name != "mapping_rate":
-            for value in values:
-                trial = {**best, name: value * TRIALS_OF.get((method, way), 1.0)}
-                row = {**trial, "method": method, "validation": True}
-                result = finished(arguments.output_dir, make_settings(arguments, SIZES, size, row, seed=0))
-                trial["recall"] = result["distillation"]["recall@5"]
-                best = max(best, trial, key=lambda one: one["recall"])
+            rates = [value * TRIALS_OF.get((method, way), 1.0) for value in values]
+            rate, found = best_trial(rates, partial(recall, name))
+            if found > best["recall"]:
+                best |= {name: rate, "recall": found}
     return best
 
 
 def best_in_validation(tuned: dict, size: str) -> dict:
-    """The method that `tune` found best on the affinity loss, and its steps of mapping."""
+    """Picks the method that `tune` found best on the affinity loss, and its steps of mapping."""
     found = [
         {"method": method, **ways[way]}
         for method, ways in tuned.get(size, {}).items()
@@ -207,14 +208,8 @@ def best_in_validation(tuned: dict, size: str) -> dict:
     ]
     if not found:
         raise ValueError(f"No method is known to be the best of {size!r}; run --parts tune before.")
-    best = max(found, key=lambda one: one["recall"])
+    best = max(found, key=lambda trial: trial["recall"])
     return {"method": best["method"], "mapping": best["mapping"]}
-
-
-def read_tuned(folder: Path) -> dict:
-    """`{size: {method: {way: rates}}}`, empty before tuning."""
-    path = folder / "tuned.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from clipmap_hf.config import PRESETS
-from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.starts import start_mapper
 from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.optimization import adamw
-from clipmap_hf.training.stages import ContrastiveStage, MappingStage, Stage
+from clipmap_hf.training.stages.base import Stage
+from clipmap_hf.training.stages.contrastive import ContrastiveStage
+from clipmap_hf.training.stages.mapping import MappingStage
 
 
 def main() -> None:
@@ -26,16 +28,16 @@ def main() -> None:
     parser.add_argument("--student", choices=sorted(PRESETS), default="small", help="preset of the student")
     parser.add_argument("--batch_size", type=int, default=256, help="pairs per step")
     parser.add_argument("--micro_batch_size", type=int, default=64, help="pairs per chunk")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each stage, after one that is not")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each stage, after a step that is not")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     teacher = CLIPModel(CLIPConfig(vision_config={"patch_size": 16}))
-    mapper = WeightMapper(teacher, PRESETS[arguments.student])
+    mapper = start_mapper(teacher, PRESETS[arguments.student])
     stages = {
-        "contrastive": ContrastiveStage(mapper.export(), 50.0, learn_logit_scale=False),
-        "mapping": MappingStage(mapper, 50.0, learn_logit_scale=False),
+        "contrastive": ContrastiveStage(mapper.export(), logit_scale=50.0, learn_logit_scale=False),
+        "mapping": MappingStage(mapper, logit_scale=50.0, learn_logit_scale=False),
     }
     steps = {}
     for name, stage in stages.items():
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def take_step(stage: Stage, optimizer: torch.optim.Optimizer, chunks: list[dict[str, torch.Tensor]]) -> None:
-    """One optimizer step on all chunks."""
+    """Takes an optimizer step on all chunks."""
     stage(chunks)["loss"].backward()
     torch.nn.utils.clip_grad_norm_(stage.parameters(), 5.0)
     optimizer.step()
@@ -70,7 +72,7 @@ def take_step(stage: Stage, optimizer: torch.optim.Optimizer, chunks: list[dict[
 
 
 def random_chunks(arguments, config: CLIPConfig, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """Noise and random captions of the full 77 tokens, as a loader would bring them."""
+    """Makes noise and random captions of the full 77 tokens, as a loader would bring them."""
     size, tokens = arguments.micro_batch_size, (arguments.micro_batch_size, 77)
     chunks = []
     for _ in range(arguments.batch_size // size):

@@ -6,10 +6,10 @@ count), tested on a style that no model was trained on.
     python recipes/benchmarks/methods.py --output_dir bench            # hours; goes on where it was stopped
     python recipes/benchmarks/methods.py --output_dir quick --quick    # a rough table in ten minutes
 
-A cell, a student by a method with a seed, is made by `clipmap_hf.compression` and lies in `cells/`, not to be made
+A cell, a student by a method with a seed, is made by `clipmap_hf.pipeline` and lies in `cells/`, not to be made
 again. The learning rate of a method and size, which its stages share, is the best of four trials of one seed, by mean
 recall on EmojiOne's drawings, which are held out of the training pairs then; it is kept in `tuned.json`. A trial is as
-long as a cell, but for 50 %, where it is a third of one, as its steps take three times as long. Several processes may
+long as a cell, but for 50 %, where it is a third as long, as its steps take three times as long. Several processes may
 work on one bench, on sizes of their own; `--report_only` puts them together. `--quick` is one size, one seed, a fifth
 of the steps, no MoPE, and rates that were found before.
 
@@ -19,16 +19,14 @@ out.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import datasets
 from method_bench.cells import cell_file, finished
-from method_bench.tables import write_report
+from method_bench.report import write_report
+from study.rates import best_trial, keep_tuned, read_tuned
 from transformers.utils import logging
-
-from clipmap_hf.atomic import write_atomically
 
 
 # Width, depth and, where it is not four times the width, FFN width of the vision and of the text tower, and those of
@@ -104,7 +102,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     results = defaultdict(list)
     for size in arguments.sizes:
-        known = read_tuned(arguments).get(size, {}) if arguments.report_only and not arguments.quick else METHODS
+        tunes = arguments.quick or not arguments.report_only
+        known = METHODS if tunes else read_tuned(arguments.output_dir).get(size, {})
         rates = {name: best_rate(arguments, size, name) for name in arguments.methods if name in known}
         for seed in arguments.seeds:
             for name, rate in rates.items():
@@ -115,7 +114,7 @@ def main() -> None:
 
 
 def make_cell(arguments: argparse.Namespace, size: str, name: str, rate: float, seed: int, validation=False) -> dict:
-    """All that decides a cell."""
+    """Puts together all that decides a cell."""
     method, shape = METHODS[name], SIZES[size]
     return {
         "size": size,
@@ -132,27 +131,22 @@ def make_cell(arguments: argparse.Namespace, size: str, name: str, rate: float, 
     }
 
 
-def read_tuned(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The rates that were found, by size and method."""
-    path = arguments.output_dir / "tuned.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def best_rate(arguments: argparse.Namespace, size: str, name: str) -> float:
-    """The rate that is best in validation, kept in `tuned.json`; what other processes found stays there."""
+    """Reads the rate that is best in validation, which is found first if it is not in `tuned.json`."""
     if arguments.quick:
         return QUICK_RATES.get(name, 4e-3)
-    tuned = read_tuned(arguments)
-    if name not in tuned.get(size, {}):
-        rates = SIZES[size]["rates"]["feature" if "feature" in METHODS[name]["losses"] else "others"]
-        trials = {rate: make_cell(arguments, size, name, rate, seed=0, validation=True) for rate in rates}
-        recalls = {
-            rate: finished(arguments.output_dir, cell)["recall"]["mean_recall"] for rate, cell in trials.items()
-        }
-        tuned = read_tuned(arguments)
-        tuned.setdefault(size, {})[name] = max(recalls, key=recalls.get)
-        write_atomically(arguments.output_dir / "tuned.json", (json.dumps(tuned, indent=2) + "\n").encode())
-    return tuned[size][name]
+    tuned = read_tuned(arguments.output_dir).get(size, {})
+    if name in tuned:
+        return tuned[name]
+
+    def recall(rate: float) -> float:
+        cell = make_cell(arguments, size, name, rate, seed=0, validation=True)
+        return finished(arguments.output_dir, cell)["recall"]["mean_recall"]
+
+    rates = SIZES[size]["rates"]["feature" if "feature" in METHODS[name]["losses"] else "others"]
+    best, _ = best_trial(rates, recall)
+    keep_tuned(arguments.output_dir, size, name, best)
+    return best
 
 
 if __name__ == "__main__":

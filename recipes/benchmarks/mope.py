@@ -18,12 +18,12 @@ from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.demo import TEACHER, TRAIN_PAIRS
 from clipmap_hf.evaluation.retrieval import recall_at_k
-from clipmap_hf.features import encode_images, encode_texts
-from clipmap_hf.mapping.towers import Tower
-from clipmap_hf.models import load_model, load_processor
-from clipmap_hf.selection.criteria import taylor
-from clipmap_hf.selection.heat_map import heat_map
-from clipmap_hf.selection.mope import GROUPS, PruningErrors, neuron_groups, pruning_errors
+from clipmap_hf.models.features import encode_images, encode_texts
+from clipmap_hf.models.loading import load_model, load_processor
+from clipmap_hf.models.towers import Tower
+from clipmap_hf.starts.selection.criteria import taylor
+from clipmap_hf.starts.selection.heat_map import heat_map
+from clipmap_hf.starts.selection.mope import GROUPS, PruningErrors, neuron_groups, pruning_errors
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - began)
     for tower in neurons:
         for part in ("heads", "groups", "layers"):
-            reused, whole = (getattr(one[tower], part) for one in errors.values())
+            reused, whole = (getattr(found[tower], part) for found in errors.values())
             torch.testing.assert_close(reused, whole, atol=2 / arguments.pairs, rtol=0)  # a rank may turn by rounding
     print(heat_map(errors["with reuse"]) + "\n")
     print("| way | median (s) | from | to |\n|---|---:|---:|---:|")
@@ -56,7 +56,7 @@ def main() -> None:
 
 @torch.no_grad()
 def by_whole_models(teacher: nn.Module, batches: list, neurons: dict[str, torch.Tensor]) -> dict[str, PruningErrors]:
-    """`pruning_errors`, with all batches through both towers for each module."""
+    """Does what `pruning_errors` does, with all batches through both towers for each module."""
 
     def recall() -> float:
         images = torch.cat([encode_images(teacher, batch["pixel_values"]) for batch in batches])
@@ -74,15 +74,17 @@ def by_whole_models(teacher: nn.Module, batches: list, neurons: dict[str, torch.
             count = tower.config.num_attention_heads
             heads.append([whole - without(recall, (out_proj.weight, of_head == head)) for head in range(count)])
             groups_lost.append([whole - without(recall, (fc2.weight, group_of == group)) for group in range(GROUPS)])
-            everything = [(one.weight, slice(None)) for one in (out_proj, fc2)]
-            everything += [(one.bias[None], slice(None)) for one in (out_proj, fc2)]
+            everything = [(linear.weight, slice(None)) for linear in (out_proj, fc2)]
+            everything += [(linear.bias[None], slice(None)) for linear in (out_proj, fc2)]
             layers.append(whole - without(recall, *everything))
-        found[name] = PruningErrors(*(torch.tensor(one, dtype=torch.float64) for one in (heads, groups_lost, layers)))
+        found[name] = PruningErrors(
+            *(torch.tensor(lost, dtype=torch.float64) for lost in (heads, groups_lost, layers))
+        )
     return found
 
 
 def without(recall: Callable[[], float], *columns: tuple[torch.Tensor, torch.Tensor | slice]) -> float:
-    """Recall with some columns of weights at zero, which are put back."""
+    """Measures recall with some columns of weights at zero, which are put back."""
     kept = [weight[:, chosen].clone() for weight, chosen in columns]
     for weight, chosen in columns:
         weight[:, chosen] = 0

@@ -26,8 +26,8 @@ from clipmap_hf.demo import TEACHER
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.evaluation.sets import EvalSet
 from clipmap_hf.evaluation.suite import evaluate_sets
-from clipmap_hf.evaluation.tables import markdown_table
-from clipmap_hf.models import load_model, load_processor
+from clipmap_hf.files.tables import markdown_table
+from clipmap_hf.models.loading import load_model, load_processor
 
 
 SETS = {"digits": EvalSet("digits", "CC BY 4.0"), "icons": EvalSet("icons", "MIT, Apache-2.0, OFL and CC BY 4.0")}
@@ -61,24 +61,24 @@ def main() -> None:
         model, processor = load_model(source).to(state.device), load_processor(source)
         output = arguments.output_dir / f"{number}-{name}"
         results = evaluate_sets(model, processor, SETS, output, model_id=source, sets_dir=sets_dir)
-        for one, result in results.items():
+        for set_name, result in results.items():
             best, five = (100 * result["metrics"][f"accuracy@{k}"] for k in (1, 5))
             chance = [100 * k / result["classes"] for k in (1, 5)]
-            row = [one, name, f"{result['images']:,}", str(result["classes"]), f"{best:.1f}", f"{five:.1f}"]
+            row = [set_name, name, f"{result['images']:,}", str(result["classes"]), f"{best:.1f}", f"{five:.1f}"]
             for column, cell in zip(columns, [*row, "{:.1f}, {:.1f}".format(*chance)], strict=True):
                 column.append(cell)
     state.print(markdown_table(columns))
 
 
 def digits() -> tuple[list[Image.Image], list[int], list[str]]:
-    """1,797 images of 8 × 8 pixels, their classes, and the names of the classes."""
+    """Loads 1,797 images of 8 × 8 pixels, their classes, and the names of the classes."""
     data = load_digits()
-    images = [Image.fromarray((one * (255 / 16)).astype(np.uint8)) for one in data.images]
+    images = [Image.fromarray((pixels * (255 / 16)).astype(np.uint8)) for pixels in data.images]
     return images, data.target.tolist(), [str(digit) for digit in data.target_names]
 
 
 def icons() -> tuple[list[Image.Image], list[int], list[str]]:
-    """Black pictures on white, their classes, and the names of the classes."""
+    """Draws black pictures on white; returns them, their classes, and the names of the classes."""
     folder = Path(find_spec("qtawesome").submodule_search_locations[0]) / "fonts"  # importing it would need Qt
     pictures = defaultdict(list)
     for beginning, style in FONTS.items():

@@ -18,10 +18,10 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from clipmap_hf.data.collate import decoded
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.demo import TEACHER, TEST_PAIRS
-from clipmap_hf.evaluation.tables import markdown_table
-from clipmap_hf.features import encode_images, encode_texts
-from clipmap_hf.hub.onnx import write_onnx
-from clipmap_hf.models import load_model, load_processor
+from clipmap_hf.export.onnx import write_onnx
+from clipmap_hf.files.tables import markdown_table
+from clipmap_hf.models.features import encode_images, encode_texts
+from clipmap_hf.models.loading import load_model, load_processor
 
 
 NODE_PROJECT = Path(__file__).parents[2] / "tests" / "transformers_js"
@@ -78,7 +78,7 @@ def preprocessed(processor, images: list, texts: list[str]) -> tuple[torch.Tenso
 
 
 def parity(found: torch.Tensor, expected: torch.Tensor) -> tuple[str, str]:
-    """The largest difference of a component, and the lowest cosine."""
+    """Finds the largest difference of a component, and the lowest cosine."""
     found = F.normalize(found, dim=-1)
     cosines = (found * expected).sum(dim=-1)
     return f"{(found - expected).abs().max().item():.1e}", f"{cosines.min().item():.5f}"
@@ -86,7 +86,7 @@ def parity(found: torch.Tensor, expected: torch.Tensor) -> tuple[str, str]:
 
 @torch.no_grad()
 def by_towers(model: str, processor, images: list, texts: list[str]) -> Embeds:
-    """Images by the feature pipeline, texts by the text tower."""
+    """Embeds images by the feature pipeline, texts by the text tower."""
     vision, text = (
         tower.from_pretrained(model, dtype=torch.float32)
         for tower in (CLIPVisionModelWithProjection, CLIPTextModelWithProjection)
@@ -109,7 +109,7 @@ def by_onnx_runtime(files: list[Path], processor, images: list, texts: list[str]
     pixels, tokens = preprocessed(processor, images, texts)
     sessions = (InferenceSession(path, providers=["CPUExecutionProvider"]) for path in files)
     feeds = {"pixel_values": pixels.numpy()}, {name: value.numpy() for name, value in tokens.items()}
-    return tuple(torch.from_numpy(one.run(None, feed)[0]) for one, feed in zip(sessions, feeds, strict=True))
+    return tuple(torch.from_numpy(session.run(None, feed)[0]) for session, feed in zip(sessions, feeds, strict=True))
 
 
 def by_transformers_js(folder: Path, dtype: str, images: list, texts: list[str]) -> Embeds:

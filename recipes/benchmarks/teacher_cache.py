@@ -28,16 +28,20 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from clipmap_hf.config import PRESETS, student_config
+from clipmap_hf.costs.cost import model_cost
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.build_cache import build_teacher_cache, finish_teacher_cache
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.images import decode_image
-from clipmap_hf.data.teacher_cache import TeacherCache, cache_manifest, model_fingerprint
 from clipmap_hf.data.tokenizer import train_clip_tokenizer
-from clipmap_hf.evaluation.cost import model_cost
+from clipmap_hf.models.fingerprints import model_fingerprint
+from clipmap_hf.teacher_cache.build import build_teacher_cache, finish_teacher_cache
+from clipmap_hf.teacher_cache.lookup import TeacherCache
+from clipmap_hf.teacher_cache.manifest import cache_manifest
 from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.optimization import adamw
-from clipmap_hf.training.stages import ContrastiveStage, DistillationStage, Stage
+from clipmap_hf.training.stages.base import Stage
+from clipmap_hf.training.stages.contrastive import ContrastiveStage
+from clipmap_hf.training.stages.distillation import DistillationStage
 
 
 WORDS = ("red", "blue", "old", "small", "dog", "cat", "house", "tree", "car", "street", "under", "near", "drawing")
@@ -47,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", choices=sorted(PRESETS), default="small", help="preset of the student")
     parser.add_argument("--batch_size", type=int, default=32, help="pairs per step")
-    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each kind, after one that is not")
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each kind, after a step that is not")
     parser.add_argument("--views", type=int, default=1, help="views of each image in the cache")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,9 +68,13 @@ def main() -> None:
         settings = {"logit_scale": 50.0, "learn_logit_scale": False}
         steps = {
             "cached teacher": stepper(
-                DistillationStage(deepcopy(student), [], **settings), replace(collator, teacher_cache=cache), device
+                DistillationStage(deepcopy(student), teachers=[], **settings),
+                replace(collator, teacher_cache=cache),
+                device,
             ),
-            "live teacher": stepper(DistillationStage(deepcopy(student), [teacher], **settings), collator, device),
+            "live teacher": stepper(
+                DistillationStage(deepcopy(student), teachers=[teacher], **settings), collator, device
+            ),
             "no teacher": stepper(ContrastiveStage(deepcopy(student), **settings), collator, device),
         }
         seconds = measure(steps, rows, collator, arguments)
@@ -80,7 +88,7 @@ def main() -> None:
 def measure(
     steps: dict[str, Callable], rows: datasets.Dataset, collator: PairCollator, arguments: argparse.Namespace
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of every step, those of its collation first, after a round that is not counted."""
+    """Measures the seconds of every step, those of its collation first, after a round that is not counted."""
     seconds, orders = {name: [] for name in steps}, cycle(permutations(steps))
     for round_ in range(arguments.rounds + 1):
         first = round_ * arguments.batch_size
@@ -96,7 +104,7 @@ def measure(
 
 
 def stepper(stage: Stage, collator: PairCollator, device: torch.device) -> Callable:
-    """A function that takes a training step on examples, as the trainer does."""
+    """Makes a function that takes a training step on examples, as the trainer does."""
     stage = stage.to(device).train()
     optimizer = adamw(stage, StageArguments(learning_rate=1e-6))
 
@@ -118,18 +126,18 @@ def stepper(stage: Stage, collator: PairCollator, device: torch.device) -> Calla
 
 
 def totals(seconds: dict[str, list[tuple[float, float]]], name: str) -> list[float]:
-    """The seconds of the whole steps."""
+    """Picks the seconds of the whole steps."""
     return [total for _, total in seconds[name]]
 
 
 def print_table(seconds: dict[str, list[tuple[float, float]]]) -> None:
-    """A Markdown table of medians; ratios are taken within the rounds."""
+    """Prints medians as Markdown; ratios are taken within the rounds."""
     base = totals(seconds, list(seconds)[-1])
     print("| step | median (s) | from | to | collation (ms) | ratio | from | to |")
     print("| --- |" + " ---: |" * 7)
     for name in seconds:
         times, collation = totals(seconds, name), statistics.median(first for first, _ in seconds[name])
-        ratios = [one / plain for one, plain in zip(times, base, strict=True)]
+        ratios = [own / plain for own, plain in zip(times, base, strict=True)]
         print(
             f"| {name} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} | {1e3 * collation:.1f} "
             f"| {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |"
@@ -137,7 +145,7 @@ def print_table(seconds: dict[str, list[tuple[float, float]]]) -> None:
 
 
 def make_cache(folder: str, teacher: CLIPModel, rows: datasets.Dataset, collator: PairCollator) -> TeacherCache:
-    """A complete cache of all rows."""
+    """Makes a complete cache of all rows."""
     names = [{"weights": model_fingerprint(teacher)}]
     manifest = cache_manifest(names, collator, collator.views, {"rows": len(rows)})
     build_teacher_cache(folder, [teacher], rows, collator, manifest, batch_size=32)
@@ -146,19 +154,19 @@ def make_cache(folder: str, teacher: CLIPModel, rows: datasets.Dataset, collator
 
 
 def make_collator(captions: list[str], views: int) -> PairCollator:
-    """As for training, with a tokenizer of 77 tokens."""
+    """Makes a collator as for training, with a tokenizer of 77 tokens."""
     tokenizer = train_clip_tokenizer(list(captions), vocab_size=1024, context_length=77)
     return PairCollator(tokenizer, CLIPImageProcessorPil(), augmentation=Augmentation(), views=views)
 
 
 def make_teacher(tokenizer) -> CLIPModel:
-    """A ViT-B/16 `CLIPModel` of random weights, with OpenAI's vocabulary size."""
+    """Makes a ViT-B/16 `CLIPModel` of random weights, with OpenAI's vocabulary size."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return CLIPModel(CLIPConfig(vision_config={"patch_size": 16}, text_config=ids))
 
 
 def random_rows(number: int) -> datasets.Dataset:
-    """Undecoded noise with captions of more than 77 tokens."""
+    """Makes undecoded noise with captions of more than 77 tokens."""
     rng, rows = random.Random(0), []
     for _ in range(number):
         image = io.BytesIO()

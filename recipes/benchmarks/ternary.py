@@ -10,7 +10,7 @@ training, over seeds.
 weight and 32 for the others, without levels. Times of a table are taken by turns. Memory is that of a process beyond
 what its libraries take. Models are trained on the embedded pairs and tested on an unseen style; rates are the best of
 `--rates` in trials a third as long, on a style that is held out (but known to the teacher). A ternary student is
-trained after the float one, for as many steps again. What was trained lies in `cells/`, not to be trained again.
+the float student trained on, for as many steps again. What was trained lies in `cells/`, not to be trained again.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from pathlib import Path
 
 import datasets
 import torch
-from initializer_study.report import markdown
+from study.tables import markdown
 from ternary_bench.costs import DTYPES, SHAPES, latency_rows, layer_rows, memory_rows, size_rows
 from ternary_bench.quality import ROWS, quality_rows
 from transformers.utils import logging
 
-from clipmap_hf.atomic import write_atomically
+from clipmap_hf.files.atomic import write_atomically
 
 
 PARTS = ("sizes", "memory", "layers", "latency", "quality")

@@ -12,10 +12,10 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from clipmap_hf.config import PRESETS, student_config
-from clipmap_hf.evaluation.cost import cost_columns, model_cost
-from clipmap_hf.evaluation.latency import milliseconds_by_turns, random_inputs, speedups, spread
-from clipmap_hf.evaluation.tables import markdown_table
-from clipmap_hf.features import Towers
+from clipmap_hf.costs.cost import cost_columns, model_cost
+from clipmap_hf.costs.latency import milliseconds_by_turns, random_inputs, speedups, spread
+from clipmap_hf.files.tables import markdown_table
+from clipmap_hf.models.features import Towers
 
 
 TEACHER = "ViT-B/16"
@@ -43,7 +43,7 @@ def main() -> None:
 
 def columns(configs: dict[str, CLIPConfig], milliseconds: dict, batch_size: int) -> list[list[str]]:
     both = {
-        name: [sum(one) for one in zip(milliseconds[name, "vision"], milliseconds[name, "text"], strict=True)]
+        name: [sum(towers) for towers in zip(milliseconds[name, "vision"], milliseconds[name, "text"], strict=True)]
         for name in configs
     }
     costs = [model_cost(config) for config in configs.values()]

@@ -1,90 +1,89 @@
 """The runs of a study: each is made of its settings, once, and begins with what another run leaves."""
 
 import json
-import math
-import tempfile
-import zlib
 from copy import deepcopy
-from functools import cache, lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 from initializer_study.ablations import without
-from initializer_study.pairs import embedded_data
+from study.cells import cell_path, made_once
+from study.curves import evaluation_interval, evaluations, last_metrics, read_log
+from study.data import SOURCE, embedded_data, embedded_teacher, epochs
+from study.recall import mean_recall
+from study.shapes import tower_configs
 from torch import nn
 
-from clipmap_hf.atomic import write_atomically
 from clipmap_hf.compressor import ClipMapCompressor
-from clipmap_hf.config import ClipMapConfig, TowerConfig
-from clipmap_hf.data.teacher_cache import TeacherCache
-from clipmap_hf.demo import TEACHER
+from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.data.sources import evaluation_batches
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
-from clipmap_hf.models import load_model
-from clipmap_hf.teachers import Teacher, make_teacher_cache
-from clipmap_hf.training.arguments import (
-    DistillationArguments,
-    MappingArguments,
-    RunArguments,
-    StageArguments,
-    TeacherCacheArguments,
-)
-from clipmap_hf.training.setup import evaluation_batches, run_stage, training_pairs
-from clipmap_hf.training.stages import DistillationStage, MappingStage, Stage
+from clipmap_hf.models.loading import load_model
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.stage import run_stage
+from clipmap_hf.starts import STARTS
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.teacher_cache.lookup import TeacherCache
+from clipmap_hf.teacher_cache.make import make_teacher_cache
+from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments, StageArguments
+from clipmap_hf.training.stages.base import Stage
+from clipmap_hf.training.stages.distillation import DistillationStage
+from clipmap_hf.training.stages.mapping import MappingStage
 
 
-CALIBRATED = ("importance", "calibrated")  # these initializers look at training pairs
-# Which corrections mapping trains; a layered one has `*` in its name, and one dimension more.
+# Which corrections mapping trains; a layered correction has `*` in its name, and a dimension more.
 TRAINED = {
     "operators": lambda name, delta: False,
     "operators and vectors": lambda name, delta: delta.ndim - ("*" in name) == 1,
     "operators and all deltas": lambda name, delta: True,
 }
-EVALUATIONS = 10  # on the way of a whole budget
+KS = (1, 5)
 
 
 def finished(folder: Path, settings: dict) -> dict:
     """
-    What came out of a run, which is made if it is not there.
+    Reads what came out of a run, which is made if it is not there.
 
     Args:
         folder: Of the study.
-        settings: All that decides the run: `size` (its name), `towers` (width, depth and perhaps FFN width), `method`,
-            `changes` (of the `ClipMapConfig`, `calibration_pairs`, or an ingredient that it is `without`), `seed`,
+        settings: All that decides the run: `size` (its name), `towers` (as in `tower_configs`), `method`, `changes`
+            (of the `ClipMapConfig`, `calibration_pairs`, or an ingredient that it is `without`), `seed`,
             `validation`, `batch_size`, `budget` (steps of all its stages), and of each stage `None` or `steps`, `rate`
             and what else there is to it.
 
     Returns:
-        `settings`, recall after each stage (`untrained`, `mapping`, `distillation`), and all evaluations (`curve`).
+        Recall after each stage (`untrained`, `mapping`, `distillation`), all evaluations (`curve`), and `settings`.
     """
-    path = result_file(folder, settings)
-    if not path.exists():
-        result = {**_made(folder, settings), "settings": settings}
-        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
-        last = result["curve"][-1]
-        print(f"{path.stem}: " + ", ".join(f"{name} {value:.3g}" for name, value in last.items()), flush=True)
-    return json.loads(path.read_text())
+    return made_once(result_file(folder, settings), partial(_made, folder, settings), _summary)
 
 
 def result_file(folder: Path, settings: dict) -> Path:
-    """Where a run's result lies: what it is about, for readers, and a hash of all its settings."""
+    """Names the file of a run's result."""
     steps = [str(settings[stage]["steps"] if settings[stage] else 0) for stage in ("mapping", "distillation")]
     name = f"{settings['size']}-{settings['method']}-{'+'.join(steps)}-seed{settings['seed']}"
-    digest = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
-    return folder / "runs" / f"{name.replace(',', '').replace(' ', '')}-{digest:08x}.json"
+    return cell_path(folder / "runs", name.replace(",", "").replace(" ", ""), settings)
 
 
-def _made(folder: Path, settings: dict) -> dict:
+def _summary(result: dict) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in result["curve"][-1].items())
+
+
+def _made(folder: Path, settings: dict, work: Path) -> dict:
     for stage, make in (("distillation", _distilled), ("mapping", _mapped)):
         if settings[stage]:
-            return make(folder, settings, {**settings, stage: None})
-    _, _, evaluate = source(folder, settings["validation"])
-    recall = evaluate(start(folder, json.dumps(settings)).export())
-    return {"untrained": recall, "curve": [{"pairs": 0, **recall}]}
+            before = {**settings, stage: None}
+            result = finished(folder, before)
+            lines = make(folder, settings, before, work)
+            curve = evaluations(lines, seen=result["curve"][-1]["pairs"])
+            result |= {stage: last_metrics(curve), "curve": result["curve"] + curve}
+            return result | {"settings": settings}
+    recall = evaluate(folder, settings["validation"], start(folder, json.dumps(settings)).export())
+    return {"untrained": recall, "curve": [{"pairs": 0, **recall}], "settings": settings}
 
 
-def _mapped(folder: Path, settings: dict, before: dict) -> dict:
+def _mapped(folder: Path, settings: dict, before: dict, work: Path) -> list[dict]:
     """Trains the operators of a start, and keeps the student for runs that distill it."""
-    result, mapper = finished(folder, before), deepcopy(start(folder, json.dumps(before)).mapper)
-    numbers = settings["mapping"]
+    mapper, numbers = deepcopy(start(folder, json.dumps(before)).mapper), settings["mapping"]
     if numbers["trains"] is not None:
         mapper.operators.requires_grad_(True)
         for name, correction in mapper.corrections.items():
@@ -93,16 +92,22 @@ def _mapped(folder: Path, settings: dict, before: dict) -> dict:
     arguments = MappingArguments(
         steps=numbers["steps"], batch_size=settings["batch_size"], learning_rate=numbers["rate"]
     )
-    asked = [teacher().model] if numbers["weight"] else []  # its cache has the captions of the other stage only
-    stage = MappingStage(mapper, arguments.logit_scale, arguments.learn_logit_scale, asked, losses(numbers["weight"]))
-    curve = train(folder, settings, "mapping", stage, arguments)
+    stage = MappingStage(
+        mapper,
+        # The teacher itself: its cache has the captions of the other stage only.
+        teachers=[embedded_teacher().model] if numbers["weight"] else [],
+        losses=losses(numbers["weight"]),
+        logit_scale=arguments.logit_scale,
+        learn_logit_scale=arguments.learn_logit_scale,
+    )
+    lines = train(folder, settings, work, "mapping", stage, arguments)
     stage.student().save_pretrained(_mapped_student(folder, settings))
-    return _continued(result, "mapping", curve)
+    return lines
 
 
-def _distilled(folder: Path, settings: dict, before: dict) -> dict:
+def _distilled(folder: Path, settings: dict, before: dict, work: Path) -> list[dict]:
     """Distills the student that the run before leaves."""
-    result, numbers = finished(folder, before), settings["distillation"]
+    numbers = settings["distillation"]
     if before["mapping"]:
         student = load_model(str(_mapped_student(folder, before)))
     else:
@@ -113,21 +118,20 @@ def _distilled(folder: Path, settings: dict, before: dict) -> dict:
         learning_rate=numbers["rate"],
         losses=numbers.get("losses") or losses(numbers["weight"]),
     )
-    cached = embeddings(folder, settings)
+    views = epochs(embedded_data(folder, settings["validation"]), settings["budget"], settings["batch_size"])
+    cached = embeddings(folder, settings["validation"], settings["seed"], views)
     stage = DistillationStage(
         student,
-        [],
-        arguments.logit_scale,
-        arguments.learn_logit_scale,
-        arguments.losses,
-        cached.summary["dims"],
+        losses=arguments.losses,
+        logit_scale=arguments.logit_scale,
+        learn_logit_scale=arguments.learn_logit_scale,
+        teacher_dims=cached.summary["dims"],
     )
-    curve = train(folder, settings, "distillation", stage, arguments, cached)
-    return _continued(result, "distillation", curve)
+    return train(folder, settings, work, "distillation", stage, arguments, cached)
 
 
 def losses(weight: float) -> dict[str, float]:
-    """Eq. 13, with λ as the weight."""
+    """Weighs the losses of Eq. 13, with λ as the weight."""
     return {name: share for name, share in (("affinity", weight), ("contrastive", 1 - weight)) if share}
 
 
@@ -135,98 +139,70 @@ def _mapped_student(folder: Path, settings: dict) -> Path:
     return folder / "students" / result_file(folder, settings).stem
 
 
-def _continued(before: dict, stage: str, curve: list[dict]) -> dict:
-    """A result with one more stage, whose pairs are counted on from those before."""
-    seen = before["curve"][-1]["pairs"]
-    curve = [{**point, "pairs": seen + point["pairs"]} for point in curve]
-    last = {name: value for name, value in curve[-1].items() if name != "pairs"}
-    return {**before, stage: last, "curve": before["curve"] + curve}
-
-
 def train(
     folder: Path,
     settings: dict,
+    work: Path,
     name: str,
     stage: Stage,
     arguments: StageArguments,
     cached: TeacherCache | None = None,
 ) -> list[dict]:
-    """Trains a stage and returns its evaluations, with the pairs that it had seen at each."""
-    data, pairs, evaluate = source(folder, settings["validation"])
-    with tempfile.TemporaryDirectory() as output:
-        every = max(1, settings["budget"] // EVALUATIONS)
-        run = RunArguments(output, seed=settings["seed"], eval_every=every)
-        run_stage(
-            stage,
-            arguments,
-            run,
-            data,
-            teacher().processor,
-            name=name,
-            pairs=pairs,
-            evaluate=evaluate,
-            teacher_cache=cached,
-        )
-        lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
-    return [
-        {"pairs": line["pairs"]} | {name.removeprefix("eval_"): line[name] for name in line if "recall" in name}
-        for line in lines
-        if "eval_recall@1" in line
-    ]
+    """Trains a stage and returns the lines of its log."""
+    validation = settings["validation"]
+    run = RunArguments(str(work), seed=settings["seed"], eval_every=evaluation_interval(settings["budget"]))
+    run_stage(
+        stage,
+        arguments,
+        replace(study_context(folder, validation), run=run),
+        embedded_teacher().processor,
+        name=name,
+        evaluate=partial(evaluate, folder, validation),
+        teacher_cache=cached,
+    )
+    return read_log(work)
 
 
 @lru_cache(maxsize=32)  # about 20 MB each
 def start(folder: Path, settings: str) -> ClipMapCompressor:
-    """The compressor that a run begins with; its settings, without stages, as JSON."""
+    """Makes the compressor that a run begins with, of its settings, without stages, as JSON."""
     settings = json.loads(settings)
-    vision, text = (
-        TowerConfig(**dict(zip(("hidden_size", "num_hidden_layers", "intermediate_size"), sizes, strict=False)))
-        for sizes in settings["towers"]
-    )
     changes, calibration = {"calibration_pairs": 2048, **settings["changes"]}, {}
-    calibration_pairs = changes.pop("calibration_pairs")
-    if settings["method"] in CALIBRATED:
-        _, pairs, _ = source(folder, settings["validation"])
-        pairs = pairs.pairs.shuffle(seed=settings["seed"])  # so that every seed calibrates on others
-        pairs = pairs.remove_columns("caption") if changes.get("without") == "captions" else pairs
+    calibration_pairs, ingredient = changes.pop("calibration_pairs"), changes.pop("without", None)
+    if STARTS[settings["method"]].reads_pairs:
+        pairs = study_context(folder, settings["validation"]).pairs.pairs
+        pairs = pairs.shuffle(seed=settings["seed"])  # so that every seed calibrates on others
+        pairs = pairs.remove_columns("caption") if ingredient == "captions" else pairs
         calibration = {"calibration_data": pairs, "calibration_pairs": calibration_pairs}
-    ingredient = changes.pop("without", None)
-    config = ClipMapConfig(vision, text, initializer=settings["method"], seed=settings["seed"], **changes)
+    config = ClipMapConfig(
+        *tower_configs(settings["towers"]), initializer=settings["method"], seed=settings["seed"], **changes
+    )
     with without(ingredient):
-        return ClipMapCompressor.from_pretrained(TEACHER, config, **calibration)
+        return ClipMapCompressor.from_pretrained(SOURCE.id, config, **calibration)
 
 
 @cache
-def teacher() -> Teacher:
-    """The embedded one, loaded once."""
-    return Teacher.load(str(TEACHER))
+def study_context(folder: Path, validation: bool) -> RunContext:
+    """Says what all runs train on, so that the pairs are loaded once; each has a folder and a seed of its own."""
+    return RunContext(RunArguments(str(folder)), embedded_data(folder, validation))
+
+
+def evaluate(folder: Path, validation: bool, model: nn.Module) -> dict[str, float]:
+    """Measures a model's recall on the pairs that none is trained on, the mean of both ways."""
+    recall = evaluate_retrieval(model, _evaluation_batches(folder, validation), ks=KS)
+    return {f"recall@{k}": mean_recall(recall, k) for k in KS}
 
 
 @cache
-def source(folder: Path, validation: bool) -> tuple:
-    """The training data of a run: as arguments, loaded, and the function that evaluates a model on the other pairs."""
-    data = embedded_data(folder, validation)
-    batches = list(evaluation_batches(data, teacher().processor))
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        recall = evaluate_retrieval(model, batches, ks=(1, 5))
-        ways = ("image_to_text", "text_to_image")
-        return {f"recall@{k}": sum(recall[f"{way}_recall@{k}"] for way in ways) / len(ways) for k in (1, 5)}
-
-    return data, training_pairs(data), evaluate
-
-
-def embeddings(folder: Path, settings: dict) -> TeacherCache:
-    """The teacher's, of all that a run may distill on."""
-    pairs = len(source(folder, settings["validation"])[1])
-    epochs = math.ceil(settings["budget"] / (pairs // settings["batch_size"]))
-    return teacher_cache(folder, settings["validation"], settings["seed"], views=epochs)
+def _evaluation_batches(folder: Path, validation: bool) -> list[dict]:
+    return list(evaluation_batches(embedded_data(folder, validation), embedded_teacher().processor))
 
 
 @cache
-def teacher_cache(folder: Path, validation: bool, seed: int, views: int) -> TeacherCache:
-    """The teacher's embeddings of all that a run with this seed may distill on."""
-    data, pairs, _ = source(folder, validation)
+def embeddings(folder: Path, validation: bool, seed: int, views: int) -> TeacherCache:
+    """Makes the teacher's embeddings of all that a run with this seed may distill on."""
+    context = study_context(folder, validation)
     name = f"{'validation' if validation else 'test'}-seed{seed}-views{views}"
-    arguments = TeacherCacheArguments(str(folder / "caches" / name), views)
-    return make_teacher_cache([teacher()], teacher().processor, data, arguments, seed=seed, pairs=pairs)
+    cache = TeacherCacheArguments(str(folder / "caches" / name), views)
+    teacher = embedded_teacher()
+    return make_teacher_cache([teacher], teacher.processor, context.data, cache, seed=seed, pairs=context.pairs)

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from clipmap_hf.config import PRESETS, student_config
-from clipmap_hf.evaluation.latency import milliseconds_by_turns, random_inputs, speedups, spread
-from clipmap_hf.features import Towers
+from clipmap_hf.costs.latency import milliseconds_by_turns, random_inputs, speedups, spread
+from clipmap_hf.models.features import Towers
 from clipmap_hf.ternary.config import PARTS, TernaryConfig
 from clipmap_hf.ternary.layers import TernaryLinear, TernaryModule
 from clipmap_hf.ternary.model import pack_model, set_backend, sparsity
@@ -42,13 +42,13 @@ _GRAPHS = 64  # two towers of two models at each batch size
 
 
 def shape_config(name: str) -> CLIPConfig:
-    """The config of a ViT-B/16, or of a preset's student of it."""
+    """Makes the config of a ViT-B/16, or of a preset's student of it."""
     teacher = CLIPConfig(vision_config={"patch_size": 16})
     return teacher if name == TEACHER else student_config(teacher, PRESETS[name])
 
 
 def size_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
-    """Bytes of a shape's files, the share of its parameters that is ternary, and what the paper's formula says."""
+    """Measures bytes of a shape's files, beside the paper's formula, and what share of its parameters is ternary."""
     model, whole = CLIPModel(shape_config(name)), None
     for kind, (config, dtype) in FILES.items():
         written = model if config is None else pack_model(model, config, dtype=dtype)
@@ -70,7 +70,7 @@ def size_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
 
 
 def memory_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
-    """Memory of processes that load the files of `size_rows` and run a pair, beyond that of the libraries."""
+    """Measures memory of processes that load the files of `size_rows` and run a pair, beyond that of the libraries."""
     whole = None
     for backend in ("fp32", *BACKENDS):
         kind = "fp32" if backend == "fp32" else "and token embedding"
@@ -88,22 +88,22 @@ def memory_rows(name: str, folder: Path) -> Iterator[dict[str, str]]:
 def latency_rows(
     name: str, batch_sizes: list[int], rounds: int, compile: bool, device: str, dtype: str
 ) -> Iterator[dict[str, str]]:
-    """Times of both towers by backend, all by turns; compiled ones for each batch size anew."""
+    """Times both towers by backend, all by turns; what is compiled is so for each batch size anew."""
     torch._dynamo.reset()  # all shapes share its limit of graphs, beyond which it is eager without a word
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = _GRAPHS, True
     model = CLIPModel(shape_config(name)).eval()
     models = {backend: pack_model(model, TernaryConfig(), dtype=DTYPES[dtype]) for backend in BACKENDS}
-    for backend, one in models.items():
-        set_backend(one, backend)
+    for backend, packed in models.items():
+        set_backend(packed, backend)
     models = {dtype: model.to(DTYPES[dtype]), **models}
-    towers = {backend: Towers.of_model(one.to(device)) for backend, one in models.items()}
+    towers = {backend: Towers.of_model(model.to(device)) for backend, model in models.items()}
     if compile:
         towers |= {f"{backend}, compiled": _compiled(towers[backend]) for backend in (dtype, "int8")}
     runs = {
         (size, tower, backend): run
         for size in batch_sizes
-        for backend, one in towers.items()
-        for tower, run in one.passes(random_inputs(model.config, size)).items()
+        for backend, pair in towers.items()
+        for tower, run in pair.passes(random_inputs(model.config, size)).items()
     }
     times = milliseconds_by_turns(runs, rounds)
     for size in batch_sizes:
@@ -112,7 +112,7 @@ def latency_rows(
 
 
 def layer_rows(rounds: int) -> Iterator[dict[str, str]]:
-    """How many times as fast as a float layer one in 8-bit arithmetic is, by its size and the number of tokens."""
+    """Measures how many times as fast 8-bit arithmetic makes a float layer, by its size and the number of tokens."""
     for rows, columns in LAYER_SIZES:
         module = nn.Linear(columns, rows)
         layer = TernaryLinear(module, TernaryConfig())
@@ -120,7 +120,7 @@ def layer_rows(rounds: int) -> Iterator[dict[str, str]]:
         layer.set_backend("int8")
         row = {"rows × columns": f"{rows} × {columns}", "weights": f"{rows * columns:,}"}
         for tokens in LAYER_TOKENS:
-            runs = {one: partial(one, torch.randn(tokens, columns)) for one in (module, layer)}
+            runs = {timed: partial(timed, torch.randn(tokens, columns)) for timed in (module, layer)}
             times = milliseconds_by_turns(runs, rounds, seconds=0.05)
             row[f"{tokens} tokens"] = f"{spread(speedups(times[module], times[layer])).median:.1f}×"
         yield row
@@ -136,7 +136,7 @@ def _tower_times(times: Mapping, size: int, backend: str, stock: str) -> dict[st
 
 
 def _compiled(towers: Towers) -> Towers:
-    images, texts = (torch.compile(one, dynamic=False) for one in (towers.images, towers.texts))
+    images, texts = (torch.compile(tower, dynamic=False) for tower in (towers.images, towers.texts))
     return Towers(images, texts, towers.device)
 
 
@@ -145,7 +145,7 @@ def _place(folder: Path, name: str, kind: str) -> Path:
 
 
 def _memory(folder: Path, backend: str) -> dict[str, int]:
-    """In a process of its own."""
+    """Measures in a process of its own."""
     before = _resident()
     Path("/proc/self/clear_refs").write_text("5")  # what importing needed at most is not counted
     model = CLIPModel.from_pretrained(folder).eval()
@@ -159,7 +159,7 @@ def _memory(folder: Path, backend: str) -> dict[str, int]:
         "after loading": loaded - before,
         "after a pair": _resident() - before,
         "at most": _resident("VmHWM") - before,
-        "weights in the file": sum(one.nbytes for one in model.state_dict().values()),
+        "weights in the file": sum(tensor.nbytes for tensor in model.state_dict().values()),
     }
 
 
