@@ -19,6 +19,7 @@ from distributed_checks import CASES, Workshop
 from transformers import CLIPModel
 
 from clipmap_hf.distributed import join_processes
+from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.stage import evaluation_function
 
 
@@ -59,7 +60,7 @@ def run(shop: Workshop, stage: str, case: str) -> dict:
     trainer.run.checkpoint_every = 2
     student = trainer.stage.trained
     data = replace(shop.data("pairs"), eval_data=str(shop.folder / "captions.parquet"))
-    trainer.evaluate = evaluation_function(data, shop.processor, trainer.run)
+    trainer.evaluate = evaluation_function(RunContext(trainer.run, data), shop.processor)
     trainer.save = lambda folder, metrics: student.save_pretrained(folder)
     result = trainer.train()
     report = {"weights": copied(student), "metrics": result.metrics}
