@@ -57,7 +57,7 @@ def card(name: str) -> str:
 
     teacher = CLIPConfig(vision_config={"patch_size": 16})  # ViT-B/16
     costs = CostReport(teacher=model_cost(teacher), student=model_cost(student_config(teacher, PRESETS[name])))
-    rows = {one: PAPER[one] for one in ("OpenCLIP ViT-B/16", name)}
+    rows = {row: PAPER[row] for row in ("OpenCLIP ViT-B/16", name)}
     columns = [["model", *rows], *([head, *values] for head, *values in zip(COLUMNS, *rows.values(), strict=True))]
     rendered = render_card(
         TEACHER,

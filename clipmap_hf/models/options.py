@@ -1,4 +1,4 @@
-"""Checks the options that are passed on to downloads, so that a misspelt argument is not taken for one of them."""
+"""Checks the options that are passed on to downloads, so that a misspelt argument is not taken for an option."""
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
