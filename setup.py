@@ -74,7 +74,7 @@ setup(
             "py.typed",
             "hub/templates/*.md",
             *(f"demo/**/*.{suffix}" for suffix in ("parquet", "safetensors", "json", "jinja", "txt", "md")),
-        ]
+        ],
     },
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,

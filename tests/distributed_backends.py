@@ -64,7 +64,7 @@ def run(shop: Workshop, stage: str, case: str) -> dict:
     trainer.save = lambda folder, metrics: student.save_pretrained(folder)
     result = trainer.train()
     report = {"weights": copied(student), "metrics": result.metrics}
-    report["log"] = [json.loads(line) for line in trainer.log_file.read_text().splitlines()]
+    report["log"] = [json.loads(line) for line in trainer.log.file.read_text().splitlines()]
     report["backend"] = trainer.accelerator.distributed_type.value
     if PartialState().is_main_process:
         report["saved"] = CLIPModel.from_pretrained(trainer.output_dir).state_dict()

@@ -215,7 +215,7 @@ def trained(shop: Workshop, stage_name: str, case: str) -> dict[str, Any]:
     state = stage.state_dict()
     (wrapper,) = wrappers
     report = {
-        "log": [json.loads(line) for line in trainer.log_file.read_text().splitlines()],
+        "log": [json.loads(line) for line in trainer.log.file.read_text().splitlines()],
         "rows": gather_object([rows]),
         "weights": {name: tensor.clone() for name, tensor in stage.student().state_dict().items()},
         "equal": len(set(gather_object([digest(state)]))) == 1,

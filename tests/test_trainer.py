@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from clipmap_hf.training.stages.base import Stage
 from clipmap_hf.training.stages.contrastive import ContrastiveStage
 from clipmap_hf.training.stages.distillation import DistillationStage
 from clipmap_hf.training.stages.mapping import MappingStage
+from clipmap_hf.training.time_limit import TimeLimit
 from clipmap_hf.training.trainer import Trainer
 
 
@@ -597,13 +599,13 @@ def test_a_finished_run_started_again_does_nothing(trainer_of, monkeypatch):
     evaluate, _ = fake_evaluation([0.3, 0.2, 0.2])
     options = {"steps": 4, "eval_every": 2, "save": lambda folder, metrics: saved.append((folder, metrics))}
     first = trainer_of(resume="auto", evaluate=evaluate, **options)
-    result, log = first.train(), first.log_file.read_bytes()
+    result, log = first.train(), first.log.file.read_bytes()
     monkeypatch.setattr(ContrastiveStage, "forward", lambda *_: batches.append(1))
     del saved[:]
     again = trainer_of(resume="auto", evaluate=evaluate, **options)
     assert again.train() == result
     assert not batches and saved == [(first.output_dir, {"mean_recall": 0.2})]
-    assert again.log_file.read_bytes() == log
+    assert again.log.file.read_bytes() == log
     assert not changed(state(first.stage), again.stage)
 
 
@@ -975,3 +977,46 @@ def test_sigterm_in_the_last_evaluation_stops_the_run_when_all_is_saved(trainer_
         trainer_of(evaluate=evaluate, save=lambda folder, metrics: saved.append(metrics)).train()
     assert saved == [{"mean_recall": 0.5}]
     assert trainer_of(resume="auto").train().steps == 3
+
+
+# A limit of time
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that shows one second more whenever a run looks at it."""
+    ticks = itertools.count(1)
+    monkeypatch.setattr(TimeLimit, "used", property(lambda limit: limit._used + next(ticks)))
+
+
+def test_a_run_ends_when_its_time_is_up_as_if_its_steps_were_over(trainer_of, ticking):
+    saved = []
+    trainer = trainer_of(
+        steps=1000, max_time="10s", checkpoint_every=1000, save=lambda folder, metrics: saved.append(folder)
+    )
+    result = trainer.train()
+    assert 1 < result.steps < 12 and saved == [trainer.output_dir]
+    rates = [line["learning_rate"] for line in log_of(trainer)]
+    assert rates[0] > 0.9e-3 and rates[-1] < 0.1e-3 and rates == sorted(rates, reverse=True)
+    assert [int(path.name.split("-")[1]) for path in checkpoints_of(trainer)] == [result.steps]
+
+
+def test_a_run_whose_time_is_up_is_not_gone_on_with_unless_it_is_given_more(trainer_of, ticking):
+    steps = trainer_of(steps=1000, max_time="10s").train().steps
+    assert trainer_of(steps=1000, max_time="10s", resume="auto").train().steps == steps
+    assert steps < trainer_of(steps=1000, max_time="60s", resume="auto").train().steps < 1000
+
+
+def test_time_that_is_enough_changes_nothing(trainer_of):
+    plain, limited = trainer_of(), trainer_of(max_time="10h")
+    plain.train(), limited.train()
+    for name, tensor in state(plain.stage).items():
+        torch.testing.assert_close(state(limited.stage)[name], tensor, atol=1e-6, rtol=1e-4)  # rates a hair lower
+
+
+@pytest.mark.parametrize(
+    ("tracker", "words"), [("tensorbord", "did you mean 'tensorboard'"), ("swanlab", "pip install swanlab")]
+)
+def test_a_tracker_that_cannot_be_used_is_an_error_before_training(trainer_of, tracker, words):
+    with pytest.raises(ValueError, match=words):
+        trainer_of(log_with=tracker)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from clipmap_hf.config.ranges import check_ranges
+from clipmap_hf.config.times import seconds_of
 
 
 __all__ = [
@@ -44,6 +45,13 @@ class RunArguments:
         default="auto",
         metadata={"help": "Go on from the last checkpoint in `output_dir`, if there is one, or start anew."},
     )
+    max_time: str | None = field(
+        default=None,
+        metadata={
+            "help": "Ends a stage after this time, such as 2h or 90m, as if its steps were over: the learning "
+            "rate falls in time."
+        },
+    )
     max_skipped: int = field(
         default=10, metadata={"help": "Steps in a row that may be skipped because their gradient is not finite."}
     )
@@ -54,6 +62,8 @@ class RunArguments:
             at_least_0=("seed", "num_workers", "max_skipped"),
             above_0=("log_every", "eval_every", "checkpoint_every"),
         )
+        if self.max_time is not None:
+            seconds_of(self.max_time)
 
 
 @dataclass

@@ -37,6 +37,7 @@ class Progress:
         evaluated: The step of the last evaluation.
         best: The best `mean_recall` so far.
         log_bytes: Length of `metrics.jsonl`.
+        time_used: Seconds since the run began, all of its parts together, for `max_time`.
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class Progress:
     evaluated: int = 0
     best: float | None = None
     log_bytes: int = 0
+    time_used: float = 0.0
 
 
 class Checkpoints:

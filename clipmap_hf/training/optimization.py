@@ -55,12 +55,12 @@ def adamw(module: torch.nn.Module, arguments: StageArguments) -> torch.optim.Ada
     )
 
 
-def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
+def learning_rate_at(step: float, steps: int, peak: float, warmup: float) -> float:
     """
     The rate of a step: linear warm-up from 0, then half a cosine to 0.
 
     Args:
-        step: Which, counted from 0.
+        step: Which, counted from 0; between two steps, if time runs faster than they do.
         steps: How many there are.
         peak: The highest rate.
         warmup: Steps of warm-up, or a share of all if below 1.

@@ -1,6 +1,5 @@
 """The one Accelerate loop: step, log, checkpoint, evaluate, save. It knows stages only by their `forward(chunks)`."""
 
-import json
 import logging
 import math
 import time
@@ -18,13 +17,14 @@ from accelerate.utils import DistributedType, gather_object, send_to_device, tqd
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.distributed import gather, join_processes
-from clipmap_hf.files.atomic import atomic_files
 from clipmap_hf.training.arguments import RunArguments, StageArguments
 from clipmap_hf.training.checkpoints import Checkpoints, Progress
 from clipmap_hf.training.optimization import learning_rate_at, step_count
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
+from clipmap_hf.training.run_log import RunLog, check_tracker
 from clipmap_hf.training.sharding import can_step, prepare_stage, update_whole
 from clipmap_hf.training.stages.base import Stage
+from clipmap_hf.training.time_limit import TimeLimit
 
 
 __all__ = ["TrainResult", "Trainer"]
@@ -98,9 +98,9 @@ class Trainer:
         self.max_bad_fraction, self.name, self.config = max_bad_fraction, name, config or {}
         self.recipe = recipe
         self.output_dir = Path(run.output_dir)
-        self.log_file = self.output_dir / "metrics.jsonl"
+        check_tracker(run.log_with)
         self.steps = step_count(arguments, pairs)
-        self.progress, self.metrics = Progress(), {}
+        self.progress, self.metrics, self.time_share = Progress(), {}, 0.0
 
     def train(self) -> TrainResult:
         """
@@ -119,25 +119,30 @@ class Trainer:
         if run.resume == "never":
             checkpoints.clear()
         self.progress = progress = checkpoints.resume() or Progress()
-        self._open_log()
-        due = progress.step < self.steps  # without which no batch is looked for
+        self.time = TimeLimit(run.max_time, progress.time_used)
+        self.time_share = self.time.agreed_share(self.accelerator.device)
+        self.log = RunLog(self.output_dir, self.accelerator.is_main_process)
+        self.log.open(progress.log_bytes, self.recipe)
+        due = not self._is_over()  # without which no batch is looked for
         chunks_of_steps = self.pairs.steps(plan, self.collator, progress.step) if due else iter(())
         bar = tqdm(initial=progress.step, total=self.steps, desc=self.name, unit="step", mininterval=1.0)
         stage.train()
         if self._evaluation_is_due() and progress.evaluated < progress.step:
             self._evaluate_and_save()
         with watch_sigterm() as terminated:
-            while progress.step < self.steps:
+            while not self._is_over():
                 start = time.perf_counter()
                 values = self._step(stage, optimizer, self._received(next(chunks_of_steps)))
                 progress.seconds += time.perf_counter() - start
                 bar.update()
-                if progress.step % run.log_every == 0 or progress.step == self.steps:
+                self.time_share = self.time.agreed_share(self.accelerator.device)
+                is_last = self._is_over()
+                if progress.step % run.log_every == 0 or is_last:
                     bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{progress.pairs / progress.seconds:.0f}")
                     self._log(values)
                 stop = self._any_process(terminated.is_set())
-                if stop or progress.step % run.checkpoint_every == 0 or progress.step == self.steps:
-                    progress.log_bytes = self.log_file.stat().st_size if self.accelerator.is_main_process else 0
+                if stop or progress.step % run.checkpoint_every == 0 or is_last:
+                    progress.log_bytes, progress.time_used = self.log.length, self.time.used
                     checkpoints.save(progress)
                 if stop:
                     logger.warning("Stopped by SIGTERM at step %d; resume=auto goes on from there.", progress.step)
@@ -220,7 +225,8 @@ class Trainer:
         args, accelerator, progress = self.arguments, self.accelerator, self.progress
         # What is random in a step depends on nothing before it, so a checkpoint holds no generator.
         torch.manual_seed(zlib.crc32(f"{self.run.seed}-{progress.step}-{accelerator.process_index}".encode()))
-        rate = learning_rate_at(progress.step, self.steps, args.learning_rate, args.warmup_steps)
+        position = max(progress.step, self.time_share * self.steps)  # as if the steps were over when the time is
+        rate = learning_rate_at(position, self.steps, args.learning_rate, args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = group.get("fixed_rate", rate)
         values = {"loss": math.nan, "grad_norm": math.nan, "learning_rate": rate}
@@ -258,7 +264,10 @@ class Trainer:
 
     def _evaluation_is_due(self) -> bool:
         every, step = self.run.eval_every, self.progress.step
-        return every is not None and 0 < step < self.steps and step % every == 0
+        return every is not None and step > 0 and not self._is_over() and step % every == 0
+
+    def _is_over(self) -> bool:
+        return self.progress.step >= self.steps or self.time_share >= 1
 
     def _evaluate_and_save(self) -> None:
         progress, is_main = self.progress, self.accelerator.is_main_process
@@ -277,22 +286,9 @@ class Trainer:
                 self.save(self.output_dir / "best", self.metrics)
         self.accelerator.wait_for_everyone()
 
-    def _open_log(self) -> None:
-        """Writes what was asked, and cuts `metrics.jsonl` back to where the run is taken up, or to nothing."""
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            if self.recipe is not None:
-                with atomic_files(self.output_dir) as folder:
-                    (folder / "arguments.yaml").write_text(self.recipe)
-            with self.log_file.open("ab") as file:
-                file.truncate(min(file.tell(), self.progress.log_bytes))
-
     def _log(self, values: dict[str, float]) -> None:
         progress = self.progress
-        if self.accelerator.is_main_process:
-            line = {"stage": self.name, "step": progress.step, "pairs": progress.pairs}
-            line |= {"bad_rows": progress.bad_rows, "skipped": progress.skipped}
-            line |= {"seconds": round(progress.seconds, 3), **values}
-            with self.log_file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        line = {"stage": self.name, "step": progress.step, "pairs": progress.pairs}
+        line |= {"bad_rows": progress.bad_rows, "skipped": progress.skipped}
+        self.log.write(line | {"seconds": round(progress.seconds, 3), **values})
         self.accelerator.log(values, step=progress.step)

@@ -1,0 +1,73 @@
+"""What tells how a run goes: `arguments.yaml`, `metrics.jsonl`, and the check of an experiment tracker."""
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from clipmap_hf.files.atomic import atomic_files
+
+
+__all__ = ["RunLog", "check_tracker"]
+
+
+def check_tracker(name: str | None) -> None:
+    """
+    Checks that an experiment tracker can be used, before anything is trained.
+
+    Raises:
+        ValueError: If Accelerate does not know it, or its package is not installed.
+    """
+    if name is None:
+        return
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        raise ValueError(f"log_with={name!r} is no tracker; " + (f"did you mean {near[0]!r}?" if near else f"{known}"))
+    if name not in get_available_trackers():
+        raise ValueError(f"log_with={name!r} needs a package that is not installed; install it: pip install {name}.")
+
+
+class RunLog:
+    """
+    Writes the log of a run.
+
+    Args:
+        folder: The output folder.
+        writes: Whether this process writes; of several, the main process does.
+    """
+
+    def __init__(self, folder: Path, writes: bool):
+        self.folder, self.writes = folder, writes
+        self.file = folder / "metrics.jsonl"
+
+    def open(self, length: int, recipe: str | None) -> None:
+        """
+        Cuts the log back to where the run is taken up, and writes what was asked.
+
+        Args:
+            length: Bytes of the log that stay.
+            recipe: The resolved arguments as YAML, if they are known.
+        """
+        if not self.writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if recipe is not None:
+            with atomic_files(self.folder) as temporary:
+                (temporary / "arguments.yaml").write_text(recipe)
+        with self.file.open("ab") as file:
+            file.truncate(min(file.tell(), length))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Adds a line."""
+        if self.writes:
+            with self.file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    @property
+    def length(self) -> int:
+        """Bytes of the log, 0 in a process that does not write it."""
+        return self.file.stat().st_size if self.writes else 0
