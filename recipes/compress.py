@@ -35,7 +35,7 @@ def main() -> None:
         description=__doc__,
     )
     from clipmap_hf.cli.student import map_config
-    from clipmap_hf.distributed import join_processes
+    from clipmap_hf.cli.summary import print_summary
     from clipmap_hf.pipeline.compression import CompressionArguments, compress
     from clipmap_hf.pipeline.context import RunContext
 
@@ -47,7 +47,7 @@ def main() -> None:
         RunContext(run, data, arguments_yaml(data, teacher, cache, student, calibration, run, **stages)),
         CompressionArguments(calibration=calibration, cache=cache, **stages),
     )
-    join_processes().print("\n".join(f"{name}: {value:.4f}" for name, value in result.metrics.items()))
+    print_summary(run.output_dir, result)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def main() -> None:
         stages={"distillation": DistillationArguments},
         description=__doc__,
     )
+    from clipmap_hf.cli.summary import print_summary
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.models.loading import load_model, load_processor
     from clipmap_hf.pipeline.context import RunContext
@@ -40,7 +41,7 @@ def main() -> None:
 
     join_processes()
     context = RunContext(run, data, arguments_yaml(data, teacher, cache, student, run, distillation=distillation))
-    run_distillation(
+    result = run_distillation(
         load_model(student.student_model, revision=student.student_revision),
         context.teachers(teacher.teachers),
         load_processor(student.student_model, revision=student.student_revision, backend=data.image_backend),
@@ -48,6 +49,7 @@ def main() -> None:
         context,
         cache=cache,
     )
+    print_summary(run.output_dir, result)
 
 
 if __name__ == "__main__":

@@ -26,18 +26,20 @@ def main() -> None:
         description=__doc__,
     )
     from clipmap_hf.cli.student import map_config
+    from clipmap_hf.cli.summary import print_summary
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.pipeline.context import RunContext
     from clipmap_hf.pipeline.mapping import map_model
 
     join_processes()
-    map_model(
+    result = map_model(
         teacher.teachers[0],
         map_config(student, run.seed),
         RunContext(run, data, arguments_yaml(data, teacher, student, calibration, run, mapping=mapping)),
         calibration=calibration,
         mapping=mapping,
     )
+    print_summary(run.output_dir, result)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def main() -> None:
         description=__doc__,
     )
     from clipmap_hf.cli.student import map_config
+    from clipmap_hf.cli.summary import print_summary
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.pipeline.context import RunContext
     from clipmap_hf.pipeline.masking import run_masking
@@ -38,7 +39,7 @@ def main() -> None:
     context = RunContext(run, data, arguments_yaml(data, teacher, student, run, masking=masking))
     config = choose_student(teacher.teachers[0], config, context, calibration=None)  # masks ask for no such pairs
     teachers = context.teachers(teacher.teachers)
-    run_masking(teachers[0], teachers, config, masking, context)
+    print_summary(run.output_dir, run_masking(teachers[0], teachers, config, masking, context))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def main() -> None:
     )
     from copy import deepcopy
 
+    from clipmap_hf.cli.summary import print_summary
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.models.teacher import Teacher
     from clipmap_hf.pipeline.context import RunContext
@@ -53,7 +54,8 @@ def main() -> None:
     else:
         source = Teacher.load(student.student_model, student.student_revision, data.image_backend)
         model, processor = source.model, source.processor
-    run_ternarization(model, teachers, processor, ternary, context, cache=cache)
+    result = run_ternarization(model, teachers, processor, ternary, context, cache=cache)
+    print_summary(run.output_dir, result)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Distillation of a student, whatever of it is trained: from models and arguments to a written student folder."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from clipmap_hf.models.teacher import Teacher, check_same_preprocessing
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.stage import evaluation_function, evaluation_results, run_stage
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.teacher_cache.lookup import TeacherCache
 from clipmap_hf.teacher_cache.make import make_teacher_cache
 from clipmap_hf.training.arguments import DistillationArguments
 from clipmap_hf.training.stages.distillation import DistillationStage
@@ -99,12 +101,8 @@ def distill(
         ValueError: If a teacher preprocesses images or texts in another way than the student.
     """
     check_same_preprocessing(processor, teachers)
-    is_cached = _is_cached(cache, arguments)
-    run, data = context.run, context.data
-    teacher_cache = None
-    if is_cached:
-        numbers = {"seed": run.seed, "num_workers": run.num_workers}
-        teacher_cache = make_teacher_cache(teachers, processor, data, cache, pairs=context.pairs, **numbers)
+    teacher_cache = _teacher_cache(teachers, processor, arguments, context, cache)
+    is_cached = teacher_cache is not None
     evaluate = evaluation_function(context, processor)
     teacher_metrics = None if evaluate is None else evaluate(teachers[0].model.to(join_processes().device))
     if is_cached:  # the stage moves those that it uses
@@ -121,7 +119,7 @@ def distill(
     teacher_cost, student_cost = model_cost(teachers[0].model.config), model_cost(student.config)
 
     def save(folder: Path, metrics: dict[str, float]) -> None:
-        results, written = evaluation_results(data, metrics, teacher_metrics), stage.export()
+        results, written = evaluation_results(context.data, metrics, teacher_metrics), stage.export()
         rendered = render_card(
             teachers[0].id,
             str(CostReport(teacher=teacher_cost, student=with_bytes_of(student_cost, written))),
@@ -133,7 +131,7 @@ def distill(
         )
         write_student_folder(folder, written, processor, rendered, results)
 
-    return run_stage(
+    result = run_stage(
         stage,
         arguments,
         context,
@@ -148,6 +146,7 @@ def distill(
         },
         teacher_cache=teacher_cache,
     )
+    return dataclasses.replace(result, teacher_metrics=teacher_metrics)
 
 
 def freeze_tower(model: PreTrainedModel, tower: str | None) -> PreTrainedModel:
@@ -158,8 +157,17 @@ def freeze_tower(model: PreTrainedModel, tower: str | None) -> PreTrainedModel:
     return model
 
 
-def _is_cached(cache: TeacherCacheArguments | None, arguments: DistillationArguments) -> bool:
-    is_cached = cache is not None and cache.teacher_cache is not None
-    if is_cached and "hidden" in arguments.losses:
+def _teacher_cache(
+    teachers: Sequence[Teacher],
+    processor: ProcessorMixin,
+    arguments: DistillationArguments,
+    context: RunContext,
+    cache: TeacherCacheArguments | None,
+) -> TeacherCache | None:
+    """Makes or opens the teacher cache, if one is asked for."""
+    if cache is None or cache.teacher_cache is None:
+        return None
+    if "hidden" in arguments.losses:
         raise ValueError("The hidden loss asks the teacher itself; leave out teacher_cache, or the loss.")
-    return is_cached
+    numbers = {"seed": context.run.seed, "num_workers": context.run.num_workers}
+    return make_teacher_cache(teachers, processor, context.data, cache, pairs=context.pairs, **numbers)

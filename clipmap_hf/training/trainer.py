@@ -44,6 +44,7 @@ class TrainResult:
         bad_rows: Rows left out, by reason.
         skipped: Steps skipped because the loss or its gradient was not finite.
         metrics: The last evaluation.
+        teacher_metrics: The teacher's on the same pairs, if it was evaluated.
     """
 
     steps: int
@@ -52,6 +53,7 @@ class TrainResult:
     bad_rows: dict[str, int]
     skipped: int
     metrics: dict[str, float]
+    teacher_metrics: dict[str, float] | None = None
 
 
 class Trainer:
