@@ -174,6 +174,15 @@ def test_files_have_no_split_but_train(pairs_parquet, pairs_tar):
             load_pairs(str(source), split="test")
 
 
+def test_parquet_files_can_be_sliced_and_tars_and_streams_cannot(pairs_parquet, pairs_tar):
+    parts = [load_pairs(str(pairs_parquet), split=part)["caption"] for part in ("train[:75%]", "train[75%:]")]
+    assert [len(part) for part in parts] == [18, 6]
+    assert [*parts[0], *parts[1]] == load_pairs(str(pairs_parquet))["caption"][:]
+    for source, streaming in ((pairs_tar, False), (pairs_parquet, True)):
+        with pytest.raises(ValueError, match="are read as a whole; take split='train'"):
+            load_pairs(str(source), split="train[:75%]", streaming=streaming)
+
+
 # Pairs that were loaded elsewhere
 
 

@@ -7,11 +7,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, Features, Image, Value, concatenate_datasets, load_dataset
 
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.data.sources import evaluation_batches, source_files, training_collator, training_pairs
+from clipmap_hf.data.validation import validation_part
 
 
 @pytest.fixture
@@ -77,6 +79,35 @@ def test_streaming_reads_shard_by_shard(pairs_tars, tiny_processor):
     batches = list(islice(pairs.steps(BatchPlan(6, 3), training_collator(data, tiny_processor, seed=0)), 4))
     assert [[len(chunk["input_ids"]) for chunk in step] for step in batches] == [[3, 3]] * 4
     assert isinstance(training_pairs(dataclasses.replace(data, streaming=False)), PairDataset)
+
+
+# Pairs held out for validation
+
+
+def test_each_image_is_held_out_or_trained_on(data, tiny_processor):
+    split = dataclasses.replace(data, eval_data=None, validation_fraction=0.3)
+    whole, training = ({bytes(row["image"]["bytes"]) for row in training_pairs(each).pairs} for each in (data, split))
+    held_out = sum(len(batch["pixel_values"]) for batch in evaluation_batches(split, tiny_processor))
+    assert 0 < len(training) < len(whole) == 24
+    assert len(training) + held_out == 24
+
+
+def test_equal_images_are_on_the_same_side(pairs_parquet, tmp_path):
+    once = load_dataset("parquet", data_files=str(pairs_parquet), split="train")
+    concatenate_datasets([once, once]).to_parquet(tmp_path / "twice.parquet")
+    data = DataArguments(str(tmp_path / "twice.parquet"), validation_fraction=0.3)
+    contents = [bytes(row["image"]["bytes"]) for row in training_pairs(data).pairs]
+    assert 0 < len(contents) == 2 * len(set(contents)) < 48
+
+
+def test_an_unusable_image_is_left_to_training_which_counts_it():
+    features = Features({"image": Image(decode=False), "caption": Value("string")})
+    pairs = Dataset.from_dict({"image": [{"bytes": b"", "path": None}], "caption": ["a"]}, features=features)
+    assert [len(validation_part(pairs, 0.9, held_out=side)) for side in (True, False)] == [0, 1]
+
+
+def test_a_held_out_share_is_part_of_the_name_of_the_pairs():
+    assert source_files(DataArguments("me/pairs", validation_fraction=0.1))["validation_fraction"] == 0.1
 
 
 # Names of the pairs

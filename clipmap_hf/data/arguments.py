@@ -25,6 +25,13 @@ class DataArguments:
     eval_data: str | None = field(
         default=None, metadata={"help": "Pairs to measure retrieval on, in the same forms as `train_data`."}
     )
+    validation_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of `train_data` to hold out and evaluate on, in place of `eval_data`; equal images "
+            "are never on both sides."
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "Split of `train_data`."})
     eval_split: str = field(
         default="train", metadata={"help": "Split of `eval_data` (plain files have only `train`)."}
@@ -64,10 +71,23 @@ class DataArguments:
     def __post_init__(self):
         check_ranges(self, at_least_0=("flip", "rotation", "color_jitter", "grayscale", "max_bad_fraction"))
         check_ranges(self, above_0=("shuffle_buffer",))
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction={self.validation_fraction} must be at least 0 and below 1.")
+        if self.validation_fraction and self.eval_data is not None:
+            raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
+        if self.validation_fraction and self.streaming:
+            raise ValueError("A stream is not split by validation_fraction; name eval_data, or leave out streaming.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
                 f"crop_scale={self.crop_scale} must be two ascending shares of the area, such as 0.9 1.0."
             )
+
+    @property
+    def evaluated(self) -> tuple[str | None, str]:
+        """Source and split of the evaluation pairs. The source is `None` if nothing is evaluated."""
+        if self.validation_fraction:
+            return self.train_data, self.train_split
+        return self.eval_data, self.eval_split
 
 
 @dataclass

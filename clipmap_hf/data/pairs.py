@@ -46,7 +46,8 @@ def load_pairs(
         source: A folder of images (with captions in `metadata.jsonl` or `metadata.csv`), a path or glob of `.parquet`
             files or webdataset tars (`.tar`, `.tar.gz`, `.tgz`), the id of a data set on the Hub, or whatever
             `given_pairs` takes.
-        split: Split to read. Local files have only `train`, unless an image folder holds other splits.
+        split: Split to read, or a slice of it such as `train[:90%]`. Local files have only `train`, unless an image
+            folder holds other splits.
         image_column: Column of the images; in tars, the extension of the image files.
         caption_columns: Columns of the captions, each a string or a list of strings; in tars, the extensions of the
             text files.
@@ -68,8 +69,10 @@ def load_pairs(
         pairs = load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
     elif source.endswith(_FILES):
         files = _matching_files(source)
-        if split != "train":
+        if not split.startswith("train"):
             raise ValueError(f"split={split!r}: plain files such as {source!r} have only the split 'train'.")
+        if split != "train" and (streaming or source.endswith(_TARS)):
+            raise ValueError(f"split={split!r}: tars and streams are read as a whole; take split='train'.")
         if source.endswith(_TARS):
             return tar_pairs(files, image_column, caption_columns, streaming)
         pairs = load_dataset("parquet", data_files=files, split=split, streaming=streaming)

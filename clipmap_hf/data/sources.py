@@ -13,13 +13,14 @@ from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.evaluation_pairs import evaluation_pairs
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.validation import validation_part
 
 
 __all__ = ["evaluation_batches", "source_files", "stage_seed", "training_collator", "training_pairs"]
 
 
 def training_pairs(data: DataArguments) -> PairDataset | PairStream:
-    """Loads the training pairs that `data` names."""
+    """Loads the training pairs that `data` names, without those held out for validation."""
     pairs = load_pairs(
         data.train_data,
         split=data.train_split,
@@ -27,7 +28,9 @@ def training_pairs(data: DataArguments) -> PairDataset | PairStream:
         caption_columns=[*data.caption_column, *data.keyword_column],
         streaming=data.streaming,
     )
-    return PairStream(pairs, data.shuffle_buffer) if data.streaming else PairDataset(pairs)
+    if data.streaming:
+        return PairStream(pairs, data.shuffle_buffer)
+    return PairDataset(validation_part(pairs, data.validation_fraction, held_out=False))
 
 
 def training_collator(data: DataArguments, processor, seed: int) -> PairCollator:
@@ -58,7 +61,7 @@ def evaluation_batches(
     share the pairs.
 
     Args:
-        data: Names the pairs in `eval_data`.
+        data: Names the pairs, in `eval_data` or as a `validation_fraction` of `train_data`.
         processor: Tokenizer and image processor of the model.
         batch_size: Images per batch.
         num_workers: Worker processes that decode images.
@@ -69,13 +72,13 @@ def evaluation_batches(
     Raises:
         ValueError: If there are fewer pairs than processes.
     """
-    if data.eval_data is None:
+    source, split = data.evaluated
+    if source is None:
         return None
+    pairs = load_pairs(source, split=split, image_column=data.image_column, caption_columns=data.caption_column[:1])
     return evaluation_pairs(
-        data.eval_data,
+        validation_part(pairs, data.validation_fraction, held_out=True),
         processor,
-        split=data.eval_split,
-        image_column=data.image_column,
         caption_column=data.caption_column[0],
         batch_size=batch_size,
         num_workers=num_workers,
@@ -85,15 +88,16 @@ def evaluation_batches(
 def source_files(data: DataArguments) -> dict[str, Any]:
     """
     Describes the source of the training pairs, so that a change can be noticed: names and sizes of its files, or its
-    Hub id, and the split and the image column.
+    Hub id, and the split, the image column and the share that is held out.
     """
     path = Path(data.train_data)
     found = sorted(path.rglob("*") if path.is_dir() else map(Path, glob.glob(data.train_data, recursive=True)))
-    return {
+    source = {
         "files": {file.name: file.stat().st_size for file in found if file.is_file()} or data.train_data,
         "split": data.train_split,
         "image_column": data.image_column,
     }
+    return {**source, "validation_fraction": data.validation_fraction} if data.validation_fraction else source
 
 
 def stage_seed(name: str, seed: int) -> int:

@@ -83,9 +83,12 @@ def evaluation_function(context: RunContext, processor: ProcessorMixin) -> Evalu
 def evaluation_results(
     data: DataArguments, student: Mapping[str, float], teacher: Mapping[str, float] | None = None
 ) -> list[SetResults]:
-    """What an evaluation on `data.eval_data` gave a student, and perhaps its teacher; empty if there was none."""
+    """What an evaluation on a run's data gave a student, and perhaps its teacher; empty if there was none."""
     if not student:
         return []
-    dataset_id = hub_dataset(data.eval_data)
-    name = dataset_id or Path(data.eval_data).name
-    return [SetResults(name, student, teacher, dataset_id, split=data.eval_split)]
+    source, split = data.evaluated
+    dataset_id = hub_dataset(source)
+    name = dataset_id or Path(source).name
+    if data.validation_fraction:
+        name += f" ({data.validation_fraction:g} of it, held out)"
+    return [SetResults(name, student, teacher, dataset_id, split=split)]
