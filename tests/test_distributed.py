@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -276,6 +277,26 @@ def test_recipes_of_two_processes_end_where_those_of_one_do(reports, workshop):
     one, two = (json.loads((workshop / f"recipes-{count}" / "results.json").read_text()) for count in (1, 2))
     assert one["metrics"].keys() == two["metrics"].keys()
     assert one["metrics"]["mean_recall"] == pytest.approx(two["metrics"]["mean_recall"], abs=0.05)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1)], ids=["one to two", "two to one"])
+@pytest.mark.parametrize("recipe", ["map.py", "mask.py"])
+def test_a_run_is_gone_on_with_by_another_number_of_processes(workshop, tmp_path, recipe, numbers):
+    stage = {"map.py": "mapping", "mask.py": "masking"}[recipe]
+    output = tmp_path / "out"
+    argv = ["--teacher", workshop / "teacher", "--train_data", workshop / "pairs.parquet", "--output_dir", output]
+    argv += ["--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16]
+    argv += [f"--{stage}_steps", 4, f"--{stage}_batch_size", 8, f"--{stage}_learning_rate", 1e-4]
+    argv += ["--checkpoint_every", 2, "--log_every", 1]
+    argv += ["--initializer", "diagonal"] if recipe == "map.py" else []
+    finish(RECIPES / recipe, *argv, processes=numbers[0])
+    whole, log = load_file(output / "model.safetensors"), (output / "metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(output / "checkpoints" / "step-00000004")  # so that the run goes on from its second step
+    finish(RECIPES / recipe, *argv, processes=numbers[1])
+    assert_same_weights(load_file(output / "model.safetensors"), whole, 1e-5)
+    again = (output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in again] == [1, 2, 3, 4]
+    assert again[:2] == log[:2] and again[2:] != log[2:]  # down to the seconds
 
 
 # What goes wrong

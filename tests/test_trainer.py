@@ -793,7 +793,6 @@ def test_bad_rows_of_before_an_interruption_count(trainer_of, pairs):
 
 CHANGES = {
     "learning_rate": ({"learning_rate": 0.1}, "learning_rate was 0.001, is 0.1"),
-    "steps": ({"steps": 4}, "steps was 3, is 4"),
     "batch_size": ({"batch_size": 6}, "batch_size was 8, is 6"),
     "seed": ({"seed": 1}, "seed was 0, is 1"),
     "precision": ({"mixed_precision": "bf16"}, 'mixed_precision was "no", is "bf16"'),
@@ -815,6 +814,37 @@ def test_another_configuration_is_refused_and_what_changed_is_named(trainer_of, 
     trainer_of(resume="auto", **values).train()
 
 
+def test_a_run_can_be_made_longer_and_follows_the_longer_schedule(trainer_of, caplog):
+    trainer_of(steps=4).train()
+    longer = trainer_of(steps=6, resume="auto")
+    result = longer.train()
+    assert (result.steps, result.pairs) == (6, 48)
+    assert "is gone on with: steps was 4, is 6. The result is bit for bit that of neither run." in caplog.text
+    whole = trainer_of(steps=6, resume="never")
+    rates = [line["learning_rate"] for line in log_of(longer)]
+    whole.train()
+    assert rates[4:] == [line["learning_rate"] for line in log_of(whole)][4:] and len(rates) == 6
+
+
+def test_a_run_that_was_cut_off_sees_the_batches_of_the_longer_one(trainer_of, collator):
+    def seen(**values) -> list[torch.Tensor]:
+        batches = []
+        stage = trainer_of(**values)
+        step = stage._step
+        stage._step = lambda *given: batches.append(given[2][0]["input_ids"]) or step(*given)
+        stage.train()
+        return batches
+
+    first, rest, whole = seen(steps=2), seen(steps=5, resume="auto"), seen(steps=5)
+    torch.testing.assert_close([*first, *rest], whole, atol=0, rtol=0)
+
+
+def test_a_run_does_not_become_shorter_than_it_is(trainer_of):
+    trainer_of(steps=4).train()
+    with pytest.raises(ValueError, match="out holds 4 steps; ask for no fewer, or set resume=never"):
+        trainer_of(steps=3, resume="auto").train()
+
+
 def test_data_with_other_rows_is_refused(trainer_of, pairs):
     trainer_of().train()
     with pytest.raises(ValueError, match="rows was 24, is 23"):
@@ -824,6 +854,8 @@ def test_data_with_other_rows_is_refused(trainer_of, pairs):
 def test_a_stream_is_refused_to_other_workers_and_shards(trainer_of, source, pairs_tar):
     options = source(True) | {"steps": 2}
     trainer_of(**options).train()
+    assert trainer_of(resume="auto", **options | {"steps": 3}).train().steps == 3  # but it may be longer
+    options["steps"] = 3
     with pytest.raises(ValueError, match="num_workers was 0, is 2"):
         trainer_of(resume="auto", num_workers=2, **options).train()
     options["pairs"] = PairStream(

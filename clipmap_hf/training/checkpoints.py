@@ -3,13 +3,17 @@
 import json
 import logging
 import shutil
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from clipmap_hf.files.atomic import atomic_folder, temporary_folder
 from clipmap_hf.files.differences import differences
@@ -60,10 +64,16 @@ class Checkpoints:
         folder: Where they lie.
         accelerator: Knows what is trained.
         config: All that decides the result; JSON values.
+        may_change: Entries of `config` with which a run may be gone on with all the same, because the result stays
+            well-defined. It is then that of neither run alone, which is logged.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, config: dict[str, Any]):
-        self.folder, self.accelerator, self.config = folder, accelerator, config
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, config: dict[str, Any], may_change: Collection[str] = ()
+    ):
+        self.folder, self.accelerator, self.config, self.may_change = folder, accelerator, config, may_change
+        accelerator.register_save_state_pre_hook(_save_unwrapped)
+        accelerator.register_load_state_pre_hook(_load_unwrapped)
 
     def save(self, progress: Progress) -> None:
         """Writes the state of all processes, on return safely on disk; then removes older checkpoints."""
@@ -121,15 +131,34 @@ class Checkpoints:
         return Progress(**states[good[0]]["progress"])
 
     def _check_config(self, path: Path, config: dict[str, Any]) -> None:
-        changed = [f"{name} was {old}, is {new}" for name, (old, new) in differences(config, self.config).items()]
-        if changed:
+        found = differences(config, self.config)
+        changed = {name: f"{name} was {old}, is {new}" for name, (old, new) in found.items()}
+        refused = [change for name, change in changed.items() if name not in self.may_change]
+        if refused:
             raise ValueError(
-                f"{path} belongs to a run with another configuration: {'; '.join(changed)}. Take that again, name "
+                f"{path} belongs to a run with another configuration: {'; '.join(refused)}. Take that again, name "
                 "another output_dir, or start anew with resume=never."
+            )
+        if changed and self.accelerator.is_main_process:
+            logger.warning(
+                "%s is gone on with: %s. The result is bit for bit that of neither run.",
+                path,
+                "; ".join(changed.values()),
             )
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
+
+
+def _save_unwrapped(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+    """Saves models without the prefix that DDP gives their weights, so that any number of processes can load them."""
+    for model, state in zip(models, weights, strict=False):  # backends that cut models save them by themselves
+        if isinstance(model, DistributedDataParallel):
+            nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
+
+
+def _load_unwrapped(models: list[nn.Module], folder: str) -> None:
+    models[:] = [model.module if isinstance(model, DistributedDataParallel) else model for model in models]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from clipmap_hf.training.stages.base import Stage
 from clipmap_hf.training.stages.logits import logit_parameters
 
 
-__all__ = ["can_step", "prepare_stage", "update_whole"]
+__all__ = ["can_step", "cuts_state", "prepare_stage", "update_whole"]
 
 
 def prepare_stage(
@@ -34,7 +34,7 @@ def prepare_stage(
     """
     kind = accelerator.distributed_type
     if stage.averages_gradients:
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if cuts_state(accelerator):
             raise ValueError(
                 f"The {type(stage).__name__} exchanges gradients itself and cannot run under {kind.value}; launch it "
                 "with recipes/accelerate_configs/multi_gpu.yaml."
@@ -59,6 +59,11 @@ def update_whole(stage: Stage, trained: Stage) -> None:
         return
     for whole, part in zip(stage.parameters(), trained.parameters(), strict=True):
         whole.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
+
+
+def cuts_state(accelerator: Accelerator) -> bool:
+    """Whether the backend cuts weights or the optimizer's state into a part for each process."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def can_step(chunks: torch.Tensor, accelerator: Accelerator) -> bool:

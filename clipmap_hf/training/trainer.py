@@ -19,6 +19,7 @@ from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.distributed import gather, join_processes
 from clipmap_hf.training.arguments import RunArguments, StageArguments
 from clipmap_hf.training.checkpoints import Checkpoints, Progress
+from clipmap_hf.training.identity import run_identity, what_may_change
 from clipmap_hf.training.optimization import learning_rate_at, step_count
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
 from clipmap_hf.training.run_log import RunLog, check_tracker
@@ -117,10 +118,8 @@ class Trainer:
         self.accelerator = self._accelerator()
         plan = self._plan()
         stage, optimizer = self._prepare(plan)
-        checkpoints = Checkpoints(self.output_dir / "checkpoints", self.accelerator, self._identity(plan))
-        if run.resume == "never":
-            checkpoints.clear()
-        self.progress = progress = checkpoints.resume() or Progress()
+        checkpoints, self.progress = self._resume(plan)
+        progress = self.progress
         self.time = TimeLimit(run.max_time, progress.time_used)
         self.time_share = self.time.agreed_share(self.accelerator.device)
         self.log = RunLog(self.output_dir, self.accelerator.is_main_process)
@@ -184,14 +183,18 @@ class Trainer:
             self.accelerator.num_processes,
         )
 
-    def _identity(self, plan: BatchPlan) -> dict[str, Any]:
-        """All that decides the result: no checkpoint of anything else is gone on with."""
-        identity = {"stage": self.name, **asdict(self.arguments), **self.config, "seed": self.run.seed}
-        identity |= {"compile": self.run.compile, "processes": plan.world_size}
-        identity["mixed_precision"] = self.accelerator.mixed_precision
-        if isinstance(self.pairs, PairStream):  # whose order depends on who reads which shard
-            return identity | {"num_workers": plan.num_workers, "shards": self.pairs.pairs.num_shards}
-        return identity | {"rows": len(self.pairs)}
+    def _resume(self, plan: BatchPlan) -> tuple[Checkpoints, Progress]:
+        run, accelerator = self.run, self.accelerator
+        identity = {"stage": self.name, **self.config}
+        identity |= run_identity(self.arguments, run, self.pairs, plan, accelerator)
+        may_change = what_may_change(self.pairs, accelerator)
+        checkpoints = Checkpoints(self.output_dir / "checkpoints", accelerator, identity, may_change)
+        if run.resume == "never":
+            checkpoints.clear()
+        progress = checkpoints.resume() or Progress()
+        if progress.step > self.steps:
+            raise ValueError(f"{run.output_dir} holds {progress.step} steps; ask for no fewer, or set resume=never.")
+        return checkpoints, progress
 
     def _prepare(self, plan: BatchPlan) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         if self.run.compile and self.arguments.micro_batch_size:
