@@ -67,9 +67,10 @@ class ClipMapCompressor(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike,
+        source: str | os.PathLike | PreTrainedModel,
         student: str | Budget | Mapping[str, Any] | ClipMapConfig | None = None,
         *,
+        processor: ProcessorMixin | None = None,
         initializer: str | None = None,
         calibration_data: PairSource | Iterable[Mapping[str, torch.Tensor]] | None = None,
         calibration_pairs: int = 2048,
@@ -86,9 +87,11 @@ class ClipMapCompressor(nn.Module):
         goes on with the map that lies in `source/map`; the teacher's id and revision come from there.
 
         Args:
-            source: Hub id or folder.
+            source: Hub id or folder, or the teacher itself, a `CLIPModel` with a `name_or_path`, which is copied.
             student: A key of `PRESETS`; a `Budget` or its values by name, such as `{"params": "30M"}`, within which
                 `choose_shape` finds the best shape (`choice` then explains it); or a `ClipMapConfig`.
+            processor: Tokenizer and image processor of a teacher given as a model; by default those at its
+                `name_or_path`.
             initializer: How the operators start, if `student` does not say it: by default `calibrated` with
                 calibration data, `diagonal` without.
             calibration_data: What starts read that look at pairs, such as `calibrated`: anything `load_pairs` reads,
@@ -105,21 +108,23 @@ class ClipMapCompressor(nn.Module):
             kwargs: Passed to every download (`token`, `cache_dir`, `local_files_only`, …).
 
         Raises:
-            TypeError: If an argument is unknown; the message names the nearest.
+            TypeError: If an argument is unknown, with the nearest that is known; or if `source` is none of these.
             ValueError: If `student` is unknown, does not fit the teacher, is a budget that no shape meets, or is
                 missing where there is no map; if calibration data is missing or not used; if weights do not fit.
             OSError: If a file is missing or the Hub cannot be reached.
         """
         device = kwargs.pop("device_map", device)
         check_download_options(cls.from_pretrained, kwargs)
-        source = ModelId(os.fspath(source), revision)
-        load = partial(Teacher.load, backend=backend, dtype=dtype, **kwargs)
+        options = {"backend": backend, "dtype": dtype, **kwargs}
         if student is None:
+            if isinstance(source, PreTrainedModel) or processor is not None:
+                raise ValueError("A map has its own teacher and processor; to compress a model, give the student.")
             if initializer is not None or calibration_data is not None:
                 raise ValueError("A map that is gone on with has started already; leave initializer and data out.")
-            return cls.from_map(source, load, **kwargs).to(device)
+            source = ModelId(os.fspath(source), revision)
+            return cls.from_map(source, partial(Teacher.load, **options), **kwargs).to(device)
         config = requested_config(student, initializer, calibration_data is not None)
-        teacher = load(*source)
+        teacher = Teacher.take(source, revision, processor, **options)
         if holds_pairs(calibration_data):
             columns = {"image_column": image_column, "caption_column": caption_column}
             calibration_data = sampled_pairs(calibration_data, teacher.processor, calibration_pairs, **columns)

@@ -43,6 +43,7 @@ SMALL = ClipMapConfig(
     initializer="diagonal",
     depth="spread",
 )
+SMALL_CALIBRATED = dataclasses.replace(SMALL, initializer="calibrated", refit=False)
 MAP_FILES = {"clipmap_config.json", "clipmap.safetensors"}
 
 
@@ -771,3 +772,59 @@ def test_captions_are_not_replaced_by_random_texts_unless_that_is_asked_for(teac
 def test_data_that_cannot_be_read_is_refused_with_what_can(teacher_folder, data, error, words):
     with pytest.raises(error, match=words):
         ClipMapCompressor.from_pretrained(teacher_folder, OPEN, calibration_data=data)
+
+
+# A teacher that is held already
+
+
+def test_a_model_is_a_teacher_and_stays_as_it_is(teacher_folder, tmp_path):
+    model = CLIPModel.from_pretrained(teacher_folder).train()
+    before = copy.deepcopy(model.state_dict())
+    given = ClipMapCompressor.from_pretrained(model, student=SMALL)
+    loaded = ClipMapCompressor.from_pretrained(teacher_folder, student=SMALL)
+    assert given.teacher_id == loaded.teacher_id and given.processor.tokenizer.get_vocab()
+    torch.testing.assert_close(given.export().state_dict(), loaded.export().state_dict(), atol=0, rtol=0)
+    assert model.training and all(weight.requires_grad for weight in model.parameters())
+    torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
+    given.save_pretrained(tmp_path)
+    again = ClipMapCompressor.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.export().state_dict(), given.export().state_dict(), atol=0, rtol=0)
+
+
+def test_a_model_is_calibrated_with_the_processor_given(teacher_folder, tiny_processor, tiny_pairs):
+    model = CLIPModel.from_pretrained(teacher_folder)
+    pairs = [(row["image"], row["caption"]) for row in tiny_pairs]
+    given = ClipMapCompressor.from_pretrained(
+        model, SMALL_CALIBRATED, processor=tiny_processor, calibration_data=pairs
+    )
+    loaded = ClipMapCompressor.from_pretrained(teacher_folder, SMALL_CALIBRATED, calibration_data=pairs)
+    assert given.processor is tiny_processor
+    torch.testing.assert_close(given.export().state_dict(), loaded.export().state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"source": torch.nn.Linear(1, 1)}, TypeError, "type Linear cannot be taken; give a Hub id, a folder or a"),
+        (
+            {"source": "model", "student": None},
+            ValueError,
+            "A map has its own teacher and processor; .* give the student",
+        ),
+        ({"source": "model", "revision": "v1"}, ValueError, "has no revision to choose; leave it out"),
+        ({"source": "folder", "processor": "x"}, ValueError, "of a Hub id or folder lies there; leave processor out"),
+        (
+            {"source": "nameless"},
+            ValueError,
+            "has no name_or_path, .* Save it with its processor, and give the folder",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_be_taken_is_refused(teacher_folder, shared_teacher, values, error, words):
+    nameless = CLIPModel(shared_teacher.config)
+    nameless.name_or_path = ""
+    sources = {"model": CLIPModel.from_pretrained(teacher_folder), "folder": teacher_folder, "nameless": nameless}
+    source = values["source"] if isinstance(values["source"], torch.nn.Module) else sources[values["source"]]
+    rest = {"student": SMALL, **{name: value for name, value in values.items() if name != "source"}}
+    with pytest.raises(error, match=words):
+        ClipMapCompressor.from_pretrained(source, **rest)
