@@ -317,10 +317,10 @@ def test_a_mapping_trains_the_operators_and_writes_student_and_map(teacher_folde
 
 
 def test_a_refused_run_leaves_the_arguments_of_the_one_before(distill, teacher, tmp_path):
-    distill([teacher], steps=1, recipe="steps: 1\n")
-    with pytest.raises(ValueError, match="steps was 1, is 2"):
-        distill([teacher], steps=2, recipe="steps: 2\n", resume="auto")
-    assert (tmp_path / "out" / "arguments.yaml").read_text() == "steps: 1\n"
+    distill([teacher], steps=1, recipe="chunks: 1\n")
+    with pytest.raises(ValueError, match="micro_batch_size was null, is 4"):
+        distill([teacher], steps=1, micro_batch_size=4, recipe="chunks: 2\n", resume="auto")
+    assert (tmp_path / "out" / "arguments.yaml").read_text() == "chunks: 1\n"
 
 
 def test_a_mapping_is_not_gone_on_with_for_another_student(teacher_folder, data, tmp_path):
