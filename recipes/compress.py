@@ -15,22 +15,13 @@ mapped student and its map lie in `mapped/`. A student that starts by `diagonal`
 inheritance; with `--masking_steps` or `--masking_epochs`, learned masks select it (the automatic one).
 """
 
-from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import arguments_yaml
-from clipmap_hf.cli.recipes import COMPRESSION_STAGES, parse_recipe
-from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
-from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import RunArguments
+from clipmap_hf.cli.recipes import COMPRESSION_STAGES, SHARED, parse_recipe
 
 
 def main() -> None:
     data, teacher, cache, student, calibration, run, masking, mapping, distillation = parse_recipe(
-        DataArguments,
-        TeacherArguments,
-        TeacherCacheArguments,
-        StudentArguments,
-        CalibrationArguments,
-        RunArguments,
+        *SHARED,
         stages=COMPRESSION_STAGES,
         description=__doc__,
     )

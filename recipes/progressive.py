@@ -15,12 +15,8 @@ folder for each.
 
 from dataclasses import dataclass, field
 
-from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import arguments_yaml
-from clipmap_hf.cli.recipes import COMPRESSION_STAGES, parse_recipe
-from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
-from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import RunArguments
+from clipmap_hf.cli.recipes import COMPRESSION_STAGES, SHARED, parse_recipe
 
 
 @dataclass
@@ -31,12 +27,7 @@ class SizesArguments:
 def main() -> None:
     sizes, data, teacher, cache, student, calibration, run, masking, mapping, distillation = parse_recipe(
         SizesArguments,
-        DataArguments,
-        TeacherArguments,
-        TeacherCacheArguments,
-        StudentArguments,
-        CalibrationArguments,
-        RunArguments,
+        *SHARED,
         stages=COMPRESSION_STAGES,
         description=__doc__,
     )
