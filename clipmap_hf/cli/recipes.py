@@ -11,8 +11,8 @@ from clipmap_hf.training.arguments import DistillationArguments, MappingArgument
 
 __all__ = ["COMPRESSION_STAGES", "SHARED", "STAGES", "parse_recipe"]
 
-# Top-level keys of a recipe's YAML, and its sections. What a recipe does not use, it leaves alone. Two recipes parse all
-# of `SHARED`, and unpack them in this order.
+# Top-level keys of a recipe's YAML, and its sections. What a recipe does not use, it leaves alone. Two recipes
+# parse all of `SHARED`, and unpack them in this order.
 SHARED = (
     DataArguments,
     TeacherArguments,
