@@ -38,7 +38,9 @@ def main() -> None:
 
     processes = join_processes()
     teachers = [Teacher.load(*source, backend=data.image_backend) for source in teacher.teachers]
-    made = make_teacher_cache(teachers, teachers[0].processor, data, cache, seed=run.seed, num_workers=run.num_workers)
+    made = make_teacher_cache(
+        teachers, teachers[0].processor, data, cache, seed=run.seed, num_workers=run.dataloader_num_workers
+    )
     processes.print(f"{cache.teacher_cache}: {made.views} views of each image")
 
 

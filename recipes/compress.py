@@ -27,16 +27,16 @@ def main() -> None:
     )
     from clipmap_hf.cli.student import map_config
     from clipmap_hf.cli.summary import print_summary
-    from clipmap_hf.pipeline.compression import CompressionArguments, compress
+    from clipmap_hf.pipeline.compression import CompressionArguments, compress_in_run
     from clipmap_hf.pipeline.context import RunContext
 
     stages = {"masking": masking, "mapping": mapping, "distillation": distillation}
-    result = compress(
+    result = compress_in_run(
         teacher.teachers[0],
         teacher.teachers,
         map_config(student, run.seed),
-        RunContext(run, data, arguments_yaml(data, teacher, cache, student, calibration, run, **stages)),
-        CompressionArguments(calibration=calibration, cache=cache, **stages),
+        RunContext(run, data, arguments_yaml(data, teacher, cache, student, calibration, run, **stages), cache),
+        CompressionArguments(calibration=calibration, **stages),
     )
     print_summary(run.output_dir, result)
 

@@ -14,16 +14,17 @@ from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import arguments_yaml, parse_arguments
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
 from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments, StageArguments
-from clipmap_hf.training.ternary_arguments import TernaryArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, StageArguments
+from clipmap_hf.training.run_arguments import RunArguments
+from clipmap_hf.training.ternary_arguments import TernaryStageArguments
 
 
 STAGES = {
-    "mapping": MappingArguments,
-    "distillation": DistillationArguments,
-    "calibrated": DistillationArguments,
-    "ternary": TernaryArguments,
-    "manual": DistillationArguments,
+    "mapping": MappingStageArguments,
+    "distillation": DistillationStageArguments,
+    "calibrated": DistillationStageArguments,
+    "ternary": TernaryStageArguments,
+    "manual": DistillationStageArguments,
     "scratch": StageArguments,
 }
 

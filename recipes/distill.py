@@ -14,7 +14,8 @@ from clipmap_hf.cli.parsing import arguments_yaml
 from clipmap_hf.cli.recipes import parse_recipe
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import DistillationArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 @dataclass
@@ -30,26 +31,26 @@ def main() -> None:
         TeacherCacheArguments,
         StudentModelArguments,
         RunArguments,
-        stages={"distillation": DistillationArguments},
+        stages={"distillation": DistillationStageArguments},
         description=__doc__,
     )
     from clipmap_hf.cli.summary import print_summary
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.models.loading import load_model, load_processor
     from clipmap_hf.pipeline.context import RunContext
-    from clipmap_hf.pipeline.distillation import run_distillation
+    from clipmap_hf.pipeline.distillation import DistillationTrainer
 
     join_processes()
-    context = RunContext(run, data, arguments_yaml(data, teacher, cache, student, run, distillation=distillation))
-    result = run_distillation(
-        load_model(student.student_model, revision=student.student_revision),
-        context.teachers(teacher.teachers),
-        load_processor(student.student_model, revision=student.student_revision, backend=data.image_backend),
+    recipe = arguments_yaml(data, teacher, cache, student, run, distillation=distillation)
+    source = {"revision": student.student_revision}
+    trainer = DistillationTrainer(
+        load_model(student.student_model, **source),
+        teacher.teachers,
         distillation,
-        context,
-        cache=cache,
+        processing_class=load_processor(student.student_model, backend=data.image_backend, **source),
+        context=RunContext(run, data, recipe, cache),
     )
-    print_summary(run.output_dir, result)
+    print_summary(run.output_dir, trainer.train())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import arguments_yaml
 from clipmap_hf.cli.recipes import parse_recipe
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
-from clipmap_hf.training.arguments import MappingArguments, RunArguments
+from clipmap_hf.training.arguments import MappingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
         StudentArguments,
         CalibrationArguments,
         RunArguments,
-        stages={"mapping": MappingArguments},
+        stages={"mapping": MappingStageArguments},
         description=__doc__,
     )
     from clipmap_hf.cli.student import map_config

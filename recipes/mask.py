@@ -13,7 +13,8 @@ from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import arguments_yaml
 from clipmap_hf.cli.recipes import parse_recipe
 from clipmap_hf.data.arguments import DataArguments
-from clipmap_hf.training.arguments import MaskingArguments, RunArguments
+from clipmap_hf.training.arguments import MaskingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 def main() -> None:
@@ -22,14 +23,14 @@ def main() -> None:
         TeacherArguments,
         StudentArguments,
         RunArguments,
-        stages={"masking": MaskingArguments},
+        stages={"masking": MaskingStageArguments},
         description=__doc__,
     )
     from clipmap_hf.cli.student import map_config
     from clipmap_hf.cli.summary import print_summary
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.pipeline.context import RunContext
-    from clipmap_hf.pipeline.masking import run_masking
+    from clipmap_hf.pipeline.masking import MaskingTrainer
     from clipmap_hf.pipeline.start import choose_student
 
     join_processes()
@@ -39,7 +40,7 @@ def main() -> None:
     context = RunContext(run, data, arguments_yaml(data, teacher, student, run, masking=masking))
     config = choose_student(teacher.teachers[0], config, context, calibration=None)  # masks ask for no such pairs
     teachers = context.teachers(teacher.teachers)
-    print_summary(run.output_dir, run_masking(teachers[0], teachers, config, masking, context))
+    print_summary(run.output_dir, MaskingTrainer(teachers[0], teachers, config, masking, context).train())
 
 
 if __name__ == "__main__":

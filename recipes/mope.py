@@ -13,7 +13,7 @@ from pathlib import Path
 from clipmap_hf.cli.arguments import TeacherArguments
 from clipmap_hf.cli.recipes import parse_recipe
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
-from clipmap_hf.training.arguments import RunArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from clipmap_hf.cli.parsing import arguments_yaml, parse_arguments
 from clipmap_hf.data.arguments import DataArguments
-from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 @dataclass
@@ -43,7 +44,7 @@ def main() -> None:
     from clipmap_hf.families import family_for
     from clipmap_hf.models.loading import load_config, load_processor
     from clipmap_hf.pipeline.context import RunContext
-    from clipmap_hf.pipeline.pretraining import run_pretraining
+    from clipmap_hf.pipeline.pretraining import PretrainingTrainer
     from clipmap_hf.ternary.integration import as_float_config
 
     join_processes()
@@ -56,7 +57,8 @@ def main() -> None:
         columns = [*data.caption_column, *data.keyword_column]
         config, processor = new_architecture(architecture, context.pairs.pairs, columns)
     family_for(config)  # raises if this is no CLIP
-    run_pretraining(AutoModel.from_config(config), processor, arguments, context)
+    model = AutoModel.from_config(config)
+    PretrainingTrainer(model, arguments, processing_class=processor, context=context).train()
 
 
 def new_architecture(shape: ArchitectureArguments, pairs, caption_columns: list[str]):

@@ -41,8 +41,8 @@ def main() -> None:
         teacher.teachers[0],
         teacher.teachers,
         [map_config(with_size(student, size), run.seed) for size in sizes.sizes],
-        RunContext(run, data, arguments_yaml(sizes, data, teacher, cache, student, calibration, run, **stages)),
-        CompressionArguments(calibration=calibration, cache=cache, **stages),
+        RunContext(run, data, arguments_yaml(sizes, data, teacher, cache, student, calibration, run, **stages), cache),
+        CompressionArguments(calibration=calibration, **stages),
     )
     print_summary(run.output_dir, result)
 

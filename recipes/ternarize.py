@@ -16,8 +16,8 @@ from clipmap_hf.cli.parsing import arguments_yaml
 from clipmap_hf.cli.recipes import parse_recipe
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import RunArguments
-from clipmap_hf.training.ternary_arguments import TernaryArguments
+from clipmap_hf.training.run_arguments import RunArguments
+from clipmap_hf.training.ternary_arguments import TernaryStageArguments
 
 
 @dataclass
@@ -35,7 +35,7 @@ def main() -> None:
         TeacherCacheArguments,
         StudentModelArguments,
         RunArguments,
-        stages={"ternary": TernaryArguments},
+        stages={"ternary": TernaryStageArguments},
         description=__doc__,
     )
     from copy import deepcopy
@@ -44,18 +44,18 @@ def main() -> None:
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.models.teacher import Teacher
     from clipmap_hf.pipeline.context import RunContext
-    from clipmap_hf.pipeline.ternarization import run_ternarization
+    from clipmap_hf.pipeline.ternarization import TernaryTrainer
 
     join_processes()
-    context = RunContext(run, data, arguments_yaml(data, teacher, cache, student, run, ternary=ternary))
+    context = RunContext(run, data, arguments_yaml(data, teacher, cache, student, run, ternary=ternary), cache)
     teachers = context.teachers(teacher.teachers)
     if student.student_model is None:
         model, processor = deepcopy(teachers[0].model), teachers[0].processor
     else:
         source = Teacher.load(student.student_model, student.student_revision, data.image_backend)
         model, processor = source.model, source.processor
-    result = run_ternarization(model, teachers, processor, ternary, context, cache=cache)
-    print_summary(run.output_dir, result)
+    trainer = TernaryTrainer(model, teachers, ternary, processing_class=processor, context=context)
+    print_summary(run.output_dir, trainer.train())
 
 
 if __name__ == "__main__":

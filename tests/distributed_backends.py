@@ -57,7 +57,7 @@ def join_as(backend: str) -> PartialState:
 def run(shop: Workshop, stage: str, case: str) -> dict:
     """Trains, evaluates and saves; resumes from the step before the last; what came out of both."""
     trainer = shop.trainer(stage, case)
-    trainer.run.checkpoint_every = 2
+    trainer.run.save_steps = 2
     student = trainer.stage.trained
     data = replace(shop.data("pairs"), eval_data=str(shop.folder / "captions.parquet"))
     trainer.evaluate = evaluation_function(RunContext(trainer.run, data), shop.processor)
@@ -71,7 +71,7 @@ def run(shop: Workshop, stage: str, case: str) -> dict:
         shutil.rmtree(sorted((trainer.output_dir / "checkpoints").iterdir())[-1])
     PartialState().wait_for_everyone()
     again = shop.trainer(stage, case)
-    again.run.checkpoint_every = 2
+    again.run.save_steps = 2
     again.train()
     return report | {"resumed": copied(again.stage.trained)}
 

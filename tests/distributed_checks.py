@@ -35,7 +35,8 @@ from clipmap_hf.pipeline.stage import evaluation_function
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.teacher_cache.make import make_teacher_cache
-from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.stages.contrastive import ContrastiveStage
 from clipmap_hf.training.stages.distillation import DistillationStage
 from clipmap_hf.training.stages.mapping import MappingStage
@@ -192,7 +193,7 @@ class Workshop:
             warmup_steps=1,
             max_grad_norm=0.5,
         )
-        run = RunArguments(output_dir=str(self.out / f"{stage_name}-{case}"), log_every=1, checkpoint_every=1000)
+        run = RunArguments(output_dir=str(self.out / f"{stage_name}-{case}"), logging_steps=1, save_steps=1000)
         return Trainer(
             stage=stage, arguments=arguments, run=run, pairs=self.pairs[data], collator=collator, max_bad_fraction=1.0
         )

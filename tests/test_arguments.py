@@ -7,7 +7,8 @@ import pytest
 from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments, StageArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, StageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 @pytest.mark.parametrize(
@@ -18,8 +19,8 @@ from clipmap_hf.training.arguments import DistillationArguments, MappingArgument
         (StageArguments, {"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0"),
         (StageArguments, {"logit_scale": 150.0}, "must not exceed 100"),
         (StageArguments, {"micro_batch_size": 0}, "micro_batch_size=0 must be above 0"),
-        (RunArguments, {"output_dir": "out", "eval_every": 0}, "eval_every=0 must be above 0"),
-        (RunArguments, {"output_dir": "out", "checkpoint_every": 0}, "checkpoint_every=0 must be above 0"),
+        (RunArguments, {"output_dir": "out", "eval_steps": 0}, "eval_steps=0 must be above 0"),
+        (RunArguments, {"output_dir": "out", "save_steps": 0}, "save_steps=0 must be above 0"),
         (RunArguments, {"output_dir": "out", "max_skipped": -1}, "max_skipped=-1 must be at least 0"),
         (DataArguments, {"train_data": "x", "shuffle_buffer": 0}, "shuffle_buffer=0 must be above 0"),
         (CalibrationArguments, {"calibration_pairs": 0}, "calibration_pairs=0 must be above 0"),
@@ -57,8 +58,8 @@ def test_each_teacher_has_its_revision_or_none():
     [
         CalibrationArguments,
         DataArguments,
-        DistillationArguments,
-        MappingArguments,
+        DistillationStageArguments,
+        MappingStageArguments,
         RunArguments,
         StageArguments,
         StudentArguments,

@@ -16,7 +16,8 @@ from clipmap_hf.hub.card import add_to_card, config_yaml, hub_dataset, render_ca
 from clipmap_hf.hub.folder import add_results, write_student_folder
 from clipmap_hf.hub.license import teacher_license
 from clipmap_hf.hub.results import SetResults, benchmark_files, read_results, results_table
-from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 METHOD = "Its weights were mapped."

@@ -24,7 +24,8 @@ from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import run_distillation
 from clipmap_hf.pipeline.mapping import run_mapping
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 SMALL = ClipMapConfig(
@@ -61,7 +62,9 @@ def test_a_chinese_clip_is_compressed_from_end_to_end(folder, pairs_parquet, tin
     numbers = {"steps": 2, "batch_size": 8}
     compressor = ClipMapCompressor.from_pretrained(folder, SMALL)
     run_mapping(
-        compressor, MappingArguments(**numbers), RunContext(RunArguments(output_dir=str(tmp_path / "mapped")), data)
+        compressor,
+        MappingStageArguments(**numbers),
+        RunContext(RunArguments(output_dir=str(tmp_path / "mapped")), data),
     )
     mapped = ChineseCLIPModel.from_pretrained(tmp_path / "mapped")
     exported = compressor.export().cpu()
@@ -72,7 +75,7 @@ def test_a_chinese_clip_is_compressed_from_end_to_end(folder, pairs_parquet, tin
         mapped,
         [Teacher.load(str(folder))],
         compressor.processor,
-        DistillationArguments(**numbers),
+        DistillationStageArguments(**numbers),
         RunContext(run, data),
     )
     student, processor = ChineseCLIPModel.from_pretrained(run.output_dir), load_processor(run.output_dir)

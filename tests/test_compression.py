@@ -7,7 +7,8 @@ from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.pipeline.compression import CompressionArguments, compress
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, MaskingArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 @pytest.mark.parametrize(
@@ -26,8 +27,8 @@ def test_masks_select_by_themselves(student, mapping_steps, message, tmp_path):
             student,
             RunContext(RunArguments(str(tmp_path)), DataArguments("nothing.parquet")),
             CompressionArguments(
-                masking=MaskingArguments(steps=1),
-                mapping=MappingArguments(steps=mapping_steps),
-                distillation=DistillationArguments(steps=1),
+                masking=MaskingStageArguments(steps=1),
+                mapping=MappingStageArguments(steps=mapping_steps),
+                distillation=DistillationStageArguments(steps=1),
             ),
         )

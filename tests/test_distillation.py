@@ -21,7 +21,8 @@ from clipmap_hf.pipeline.mapping import run_mapping
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.teacher_cache.make import make_teacher_cache
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.trainer import TrainResult
 
 
@@ -78,9 +79,11 @@ def distill(teacher, tiny_processor, data, tmp_path):
         options = {"data": data, "output_dir": str(tmp_path / "out"), "resume": "never", "seed": 0} | values
         cache, recipe = options.pop("cache", None), options.pop("recipe", None)
         chosen, processor = options.pop("data"), options.pop("processor", tiny_processor)
-        run = RunArguments(log_every=1, **options)
+        run = RunArguments(logging_steps=1, **options)
         context = RunContext(run, chosen, recipe)
-        result = run_distillation(student, teachers, processor, DistillationArguments(**numbers), context, cache=cache)
+        result = run_distillation(
+            student, teachers, processor, DistillationStageArguments(**numbers), context, cache=cache
+        )
         log = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
         return result, log, student
 
@@ -92,7 +95,7 @@ def losses(log: list[dict]) -> list[float]:
 
 
 def test_a_cache_cannot_be_asked_for_streams(teacher, teachers, tiny_processor, data, tmp_path):
-    numbers = DistillationArguments(steps=1, batch_size=8, losses={"affinity": 1.0, "hidden": 1.0})
+    numbers = DistillationStageArguments(steps=1, batch_size=8, losses={"affinity": 1.0, "hidden": 1.0})
     cache, run = TeacherCacheArguments(str(tmp_path / "cache")), RunArguments(str(tmp_path / "out"))
     with pytest.raises(ValueError, match="leave out teacher_cache, or the loss"):
         run_distillation(teacher.model, teachers, tiny_processor, numbers, RunContext(run, data), cache=cache)
@@ -150,7 +153,7 @@ def test_a_teacher_whose_processor_is_as_good_as_the_students_teaches(distill, t
 
 def test_a_distilled_student_is_written_with_its_card_and_results(distill, teachers, data, tmp_path):
     data = dataclasses.replace(data, eval_data=data.train_data)
-    result, log, student = distill(teachers, data=data, eval_every=4, recipe="steps: 6\n")
+    result, log, student = distill(teachers, data=data, eval_steps=4, recipe="steps: 6\n")
     written = CLIPModel.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in student.state_dict().items():
         assert torch.equal(written[name], tensor.cpu()), name
@@ -183,7 +186,7 @@ def test_a_distillation_is_not_gone_on_with_by_other_teachers_or_for_other_stude
 
 
 def test_a_distillation_goes_on_where_it_stopped(distill, teachers, tmp_path, monkeypatch):
-    _, log, student = distill(teachers, checkpoint_every=2, output_dir=str(tmp_path / "whole"))
+    _, log, student = distill(teachers, save_steps=2, output_dir=str(tmp_path / "whole"))
     with pytest.MonkeyPatch.context() as patch:
         count, step = [0], torch.optim.AdamW.step
 
@@ -195,8 +198,8 @@ def test_a_distillation_goes_on_where_it_stopped(distill, teachers, tmp_path, mo
 
         patch.setattr(torch.optim.AdamW, "step", fail)
         with pytest.raises(KeyboardInterrupt):
-            distill(teachers, checkpoint_every=2)
-    _, again, resumed = distill(teachers, checkpoint_every=2, resume="auto")
+            distill(teachers, save_steps=2)
+    _, again, resumed = distill(teachers, save_steps=2, resume="auto")
     assert losses(again) == losses(log)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
 
@@ -300,7 +303,7 @@ def test_without_a_folder_nothing_is_cached(distill, teacher, tmp_path):
 def test_a_mapping_trains_the_operators_and_writes_student_and_map(teacher_folder, data, tmp_path):
     compressor = ClipMapCompressor.from_pretrained(teacher_folder, student=SMALL)
     before = copy.deepcopy(compressor.mapper.state_dict())
-    arguments = MappingArguments(steps=2, batch_size=8, micro_batch_size=4, warmup_steps=0)
+    arguments = MappingStageArguments(steps=2, batch_size=8, micro_batch_size=4, warmup_steps=0)
     data = dataclasses.replace(data, eval_data=data.train_data)
     result = run_mapping(
         compressor, arguments, RunContext(RunArguments(str(tmp_path / "out")), data, recipe="steps: 2\n")
@@ -327,7 +330,7 @@ def test_a_mapping_is_not_gone_on_with_for_another_student(teacher_folder, data,
     for depth, words in (("interval_front", None), ("spread", 'student.depth was "interval_front", is "spread"')):
         config = dataclasses.replace(SMALL, depth=depth)
         compressor = ClipMapCompressor.from_pretrained(teacher_folder, student=config)
-        arguments = MappingArguments(steps=1, batch_size=8)
+        arguments = MappingStageArguments(steps=1, batch_size=8)
         context = RunContext(RunArguments(str(tmp_path / "out")), data)
         if words is None:
             run_mapping(compressor, arguments, context)

@@ -17,7 +17,7 @@ from clipmap_hf.mapping.plan import MappingPlan
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.starts.selection.masks import MaskedLayerNorm, Masks, expected, sampled, settled
 from clipmap_hf.starts.selection.start import mapper_from_scores
-from clipmap_hf.training.arguments import MaskingArguments
+from clipmap_hf.training.arguments import MaskingStageArguments
 from clipmap_hf.training.optimization import parameter_groups
 from clipmap_hf.training.sharding import prepare_stage
 from clipmap_hf.training.stages.masking import MaskingStage
@@ -196,4 +196,4 @@ def test_masks_and_multipliers_have_a_rate_of_their_own(shared_teacher):
 def test_fsdp_is_refused(shared_teacher, fresh_accelerator):
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
     with pytest.raises(ValueError, match="which FSDP would put back"):
-        prepare_stage(masking(shared_teacher, 2), accelerator, MaskingArguments(), 8)
+        prepare_stage(masking(shared_teacher, 2), accelerator, MaskingStageArguments(), 8)

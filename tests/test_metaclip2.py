@@ -26,7 +26,8 @@ from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import run_distillation
 from clipmap_hf.pipeline.mapping import run_mapping
 from clipmap_hf.starts.calibrated.batches import calibration_batch
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 SMALL = ClipMapConfig(
@@ -88,7 +89,9 @@ def test_a_metaclip2_is_compressed_from_end_to_end(folder, pairs_parquet, tmp_pa
     )
     assert compressor.map_config.initializer == "calibrated"
     run_mapping(
-        compressor, MappingArguments(**numbers), RunContext(RunArguments(output_dir=str(tmp_path / "mapped")), data)
+        compressor,
+        MappingStageArguments(**numbers),
+        RunContext(RunArguments(output_dir=str(tmp_path / "mapped")), data),
     )
     mapped = MetaClip2Model.from_pretrained(tmp_path / "mapped")
     exported = compressor.export().cpu()
@@ -99,7 +102,7 @@ def test_a_metaclip2_is_compressed_from_end_to_end(folder, pairs_parquet, tmp_pa
         mapped,
         [Teacher.load(str(folder))],
         compressor.processor,
-        DistillationArguments(**numbers),
+        DistillationStageArguments(**numbers),
         RunContext(run, data),
     )
     student, processor = MetaClip2Model.from_pretrained(run.output_dir), load_processor(run.output_dir)

@@ -12,7 +12,8 @@ from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import arguments_yaml, parse_arguments
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments, StageArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, StageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 @dataclass
@@ -102,7 +103,7 @@ def test_an_unknown_option_is_an_error_of_one_line(refused):
 
 
 def test_an_option_of_a_stage_is_named_where_its_prefix_is_missing(refused):
-    stages = {"mapping": MappingArguments}
+    stages = {"mapping": MappingStageArguments}
     assert refused("--name", "x", "--steps", "3", stages=stages).endswith("did you mean --mapping_steps?")
 
 
@@ -122,7 +123,7 @@ def test_an_unknown_key_of_yaml_is_answered_with_the_nearest(config):
 
 def test_help_shows_the_options_of_a_class_together(capsys):
     with pytest.raises(SystemExit, match="0"):
-        parse_arguments(Simple, stages={"mapping": MappingArguments}, argv=["--help"])
+        parse_arguments(Simple, stages={"mapping": MappingStageArguments}, argv=["--help"])
     printed = capsys.readouterr().out
     assert printed.startswith("usage:") and "mapping: The mapping stage" in printed
     assert printed.index("--name") < printed.index("mapping: The mapping stage") < printed.index("--mapping_steps")
@@ -147,7 +148,7 @@ def test_wrong_values_of_a_file_are_reported_like_options(config, capsys, text, 
     assert message in capsys.readouterr().err
 
 
-STAGES = {"mapping": MappingArguments, "distillation": DistillationArguments}
+STAGES = {"mapping": MappingStageArguments, "distillation": DistillationStageArguments}
 
 
 def test_stage_sections_and_prefixed_options(config):
@@ -157,8 +158,10 @@ def test_stage_sections_and_prefixed_options(config):
         Simple, stages=STAGES, argv=[*file, "--mapping_steps", "9", "--distillation_learn_logit_scale", "true"]
     )
     assert simple == Simple("x")
-    assert mapping == MappingArguments(steps=9, learning_rate=1e-3)
-    assert distillation == DistillationArguments(losses={"affinity": 0.5, "feature": 2000.0}, learn_logit_scale=True)
+    assert mapping == MappingStageArguments(steps=9, learning_rate=1e-3)
+    assert distillation == DistillationStageArguments(
+        losses={"affinity": 0.5, "feature": 2000.0}, learn_logit_scale=True
+    )
 
 
 def test_losses_on_the_command_line_win(config):
@@ -178,12 +181,12 @@ def test_a_loss_without_a_weight_is_an_error(word):
 
 def test_each_stage_keeps_its_own_defaults():
     _, mapping, distillation = parse_arguments(Simple, stages=STAGES, argv=["--name", "x"])
-    assert mapping == MappingArguments() and distillation == DistillationArguments()
+    assert mapping == MappingStageArguments() and distillation == DistillationStageArguments()
     assert mapping.learning_rate != distillation.learning_rate
 
 
 def test_an_empty_section_means_the_defaults(config):
-    assert parse_arguments(Simple, stages=STAGES, argv=config("name: x\nmapping:\n"))[1] == MappingArguments()
+    assert parse_arguments(Simple, stages=STAGES, argv=config("name: x\nmapping:\n"))[1] == MappingStageArguments()
 
 
 def test_an_unknown_key_of_a_section_is_an_error(config):
@@ -200,11 +203,11 @@ def test_a_section_of_no_stage_is_an_error(config):
 
 
 def test_sections_of_other_recipes_are_checked_then_left_alone(config):
-    own, other = {"mapping": MappingArguments}, {"distillation": DistillationArguments}
+    own, other = {"mapping": MappingStageArguments}, {"distillation": DistillationStageArguments}
     file = config("name: x\nmapping:\n  steps: 7\ndistillation:\n  steps: 100\n")
     assert parse_arguments(Simple, stages=own, other_stages=other, argv=file) == (
         Simple("x"),
-        MappingArguments(steps=7),
+        MappingStageArguments(steps=7),
     )
     wrong = config("name: x\ndistillation:\n  stepps: 100\n")
     with pytest.raises(ValueError, match=r"unknown keys \['stepps'\] in section 'distillation'"):
@@ -248,7 +251,7 @@ def test_every_default_survives_saving_and_reading(tmp_path, kind, required):
     assert parse_arguments(kind, argv=["--config", str(path)]) == (kind(**required),)
 
 
-@pytest.mark.parametrize("kind", [MappingArguments, DistillationArguments])
+@pytest.mark.parametrize("kind", [MappingStageArguments, DistillationStageArguments])
 def test_every_default_of_a_section_survives_saving_and_reading(tmp_path, kind):
     path = Path(tmp_path / "arguments.yaml")
     path.write_text(arguments_yaml(training=kind()))

@@ -16,7 +16,7 @@ from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.pipeline import start as pipeline_start
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.start import choose_student, start_compressor
-from clipmap_hf.training.arguments import RunArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 SMALL = ClipMapConfig(

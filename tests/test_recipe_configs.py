@@ -15,7 +15,7 @@ from clipmap_hf.cli.parsing import arguments_yaml
 from clipmap_hf.cli.student import map_config
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_config
 from clipmap_hf.models.loading import load_config
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, StageArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, StageArguments
 
 
 RECIPES = Path(clipmap_hf.__file__).parents[1] / "recipes"
@@ -76,7 +76,7 @@ def read(monkeypatch):
             module.main()
         named = {}
         for one in results:  # the demo has two sections of one class; the paper's stages come first
-            name = "MappingArguments" if isinstance(one, MappingArguments) else type(one).__name__
+            name = "MappingStageArguments" if isinstance(one, MappingStageArguments) else type(one).__name__
             named.setdefault(name, one)
         return named
 
@@ -101,7 +101,7 @@ def test_a_config_is_read_by_its_recipe(read, file, recipe):
                 expected = [",".join(f"{option}={one}" for option, one in size.items()) for size in expected]
             assert value == expected and type(value) is type(expected), key
             checked += 1
-    for section, cls in (("mapping", MappingArguments), ("distillation", DistillationArguments)):
+    for section, cls in (("mapping", MappingStageArguments), ("distillation", DistillationStageArguments)):
         if cls.__name__ in arguments and section in content:
             assert_section(arguments[cls.__name__], content[section])
             checked += 1
@@ -111,8 +111,8 @@ def test_a_config_is_read_by_its_recipe(read, file, recipe):
 @pytest.mark.parametrize("recipe", ["compress", "map", "distill", "cache", "mask", "mope"])
 def test_what_compress_wrote_is_read_by_the_other_recipes(read, recipe, tmp_path):
     own = read("compress", "--teacher", "t", "--student", "tiny", "--train_data", "pairs", "--output_dir", "out")
-    stages = {"masking": own["OptionalMaskingArguments"], "mapping": own["MappingArguments"]}
-    stages["distillation"] = own["DistillationArguments"]
+    stages = {"masking": own["OptionalMaskingArguments"], "mapping": own["MappingStageArguments"]}
+    stages["distillation"] = own["DistillationStageArguments"]
     plain = [one for one in own.values() if one not in stages.values()]
     (tmp_path / "arguments.yaml").write_text(arguments_yaml(*plain, **stages))
     more = {"distill": ["--student_model", "mapped"], "cache": ["--teacher_cache", "cache"]}
@@ -140,7 +140,7 @@ TABLE_9 = {  # retraining
 @pytest.mark.parametrize("name", SIZES)
 def test_the_paper_s_configs_hold_its_tables_8_and_9(read, name):
     arguments = read("compress", "--config", str(PAPER / f"{name}.yaml"), *READERS[f"paper/{name}.yaml"]["compress"])
-    for table, cls in ((TABLE_8, "MappingArguments"), (TABLE_9, "DistillationArguments")):
+    for table, cls in ((TABLE_8, "MappingStageArguments"), (TABLE_9, "DistillationStageArguments")):
         stage = arguments[cls]
         batch_size, length, learning_rate, weight_decay, warmup_steps = table[name]
         assert (stage.batch_size, stage.warmup_steps) == (batch_size, warmup_steps)
@@ -149,7 +149,7 @@ def test_the_paper_s_configs_hold_its_tables_8_and_9(read, name):
         assert stage.steps == length.get("steps")  # steps would win over epochs
         assert (stage.adam_beta1, stage.adam_beta2, stage.max_grad_norm) == (0.9, 0.98, 5.0)
         assert (stage.logit_scale, stage.learn_logit_scale) == (50.0, False)
-    assert arguments["DistillationArguments"].losses == {"affinity": 1.0}
+    assert arguments["DistillationStageArguments"].losses == {"affinity": 1.0}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -201,8 +201,8 @@ def test_the_command_line_wins_over_the_file(read):
         *READERS["small.yaml"]["compress"],
         *("--mapping_batch_size", "64", "--student", "tiny"),
     )
-    assert arguments["MappingArguments"].batch_size == 64
-    assert arguments["DistillationArguments"].batch_size == 4096
+    assert arguments["MappingStageArguments"].batch_size == 64
+    assert arguments["DistillationStageArguments"].batch_size == 4096
     assert arguments["StudentArguments"].student == "tiny"
 
 

@@ -32,8 +32,9 @@ from clipmap_hf.pipeline.mapping import run_mapping
 from clipmap_hf.starts import STARTS, check_start, start_mapper
 from clipmap_hf.starts.selection.masks import Masks
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments
 from clipmap_hf.training.optimization import parameter_groups
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.stages.contrastive import ContrastiveStage
 from clipmap_hf.training.stages.distillation import DistillationStage
 from clipmap_hf.training.stages.logits import clamp_scale, learn_bias, logit_parameters, set_scale
@@ -229,7 +230,7 @@ def test_a_siglip_is_compressed_from_end_to_end(folder, pairs_parquet, tiny_pair
     compressor = ClipMapCompressor.from_pretrained(folder, SMALL)
     assert "without token embedding" in str(compressor.cost())
     run = RunArguments(output_dir=str(tmp_path / "mapped"))
-    run_mapping(compressor, MappingArguments(losses={"sigmoid": 1.0}, **numbers), RunContext(run, data))
+    run_mapping(compressor, MappingStageArguments(losses={"sigmoid": 1.0}, **numbers), RunContext(run, data))
     mapped = SiglipModel.from_pretrained(tmp_path / "mapped")
     assert not torch.equal(mapped.logit_bias, load_model(str(folder)).logit_bias)
     again = ClipMapCompressor.from_pretrained(tmp_path / "mapped")
@@ -239,7 +240,7 @@ def test_a_siglip_is_compressed_from_end_to_end(folder, pairs_parquet, tiny_pair
     run = RunArguments(output_dir=str(tmp_path / "distilled"))
     teacher = Teacher.load(str(folder))
     cache = TeacherCacheArguments(teacher_cache=str(tmp_path / "cache"), views=1)
-    distillation = DistillationArguments(losses=MIXED, **numbers)
+    distillation = DistillationStageArguments(losses=MIXED, **numbers)
     run_distillation(mapped, [teacher], compressor.processor, distillation, RunContext(run, data), cache=cache)
     student, processor = SiglipModel.from_pretrained(run.output_dir), load_processor(run.output_dir)
     collator = PairCollator(processor.tokenizer, processor.image_processor)

@@ -12,7 +12,8 @@ from clipmap_hf.data.sources import stage_seed
 from clipmap_hf.pipeline import stage as pipeline_stage
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.stage import run_stage
-from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.stages.contrastive import ContrastiveStage
 
 
@@ -53,7 +54,7 @@ def run_on(data, tiny_processor, shared_teacher, tmp_path, fresh_accelerator):
     """A function that runs a stage with changed `DataArguments` or others, and returns stage and result."""
 
     def run(name: str = "pretrain", **values):
-        options = {"steps": 3, "batch_size": 8, "output_dir": str(tmp_path / "out"), "log_every": 1}
+        options = {"steps": 3, "batch_size": 8, "output_dir": str(tmp_path / "out"), "logging_steps": 1}
         options |= {"train_data": data.train_data, "learning_rate": 1e-3, **values}
         arguments, *run = [
             cls(**{f.name: options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options})
@@ -91,7 +92,9 @@ def test_a_run_is_not_gone_on_with_on_other_data(run_on, change):
 
 def test_what_is_measured_and_tolerated_may_change(run_on, data, tmp_path):
     first, _ = run_on()
-    again, result = run_on(eval_data=data.eval_data, eval_every=2, max_bad_fraction=0.5, num_workers=1, log_every=3)
+    again, result = run_on(
+        eval_data=data.eval_data, eval_steps=2, max_bad_fraction=0.5, num_workers=1, logging_steps=3
+    )
     assert result.steps == 3 and torch.equal(weights(again), weights(first))
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]

@@ -22,7 +22,7 @@ from clipmap_hf.starts import start_mapper
 from clipmap_hf.teacher_cache.build import build_teacher_cache, finish_teacher_cache
 from clipmap_hf.teacher_cache.lookup import TeacherCache
 from clipmap_hf.teacher_cache.manifest import cache_manifest
-from clipmap_hf.training.arguments import DistillationArguments
+from clipmap_hf.training.arguments import DistillationStageArguments
 from clipmap_hf.training.stages.base import Stage
 from clipmap_hf.training.stages.contrastive import ContrastiveStage
 from clipmap_hf.training.stages.distillation import DistillationStage
@@ -279,7 +279,7 @@ def test_the_hidden_loss_needs_teachers_of_the_same_patches(student, tiny_config
     ],
 )
 def test_losses_that_make_no_sum_are_an_error(build, losses, message):
-    for make in (lambda: build("distillation", losses=losses), lambda: DistillationArguments(losses=losses)):
+    for make in (lambda: build("distillation", losses=losses), lambda: DistillationStageArguments(losses=losses)):
         with pytest.raises(ValueError, match=message):
             make()
 

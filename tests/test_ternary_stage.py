@@ -22,11 +22,12 @@ from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.ternary.config import TernaryConfig
 from clipmap_hf.ternary.layers import TernaryModule
 from clipmap_hf.ternary.model import pack_model, set_backend
-from clipmap_hf.training.arguments import DistillationArguments, MaskingArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MaskingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.sharding import prepare_stage
 from clipmap_hf.training.stages.distillation import DistillationStage
 from clipmap_hf.training.stages.ternary import TernaryStage
-from clipmap_hf.training.ternary_arguments import TernaryArguments
+from clipmap_hf.training.ternary_arguments import TernaryStageArguments
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -145,7 +146,7 @@ def test_nothing_but_frozen_parts_is_an_error(build):
 def test_fsdp_is_refused(build):
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
     with pytest.raises(ValueError, match="which FSDP would put back"):
-        prepare_stage(build(), accelerator, TernaryArguments(), 8)
+        prepare_stage(build(), accelerator, TernaryStageArguments(), 8)
 
 
 def test_packed_students_are_refused(tiny_teacher, tiny_processor):
@@ -153,7 +154,10 @@ def test_packed_students_are_refused(tiny_teacher, tiny_processor):
         pack_model(tiny_teacher, TernaryConfig()),
         RunContext(RunArguments("unused"), DataArguments("unused")),
     )
-    for train, numbers in ((run_ternarization, TernaryArguments()), (run_distillation, DistillationArguments())):
+    for train, numbers in (
+        (run_ternarization, TernaryStageArguments()),
+        (run_distillation, DistillationStageArguments()),
+    ):
         with pytest.raises(ValueError, match="Training works with float weights.*dequantize"):
             train(packed, [], tiny_processor, numbers, context)
 
@@ -161,11 +165,13 @@ def test_packed_students_are_refused(tiny_teacher, tiny_processor):
 def test_packed_models_are_not_masked(tiny_teacher, tiny_processor):
     source = Teacher(pack_model(tiny_teacher, TernaryConfig()), tiny_processor, "me/packed")
     with pytest.raises(ValueError, match="Masking works with float weights"):
-        run_masking(source, [], ClipMapConfig(), MaskingArguments(), RunContext(RunArguments("a"), DataArguments("b")))
+        run_masking(
+            source, [], ClipMapConfig(), MaskingStageArguments(), RunContext(RunArguments("a"), DataArguments("b"))
+        )
 
 
 def test_a_ramp_longer_than_the_training_is_refused(tiny_teacher, tiny_processor, pairs_parquet):
-    arguments = TernaryArguments(steps=4, ramp_steps=5, batch_size=1)
+    arguments = TernaryStageArguments(steps=4, ramp_steps=5, batch_size=1)
     context = RunContext(RunArguments("unused"), DataArguments(str(pairs_parquet)))
     with pytest.raises(ValueError, match="ramp_steps=5 are more than the 4"):
         run_ternarization(tiny_teacher, [], tiny_processor, arguments, context)
@@ -190,11 +196,11 @@ def test_a_stage_goes_on_from_its_state_dict(build, tiny_batch):
 )
 def test_arguments_are_checked(options, match):
     with pytest.raises(ValueError, match=match):
-        TernaryArguments(**options)
+        TernaryStageArguments(**options)
 
 
 def test_arguments_are_the_words_of_the_config():
-    assert TernaryArguments(quantizer="absmean2", parts=["layers"]).config() == TernaryConfig(
+    assert TernaryStageArguments(quantizer="absmean2", parts=["layers"]).config() == TernaryConfig(
         quantizer="absmean2", parts=["layers"]
     )
 
@@ -205,9 +211,9 @@ def run(shared_teacher, tiny_processor, pairs_parquet, tmp_path):
 
     def start(folder: str = "out", cache: TeacherCacheArguments | None = None, **options):
         teacher = Teacher(copy.deepcopy(shared_teacher), tiny_processor, "me/teacher")
-        arguments = TernaryArguments(batch_size=8, learning_rate=1e-3, losses=FEATURE, **options)
+        arguments = TernaryStageArguments(batch_size=8, learning_rate=1e-3, losses=FEATURE, **options)
         data = DataArguments(str(pairs_parquet), eval_data=str(pairs_parquet), crop_scale=[0.3, 1.0])
-        output = RunArguments(str(tmp_path / folder), checkpoint_every=1, log_every=1)
+        output = RunArguments(str(tmp_path / folder), save_steps=1, logging_steps=1)
         student, context = copy.deepcopy(shared_teacher), RunContext(output, data, recipe="a: 1\n")
         run_ternarization(student, [teacher], tiny_processor, arguments, context, cache=cache)
         return tmp_path / folder
@@ -273,7 +279,7 @@ def test_distillation_writes_what_is_exported(shared_teacher, tiny_processor, pa
         copy.deepcopy(shared_teacher),
         [teacher],
         tiny_processor,
-        TernaryArguments(steps=1, batch_size=8),
+        TernaryStageArguments(steps=1, batch_size=8),
         RunContext(RunArguments(str(tmp_path)), DataArguments(str(pairs_parquet))),
         make_stage=Halved,
         card={"method": "It was halved."},

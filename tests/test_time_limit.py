@@ -3,7 +3,7 @@
 import pytest
 
 from clipmap_hf.config.times import seconds_of
-from clipmap_hf.training.arguments import RunArguments
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.time_limit import TimeLimit
 
 

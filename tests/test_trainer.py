@@ -24,8 +24,9 @@ from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.starts import start_mapper
-from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.preemption import EXIT_PREEMPTED, Preempted
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.stages.base import Stage
 from clipmap_hf.training.stages.contrastive import ContrastiveStage
 from clipmap_hf.training.stages.distillation import DistillationStage
@@ -91,7 +92,7 @@ def trainer_of(stage_of, pairs, collator, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)  # each run is one of a process of its own
         stage = stage_of(stage) if isinstance(stage, str) else stage
         numbers = {"steps": 3, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 0.2}
-        options = {"output_dir": str(tmp_path / "out"), "log_every": 1, "seed": 0, "resume": "never"}
+        options = {"output_dir": str(tmp_path / "out"), "logging_steps": 1, "seed": 0, "resume": "never"}
         rest = {"pairs": pairs, "collator": collator}
         for name, value in values.items():
             target = next(
@@ -281,7 +282,7 @@ def test_a_stream_trains_for_its_steps(trainer_of, stream, collator):
 
 
 def test_metrics_have_a_line_for_every_log_every_steps_and_the_last(trainer_of):
-    trainer = trainer_of("distillation", steps=7, log_every=3, name="retraining")
+    trainer = trainer_of("distillation", steps=7, logging_steps=3, name="retraining")
     result = trainer.train()
     lines = log_of(trainer)
     assert [line["step"] for line in lines] == [3, 6, 7]
@@ -311,8 +312,8 @@ def test_best_and_last_are_kept(trainer_of):
     trainer = trainer_of(
         "mapping",
         steps=5,
-        eval_every=2,
-        log_every=10,
+        eval_steps=2,
+        logging_steps=10,
         evaluate=evaluate,
         save=lambda folder, metrics: saved.append((folder, metrics["mean_recall"])),
     )
@@ -340,7 +341,7 @@ def test_evaluation_does_not_change_what_is_trained(trainer_of, collator, pairs)
     weights = []
     for every in (None, 1):
         trainer = trainer_of(
-            "contrastive", eval_every=every, evaluate=lambda model: evaluate_retrieval(model, [batch], ks=(1,))
+            "contrastive", eval_steps=every, evaluate=lambda model: evaluate_retrieval(model, [batch], ks=(1,))
         )
         trainer.train()
         assert trainer.stage.trained.training
@@ -360,7 +361,7 @@ def test_time_for_evaluation_and_checkpoints_is_not_counted_as_training(trainer_
     save_state = Accelerator.save_state
     monkeypatch.setattr(Accelerator, "save_state", lambda self, folder: (wait(), save_state(self, folder)))
     monkeypatch.setattr("clipmap_hf.training.trainer.time.perf_counter", lambda: next(clock))
-    result = trainer_of(steps=3, eval_every=1, checkpoint_every=1, evaluate=wait).train()
+    result = trainer_of(steps=3, eval_steps=1, save_steps=1, evaluate=wait).train()
     assert result.seconds < 100
 
 
@@ -400,7 +401,7 @@ def test_the_dropout_of_a_step_depends_on_nothing_before_it(trainer_of, stage_of
     runs, seeds = [], []
     for draws in (0, 5):
         evaluate = lambda _, draws=draws: {"sum": torch.rand(draws).sum().item()}  # noqa: E731
-        trainer = trainer_of(stage_of("contrastive", dropout=True), eval_every=1, evaluate=evaluate)
+        trainer = trainer_of(stage_of("contrastive", dropout=True), eval_steps=1, evaluate=evaluate)
         trainer.stage.after_step = lambda: seeds.append(torch.initial_seed())
         trainer.train()
         runs.append([line["loss"] for line in log_of(trainer) if "loss" in line])
@@ -576,10 +577,10 @@ def test_a_model_that_is_not_finite_stops_the_run(trainer_of, stage_of):
 def test_skipped_steps_before_an_interruption_count(trainer_of, spoil_gradient):
     spoil_gradient({1, 2})
     with pytest.raises(FloatingPointError):
-        trainer_of(steps=8, max_skipped=1, checkpoint_every=1).train()
+        trainer_of(steps=8, max_skipped=1, save_steps=1).train()
     spoil_gradient({1})  # the step after the checkpoint
     with pytest.raises(FloatingPointError, match="2 steps in a row up to 2"):
-        trainer_of(steps=8, max_skipped=1, checkpoint_every=1, resume="auto").train()
+        trainer_of(steps=8, max_skipped=1, save_steps=1, resume="auto").train()
 
 
 # Checkpoints
@@ -597,7 +598,7 @@ def test_a_run_that_starts_anew_starts_its_log_again(trainer_of):
 def test_a_finished_run_started_again_does_nothing(trainer_of, monkeypatch):
     batches, saved = [], []
     evaluate, _ = fake_evaluation([0.3, 0.2, 0.2])
-    options = {"steps": 4, "eval_every": 2, "save": lambda folder, metrics: saved.append((folder, metrics))}
+    options = {"steps": 4, "eval_steps": 2, "save": lambda folder, metrics: saved.append((folder, metrics))}
     first = trainer_of(resume="auto", evaluate=evaluate, **options)
     result, log = first.train(), first.log.file.read_bytes()
     monkeypatch.setattr(ContrastiveStage, "forward", lambda *_: batches.append(1))
@@ -610,14 +611,14 @@ def test_a_finished_run_started_again_does_nothing(trainer_of, monkeypatch):
 
 
 def test_the_last_two_checkpoints_are_kept(trainer_of):
-    trainer = trainer_of(steps=7, checkpoint_every=2)
+    trainer = trainer_of(steps=7, save_steps=2)
     trainer.train()
     assert [path.name for path in checkpoints_of(trainer)] == ["step-00000006", "step-00000007"]
 
 
 @pytest.mark.parametrize(("every", "names"), [(2, ["step-00000002", "step-00000003"]), (500, ["step-00000003"])])
 def test_checkpoints_are_written_when_they_are_due_and_at_the_end(trainer_of, every, names):
-    trainer = trainer_of(steps=3, checkpoint_every=every)
+    trainer = trainer_of(steps=3, save_steps=every)
     trainer.train()
     assert [path.name for path in checkpoints_of(trainer)] == names
 
@@ -687,7 +688,7 @@ def test_a_run_that_is_interrupted_in_every_step_ends_with_the_same_bits(
     options = source(streaming) | {"num_workers": num_workers, "steps": 5, "micro_batch_size": 4, "warmup_steps": 2}
     whole = trainer_of(stage_of(name, dropout=True), output_dir=str(tmp_path / "whole"), **options)
     expected = whole.train()
-    options |= {"resume": "auto", "checkpoint_every": 1}
+    options |= {"resume": "auto", "save_steps": 1}
     for _ in range(5):
         trainer = trainer_of(stage_of(name, dropout=True), **options)
         # The weights of its second step are new already, and lost; the last one has no second step.
@@ -704,7 +705,7 @@ def test_a_run_that_is_interrupted_in_every_step_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
 def test_an_interruption_at_any_step_between_checkpoints_changes_nothing(trainer_of, stage_of, tmp_path, step):
-    options = {"steps": 6, "checkpoint_every": 2, "micro_batch_size": 4}
+    options = {"steps": 6, "save_steps": 2, "micro_batch_size": 4}
     whole = trainer_of(stage_of("contrastive", dropout=True), output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     options["resume"] = "auto"
@@ -721,7 +722,7 @@ def test_an_interruption_at_any_step_between_checkpoints_changes_nothing(trainer
 
 @pytest.mark.parametrize("after", [False, True], ids=["before its state", "after its state"])
 def test_an_interruption_while_a_checkpoint_is_written_leaves_the_one_before(trainer_of, tmp_path, after):
-    options = {"steps": 5, "checkpoint_every": 2}
+    options = {"steps": 5, "save_steps": 2}
     whole = trainer_of(output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     trainer = trainer_of(resume="auto", **options)
@@ -734,16 +735,16 @@ def test_an_interruption_while_a_checkpoint_is_written_leaves_the_one_before(tra
 
 
 def test_what_a_killed_process_left_half_written_is_no_checkpoint(trainer_of, tmp_path):
-    trainer = trainer_of(steps=3, checkpoint_every=2)
+    trainer = trainer_of(steps=3, save_steps=2)
     trainer.train()
     folder = trainer.output_dir / "checkpoints" / ".step-00000009.tmp"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"half")
-    assert trainer_of(steps=3, checkpoint_every=2, resume="auto").train().steps == 3
+    assert trainer_of(steps=3, save_steps=2, resume="auto").train().steps == 3
 
 
 def test_an_evaluation_that_was_due_is_made_up_for(trainer_of, tmp_path):
-    options = {"steps": 5, "eval_every": 2, "checkpoint_every": 2, "log_every": 10}
+    options = {"steps": 5, "eval_steps": 2, "save_steps": 2, "logging_steps": 10}
     recalls, saved = {2: 0.9, 4: 0.5, 5: 0.6}, []
     trainers = []
 
@@ -773,7 +774,7 @@ def test_an_evaluation_that_was_due_is_made_up_for(trainer_of, tmp_path):
 
 
 def test_the_best_of_before_an_interruption_stays_the_best(trainer_of):
-    options = {"steps": 6, "eval_every": 2, "checkpoint_every": 1, "resume": "auto"}
+    options = {"steps": 6, "eval_steps": 2, "save_steps": 1, "resume": "auto"}
     first, _ = fake_evaluation([0.9])
     with failing(torch.optim.AdamW, "step", 4), pytest.raises(Interrupted):  # a checkpoint knows of the 0.9
         trainer_of(evaluate=first, save=lambda *_: None, **options).train()
@@ -784,7 +785,7 @@ def test_the_best_of_before_an_interruption_stays_the_best(trainer_of):
 
 
 def test_bad_rows_of_before_an_interruption_count(trainer_of, pairs):
-    options = {"pairs": spoiled(pairs, 2, 1), "batch_size": 24, "steps": 3, "checkpoint_every": 1, "resume": "auto"}
+    options = {"pairs": spoiled(pairs, 2, 1), "batch_size": 24, "steps": 3, "save_steps": 1, "resume": "auto"}
     with failing(torch.optim.AdamW, "step", 3), pytest.raises(Interrupted):
         trainer_of(**options).train()
     result = trainer_of(**options).train()
@@ -869,16 +870,16 @@ def test_a_stream_is_refused_to_other_workers_and_shards(trainer_of, source, pai
     "values",
     [
         {"num_workers": 1},
-        {"log_every": 2},
-        {"eval_every": 1},
-        {"checkpoint_every": 1},
+        {"logging_steps": 2},
+        {"eval_steps": 1},
+        {"save_steps": 1},
         {"max_skipped": 0},
         {"max_bad_fraction": 0.5},
     ],
     ids=lambda values: next(iter(values)),
 )
 def test_what_does_not_decide_the_result_may_change(trainer_of, values, tmp_path):
-    options = {"steps": 4, "checkpoint_every": 2}
+    options = {"steps": 4, "save_steps": 2}
     whole = trainer_of(output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     with failing(torch.optim.AdamW, "step", 4), pytest.raises(Interrupted):
@@ -895,7 +896,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, Path.unlink], ids=["cut off", "gone"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
 def test_a_damaged_checkpoint_makes_the_one_before_be_used(trainer_of, caplog, name, damage):
-    options = {"steps": 5, "checkpoint_every": 2}
+    options = {"steps": 5, "save_steps": 2}
     whole = trainer_of(**options)
     whole.train()
     last = checkpoints_of(whole)[-1]
@@ -911,7 +912,7 @@ def test_a_damaged_checkpoint_makes_the_one_before_be_used(trainer_of, caplog, n
 
 
 def test_when_every_checkpoint_is_damaged_the_run_does_not_start_unasked(trainer_of):
-    options = {"steps": 3, "checkpoint_every": 2}
+    options = {"steps": 3, "save_steps": 2}
     whole = trainer_of(**options)
     whole.train()
     for folder in checkpoints_of(whole):
@@ -923,11 +924,11 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_start_unasked(trainer
 
 
 def test_the_checkpoint_just_written_outlives_damaged_ones_of_later_steps(trainer_of):
-    whole = trainer_of(steps=6, checkpoint_every=2)
+    whole = trainer_of(steps=6, save_steps=2)
     whole.train()
     for folder in checkpoints_of(whole)[1:]:
         (folder / "model.safetensors").write_bytes(b"")
-    interrupted = trainer_of(steps=6, checkpoint_every=1, resume="auto")
+    interrupted = trainer_of(steps=6, save_steps=1, resume="auto")
     interrupted.stage.after_step = lambda: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Preempted):
         interrupted.train()
@@ -935,7 +936,7 @@ def test_the_checkpoint_just_written_outlives_damaged_ones_of_later_steps(traine
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(trainer_of, monkeypatch):
-    trainer = trainer_of(steps=4, checkpoint_every=2)
+    trainer = trainer_of(steps=4, save_steps=2)
 
     def full(self, folder):
         (Path(folder) / "model.safetensors").write_bytes(b"some")
@@ -1024,7 +1025,7 @@ def ticking(monkeypatch):
 def test_a_run_ends_when_its_time_is_up_as_if_its_steps_were_over(trainer_of, ticking):
     saved = []
     trainer = trainer_of(
-        steps=1000, max_time="10s", checkpoint_every=1000, save=lambda folder, metrics: saved.append(folder)
+        steps=1000, max_time="10s", save_steps=1000, save=lambda folder, metrics: saved.append(folder)
     )
     result = trainer.train()
     assert 1 < result.steps < 12 and saved == [trainer.output_dir]
@@ -1051,4 +1052,4 @@ def test_time_that_is_enough_changes_nothing(trainer_of):
 )
 def test_a_tracker_that_cannot_be_used_is_an_error_before_training(trainer_of, tracker, words):
     with pytest.raises(ValueError, match=words):
-        trainer_of(log_with=tracker)
+        trainer_of(report_to=tracker)

@@ -16,7 +16,8 @@ from clipmap_hf.pipeline import context as context_module
 from clipmap_hf.pipeline.compression import CompressionArguments, compress, compress_in_steps
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.mapping import map_model
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, MaskingArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -35,9 +36,13 @@ def run(teacher_folder, pairs_parquet, tmp_path):
 
     def start(student: ClipMapConfig | None = SMALL, source=teacher_folder, **stages):
         context = RunContext(RunArguments(str(tmp_path / "out")), DataArguments(str(pairs_parquet)), "steps: 2\n")
-        classes = {"masking": MaskingArguments, "mapping": MappingArguments, "distillation": DistillationArguments}
+        classes = {
+            "masking": MaskingStageArguments,
+            "mapping": MappingStageArguments,
+            "distillation": DistillationStageArguments,
+        }
         arguments = {name: classes[name](**NUMBERS | values) for name, values in stages.items()}
-        arguments.setdefault("distillation", DistillationArguments(**NUMBERS))
+        arguments.setdefault("distillation", DistillationStageArguments(**NUMBERS))
         calibration = CalibrationArguments(calibration_pairs=8)
         source = ModelId(str(source))
         return compress(source, [source], student, context, CompressionArguments(calibration=calibration, **arguments))
@@ -111,7 +116,7 @@ def test_a_run_is_not_gone_on_with_for_a_student_that_starts_otherwise(run, stud
 def test_a_finished_mapping_leaves_no_start(teacher_folder, pairs_parquet, out, no_start):
     def map_it():
         context = RunContext(RunArguments(str(out)), DataArguments(str(pairs_parquet)))
-        calibration, mapping = CalibrationArguments(calibration_pairs=8), MappingArguments(**NUMBERS)
+        calibration, mapping = CalibrationArguments(calibration_pairs=8), MappingStageArguments(**NUMBERS)
         return map_model(ModelId(str(teacher_folder)), SMALL, context, calibration=calibration, mapping=mapping)
 
     map_it()
@@ -159,7 +164,7 @@ def test_teacher_pairs_and_calibration_images_are_read_once(run, counts, budget)
 def test_all_steps_share_teacher_and_pairs(teacher_folder, pairs_parquet, out, counts):
     source = ModelId(str(teacher_folder))
     context = RunContext(RunArguments(str(out)), DataArguments(str(pairs_parquet)))
-    arguments = CompressionArguments(distillation=DistillationArguments(**NUMBERS))
+    arguments = CompressionArguments(distillation=DistillationStageArguments(**NUMBERS))
     students = [dataclasses.replace(DIAGONAL, vision=TowerConfig(48), text=TowerConfig(32)), DIAGONAL]
     compress_in_steps(source, [source], students, context, arguments)
     assert counts == {"models": 2, "pairs": 1, "images": 0}  # the second model is the first step's student

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from difflib import get_close_matches
 from functools import partial
@@ -12,12 +12,14 @@ from typing import Any
 
 import yaml
 
+from clipmap_hf.config.json_values import json_values
+
 
 __all__ = ["arguments_yaml", "optional", "parse_arguments"]
 
 
 # Fields of these types are words on the command line: name=number …, and a name or name=value ….
-_NUMBERS, _NAME_OR_VALUES = dict[str, float], str | dict[str, str] | None
+_NUMBERS, _NAME_OR_VALUES = dict[str, float | Callable], str | dict[str, str] | None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -83,8 +85,8 @@ def _read(
     finder.add_argument("--config", type=Path, help="YAML file with values for these options; the command line wins")
     config, argv = finder.parse_known_args(argv)
     if config.config is not None:
-        known = {f"{prefix}{f.name}": f for prefix, kind in asked for f in dataclasses.fields(kind)}
-        ignored = {f.name for kind in others for f in dataclasses.fields(kind)} - known.keys()
+        known = {f"{prefix}{name}": f for prefix, kind in asked for name, f in _keys(kind).items()}
+        ignored = {name for kind in others for name in _keys(kind)} - known.keys()
         argv = _yaml_options(config.config, known, ignored, {**stages, **other_stages}, stages) + argv
     parser = Parser(
         as_options,
@@ -115,16 +117,17 @@ def _nearest(word: str, options: list[str], stages: Iterable[str]) -> str:
 
 def arguments_yaml(*arguments: Any, **stages: Any) -> str:
     """Resolved arguments as YAML that `--config` reads back; `stages` become sections under their names."""
-    plain = {key: value for values in arguments for key, value in dataclasses.asdict(values).items()}
+    plain = {key: value for values in arguments for key, value in json_values(values).items()}
     content = {key: value for key, value in plain.items() if value != []}  # an option takes at least one value
-    content |= {name: dataclasses.asdict(stage) for name, stage in stages.items()}
+    content |= {name: json_values(stage) for name, stage in stages.items()}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def optional(stage: type) -> type:
     """The dataclass of a stage that is left out unless its epochs or steps are given."""
-    none = field(default=0.0, metadata={"help": "Passes over the training data; by default none."})
-    return dataclasses.make_dataclass(f"Optional{stage.__name__}", [("epochs", float, none)], bases=(stage,))
+    help = "Passes over the training data; by default none."
+    none = field(default=0.0, metadata={"aliases": "--epochs", "help": help})
+    return dataclasses.make_dataclass(f"Optional{stage.__name__}", [("num_train_epochs", float, none)], bases=(stage,))
 
 
 def _yaml_options(
@@ -143,8 +146,7 @@ def _yaml_options(
         if key in sections:
             if not isinstance(value or {}, dict):
                 raise ValueError(f"{path}: section {key!r} must hold `key: value` lines, got {value!r}.")
-            allowed = {f.name for f in dataclasses.fields(sections[key])}
-            _check_known(path, value or {}, allowed, f" in section {key!r}")
+            _check_known(path, value or {}, set(_keys(sections[key])), f" in section {key!r}")
             if key in own:
                 for name, inner in (value or {}).items():
                     options += _option(known[f"{key}_{name}"], f"{key}_{name}", inner)
@@ -187,11 +189,24 @@ def _as_options(prefix: str, cls: type) -> type:
         elif f.type == _NAME_OR_VALUES:
             options |= {"default": dataclasses.MISSING, "default_factory": list}
         words = f.type in (_NUMBERS, _NAME_OR_VALUES)
+        if aliases := _aliases(f):
+            options["metadata"] = {**f.metadata, "aliases": [f"--{prefix}{alias}" for alias in aliases]}
         fields.append((f"{prefix}{f.name}", list[str] if words else f.type, field(**options)))
     has_words = cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(")  # which dataclasses make up
     title = cls.__doc__.strip().splitlines()[0].rstrip(".") if has_words else "This recipe's own options"
     group = {"_argument_group_name": f"{prefix.removesuffix('_')}: {title}" if prefix else title}
     return dataclasses.make_dataclass(f"{cls.__name__}Options", fields, namespace={"__module__": __name__, **group})
+
+
+def _aliases(of: dataclasses.Field) -> list[str]:
+    """The names that a field has beside its own, without dashes."""
+    aliases = of.metadata.get("aliases", [])
+    return [alias.removeprefix("--") for alias in ([aliases] if isinstance(aliases, str) else aliases)]
+
+
+def _keys(kind: type) -> dict[str, dataclasses.Field]:
+    """The fields of a dataclass by all of their names."""
+    return {name: f for f in dataclasses.fields(kind) for name in (f.name, *_aliases(f))}
 
 
 def _as_words(values: dict[str, Any]) -> list[str]:

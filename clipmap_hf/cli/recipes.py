@@ -6,7 +6,8 @@ from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import optional, parse_arguments
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, MaskingArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 __all__ = ["COMPRESSION_STAGES", "SHARED", "STAGES", "parse_recipe"]
@@ -21,7 +22,11 @@ SHARED = (
     CalibrationArguments,
     RunArguments,
 )
-STAGES = {"masking": MaskingArguments, "mapping": MappingArguments, "distillation": DistillationArguments}
+STAGES = {
+    "masking": MaskingStageArguments,
+    "mapping": MappingStageArguments,
+    "distillation": DistillationStageArguments,
+}
 # Of recipes that do everything: masks and mapping are left out unless they are asked for.
 COMPRESSION_STAGES = STAGES | {name: optional(STAGES[name]) for name in ("masking", "mapping")}
 

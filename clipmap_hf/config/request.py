@@ -13,7 +13,7 @@ __all__ = ["requested_config"]
 
 
 def requested_config(
-    student: str | Budget | Mapping[str, Any] | ClipMapConfig, initializer: str | None, has_data: bool
+    student: str | Budget | Mapping[str, Any] | ClipMapConfig, initializer: str | None, has_data: bool | None
 ) -> ClipMapConfig:
     """
     Makes the config that a user asks for.
@@ -21,7 +21,8 @@ def requested_config(
     Args:
         student: A key of `PRESETS`, a budget or its values by name, or a config.
         initializer: How the operators start, if the config does not say it.
-        has_data: Whether there is calibration data: then `calibrated` is the default, else `diagonal`.
+        has_data: Whether there is calibration data: then `calibrated` is the default, else `diagonal`. With `None`,
+            the start stays open.
 
     Raises:
         ValueError: If `student` is none of these, or two initializers are named.
@@ -37,5 +38,5 @@ def requested_config(
         )
     if None not in (initializer, student.initializer) and initializer != student.initializer:
         raise ValueError(f"initializer={initializer!r}, but the student's config says {student.initializer!r}.")
-    chosen = initializer or student.initializer or ("calibrated" if has_data else "diagonal")
-    return dataclasses.replace(student, initializer=chosen)
+    default = None if has_data is None else "calibrated" if has_data else "diagonal"
+    return dataclasses.replace(student, initializer=initializer or student.initializer or default)

@@ -6,24 +6,18 @@ from typing import Literal
 from clipmap_hf.config.ranges import check_ranges
 
 
-__all__ = ["CalibrationArguments", "DataArguments"]
+__all__ = ["CalibrationArguments", "DataArguments", "ReadingArguments"]
 
 
 @dataclass
-class DataArguments:
-    """Where the image–text pairs come from and how they are read."""
+class ReadingArguments:
+    """How image–text pairs are read."""
 
-    train_data: str = field(
-        metadata={"help": "Hub id, image folder, or path or glob of parquet files or webdataset tars."}
-    )
     streaming: bool = field(
         default=False, metadata={"help": "Read `train_data` shard by shard instead of making a local table of it."}
     )
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "Size of the buffer that shuffles a stream, in rows per worker."}
-    )
-    eval_data: str | None = field(
-        default=None, metadata={"help": "Pairs to measure retrieval on, in the same forms as `train_data`."}
     )
     validation_fraction: float = field(
         default=0.0,
@@ -67,20 +61,45 @@ class DataArguments:
     image_backend: Literal["pil", "torchvision"] = field(
         default="pil", metadata={"help": "Backend of the image processor in evaluation."}
     )
+    teacher_index: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate also what the student's texts find among the teacher's images, and the reverse: metrics "
+            "that begin with `index_`."
+        },
+    )
 
     def __post_init__(self):
         check_ranges(self, at_least_0=("flip", "rotation", "color_jitter", "grayscale", "max_bad_fraction"))
         check_ranges(self, above_0=("shuffle_buffer",))
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction} must be at least 0 and below 1.")
-        if self.validation_fraction and self.eval_data is not None:
-            raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
         if self.validation_fraction and self.streaming:
             raise ValueError("A stream is not split by validation_fraction; name eval_data, or leave out streaming.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
                 f"crop_scale={self.crop_scale} must be two ascending shares of the area, such as 0.9 1.0."
             )
+
+
+@dataclass
+class _Sources:
+    train_data: str = field(
+        metadata={"help": "Hub id, image folder, or path or glob of parquet files or webdataset tars."}
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Pairs to measure retrieval on, in the same forms as `train_data`."}
+    )
+
+
+@dataclass
+class DataArguments(ReadingArguments, _Sources):
+    """Where the image–text pairs come from and how they are read. In Python, they may be any `PairSource`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.validation_fraction and self.eval_data is not None:
+            raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
 
     @property
     def evaluated(self) -> tuple[str | None, str]:

@@ -2,12 +2,16 @@
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 
-__all__ = ["Augmentation", "random_resized_crop"]
+__all__ = ["Augmentation", "SeededTransform", "random_resized_crop"]
 
 
 def random_resized_crop(
@@ -73,3 +77,37 @@ class Augmentation:
         if rng.random() < self.grayscale:
             image = ImageOps.grayscale(image).convert("RGB")
         return image
+
+
+@dataclass(frozen=True)
+class SeededTransform:
+    """
+    A caller's own transform in place of `Augmentation`. For each image, the generators of `random`, numpy and torch
+    are seeded before it and put back after it, so that it is a pure function too.
+
+    Args:
+        transform: Takes an RGB image. Returns such an image, of the model's input size, or a float tensor
+            `(3, size, size)` that is normalized already, as torchvision's transforms do.
+    """
+
+    transform: Callable[[Image.Image], Any]
+
+    def __call__(self, image: Image.Image, size: int, rng: random.Random) -> Image.Image | torch.Tensor:
+        """
+        Returns what the transform makes of an image.
+
+        Raises:
+            TypeError: If it is neither an image nor a tensor.
+            ValueError: If it has another size.
+        """
+        seed, states = rng.getrandbits(32), (random.getstate(), np.random.get_state())
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed), np.random.seed(seed), torch.random.default_generator.manual_seed(seed)
+            found = self.transform(image)
+        random.setstate(states[0]), np.random.set_state(states[1])
+        if not isinstance(found, (Image.Image, torch.Tensor)):
+            raise TypeError(f"transform must return an image or a tensor, got a {type(found).__name__}.")
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else (3, *found.size)
+        if shape != (3, size, size):
+            raise ValueError(f"transform must return images of the shape {(3, size, size)}, got {shape}.")
+        return found if isinstance(found, torch.Tensor) else found.convert("RGB")

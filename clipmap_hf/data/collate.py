@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clipmap_hf.data.augment import Augmentation
+from clipmap_hf.data.augment import Augmentation, SeededTransform
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 
 
@@ -139,7 +139,7 @@ class PairCollator:
     caption_columns: Sequence[str] = ("caption",)
     keyword_columns: Sequence[str] = ()
     caption_sampling: Literal["first", "random"] = "first"
-    augmentation: Augmentation | None = None
+    augmentation: Augmentation | SeededTransform | None = None
     seed: int = 0
     views: int | None = None
     teacher_cache: Any = None
@@ -205,6 +205,8 @@ class PairCollator:
     def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         if self.augmentation is None:
             return {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"]}
+        if isinstance(images[0], torch.Tensor):  # of a caller's transform, which has normalized them
+            return {"pixel_values": torch.stack(images).float()}
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (images, size, size, 3)
         return {
             "pixel_values": pixels.permute(0, 3, 1, 2).contiguous(),

@@ -1,22 +1,27 @@
 """Loads the pairs that arguments name, for training and for evaluation, and tells sources of pairs apart."""
 
 import glob
+import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from clipmap_hf.data.arguments import DataArguments
-from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import PairCollator
+from clipmap_hf.data.augment import Augmentation, SeededTransform
+from clipmap_hf.data.collate import PairCollator, content_key
 from clipmap_hf.data.evaluation_pairs import evaluation_pairs
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
 from clipmap_hf.data.validation import validation_part
 
 
-__all__ = ["evaluation_batches", "source_files", "stage_seed", "training_collator", "training_pairs"]
+_SAMPLE = 16  # rows of a data set that tell it from another
+
+__all__ = ["described", "evaluation_batches", "source_files", "stage_seed", "training_collator", "training_pairs"]
 
 
 def training_pairs(data: DataArguments) -> PairDataset | PairStream:
@@ -33,14 +38,44 @@ def training_pairs(data: DataArguments) -> PairDataset | PairStream:
     return PairDataset(validation_part(pairs, data.validation_fraction, held_out=False))
 
 
-def training_collator(data: DataArguments, processor, seed: int) -> PairCollator:
-    """Makes the collator of training pairs, which augments images. `processor` is a `CLIPProcessor`."""
-    augmentation = Augmentation(
-        scale=tuple(data.crop_scale),
-        flip=data.flip,
-        rotation=data.rotation,
-        color_jitter=data.color_jitter,
-        grayscale=data.grayscale,
+def described(source: PairSource) -> str:
+    """
+    Describes a source of pairs, so that a change can be noticed: its path or Hub id, or of a data set that a program
+    holds its size, its columns and a digest of some of its rows.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    pairs = given_pairs(source)
+    columns = sorted(pairs.column_names or ())
+    if not isinstance(pairs, Dataset):
+        return f"a stream with the columns {columns}"
+    rows = pairs.select(range(0, len(pairs), max(1, len(pairs) // _SAMPLE)))
+    digest = content_key(repr(rows.with_format("arrow")[:].to_pylist()))
+    return f"{len(pairs)} rows with the columns {columns}, {digest:016x}"
+
+
+def training_collator(
+    data: DataArguments, processor, seed: int, transform: Callable[[Any], Any] | None = None
+) -> PairCollator:
+    """
+    Makes the collator of training pairs, which augments images.
+
+    Args:
+        data: How pairs are read and augmented.
+        processor: A `CLIPProcessor`.
+        seed: Seed of all that is random.
+        transform: Takes the place of the augmentation, as in `SeededTransform`.
+    """
+    augmentation = (
+        SeededTransform(transform)
+        if transform is not None
+        else Augmentation(
+            scale=tuple(data.crop_scale),
+            flip=data.flip,
+            rotation=data.rotation,
+            color_jitter=data.color_jitter,
+            grayscale=data.grayscale,
+        )
     )
     return PairCollator(
         processor.tokenizer,
@@ -90,10 +125,12 @@ def source_files(data: DataArguments) -> dict[str, Any]:
     Describes the source of the training pairs, so that a change can be noticed: names and sizes of its files, or its
     Hub id, and the split, the image column and the share that is held out.
     """
-    path = Path(data.train_data)
-    found = sorted(path.rglob("*") if path.is_dir() else map(Path, glob.glob(data.train_data, recursive=True)))
+    name = described(data.train_data)
+    path = Path(name)
+    is_path = isinstance(data.train_data, (str, os.PathLike))
+    found = sorted(path.rglob("*") if path.is_dir() else map(Path, glob.glob(name, recursive=True))) if is_path else ()
     source = {
-        "files": {file.name: file.stat().st_size for file in found if file.is_file()} or data.train_data,
+        "files": {file.name: file.stat().st_size for file in found if file.is_file()} or name,
         "split": data.train_split,
         "image_column": data.image_column,
     }

@@ -16,14 +16,13 @@ from clipmap_hf.demo.report import Contestant
 from clipmap_hf.models.loading import load_model
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.distillation import run_distillation
-from clipmap_hf.pipeline.mapping import run_mapping
-from clipmap_hf.pipeline.stage import run_stage
+from clipmap_hf.pipeline.distillation import DistillationTrainer
+from clipmap_hf.pipeline.mapping import MappingTrainer
+from clipmap_hf.pipeline.pretraining import PretrainingTrainer
 from clipmap_hf.pipeline.start import remove_start, start_compressor
-from clipmap_hf.pipeline.ternarization import run_ternarization
-from clipmap_hf.training.arguments import DistillationArguments, StageArguments
-from clipmap_hf.training.stages.contrastive import ContrastiveStage
-from clipmap_hf.training.ternary_arguments import TernaryArguments
+from clipmap_hf.pipeline.ternarization import TernaryTrainer
+from clipmap_hf.training.arguments import DistillationStageArguments, StageArguments
+from clipmap_hf.training.ternary_arguments import TernaryStageArguments
 from clipmap_hf.training.trainer import TrainResult
 
 
@@ -62,7 +61,7 @@ class Contest:
         """
         compressor = self._start("diagonal")
         inherited = compressor.export()
-        mapped = run_mapping(compressor, stages["mapping"], self.training_only.inside("mapped"))
+        mapped = MappingTrainer(compressor, stages["mapping"], context=self.training_only.inside("mapped")).train()
         clip_map = self._distill(compressor.export(), stages["distillation"], "clip-map", mapped)
         began = time.perf_counter()
         started = self._start("calibrated").export()
@@ -70,7 +69,7 @@ class Contest:
 
         def with_equal_pairs(name: str, seen: int = 0) -> StageArguments:
             """Sets the steps of a stage whose student has seen `seen` pairs before."""
-            return dataclasses.replace(stages[name], steps=(clip_map.pairs - seen) // stages[name].batch_size)
+            return dataclasses.replace(stages[name], max_steps=(clip_map.pairs - seen) // stages[name].batch_size)
 
         student, arguments = copy.deepcopy(started.model), with_equal_pairs("calibrated", started.pairs)
         contestants = {
@@ -92,28 +91,25 @@ class Contest:
     def _distill(
         self,
         model: PreTrainedModel,
-        arguments: DistillationArguments,
+        arguments: DistillationStageArguments,
         name: str,
         after: Contestant | TrainResult | None = None,
         context: RunContext | None = None,
     ) -> Contestant:
         student_context = (context or self.training_only).inside(name)
-        result = run_distillation(model, [self.teacher], self.teacher.processor, arguments, student_context)
+        result = DistillationTrainer(model, self.teacher, arguments, context=student_context).train()
         before = (after.pairs, after.seconds) if after else (0, 0.0)
         return Contestant(model, before[0] + result.pairs, before[1] + result.seconds)
 
-    def _ternarize(self, start: Contestant, arguments: TernaryArguments) -> Contestant:
+    def _ternarize(self, start: Contestant, arguments: TernaryStageArguments) -> Contestant:
         student_context, model = self.context.inside("ternary"), copy.deepcopy(start.model)
-        result = run_ternarization(model, [self.teacher], self.teacher.processor, arguments, student_context)
+        result = TernaryTrainer(model, self.teacher, arguments, context=student_context).train()
         size = (student_context.output_dir / SAFE_WEIGHTS_NAME).stat().st_size
         packed = load_model(str(student_context.output_dir))
         return Contestant(packed, start.pairs + result.pairs, start.seconds + result.seconds, bytes=size)
 
     def _train_from_scratch(self, config: PretrainedConfig, arguments: StageArguments) -> Contestant:
         set_seed(self.context.run.seed)
-        stage = ContrastiveStage(
-            CLIPModel(config), logit_scale=arguments.logit_scale, learn_logit_scale=arguments.learn_logit_scale
-        )
-        student_context = self.training_only.inside("scratch")
-        result = run_stage(stage, arguments, student_context, self.teacher.processor, name="scratch")
-        return Contestant(stage.trained, result.pairs, result.seconds)
+        model, options = CLIPModel(config), {"processing_class": self.teacher.processor, "name": "scratch"}
+        result = PretrainingTrainer(model, arguments, context=self.training_only.inside("scratch"), **options).train()
+        return Contestant(model, result.pairs, result.seconds)

@@ -1,6 +1,6 @@
 """The training losses: pure functions of the features of a student and its teachers, each in a file of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from clipmap_hf.losses.affinity import affinity_loss
 from clipmap_hf.losses.contrastive import contrastive_loss
@@ -21,6 +21,7 @@ __all__ = [
     "feature_loss",
     "hidden_loss",
     "interactive_loss",
+    "loss_weights",
     "relational_loss",
     "sigmoid_loss",
 ]
@@ -38,20 +39,33 @@ EMBEDDING_LOSSES = ("feature", "interactive")  # compare embeddings directly: st
 PAIR_LOSSES = ("contrastive", "sigmoid")  # need no teacher
 
 
-def check_losses(weights: Mapping[str, float]) -> None:
+def check_losses(losses: Mapping[str, float | Callable]) -> None:
     """
-    Checks that weights describe a loss that can be trained.
+    Checks that losses can be trained.
 
     Args:
-        weights: The weight of each loss, by its name in `LOSSES`. A loss with weight 0 is only logged.
+        losses: The weight of each loss, by its name in `LOSSES`; a loss with weight 0 is only logged. Under another
+            name, a function `(student, *teachers) -> tensor` of `ClipFeatures`, whose weight is 1.
 
     Raises:
-        ValueError: If a name is unknown, a weight is negative or not finite, all weights are 0, or only `hidden` has a
-            weight above 0.
+        ValueError: If a name is unknown, or a function has the name of a loss in `LOSSES`; if a weight is negative or
+            not finite, all weights are 0, or only `hidden` has a weight above 0.
     """
-    if unknown := sorted(set(weights) - set(LOSSES)):
-        raise ValueError(f"losses={dict(weights)} has unknown names {unknown}; allowed are {sorted(LOSSES)}.")
+    own = {name for name, value in losses.items() if callable(value)}
+    if unknown := sorted(set(losses) - own - set(LOSSES)):
+        raise ValueError(
+            f"losses={dict(losses)} has unknown names {unknown}; allowed are {sorted(LOSSES)}, or a function in place "
+            "of the weight."
+        )
+    if taken := sorted(own & set(LOSSES)):
+        raise ValueError(f"The losses {taken} are ours; give your function another name.")
+    weights = loss_weights(losses)
     if not any(weights.values()) or not all(0 <= weight < float("inf") for weight in weights.values()):
-        raise ValueError(f"losses={dict(weights)} must have weights of at least 0, and some weight above 0.")
+        raise ValueError(f"losses={dict(losses)} must have weights of at least 0, and some weight above 0.")
     if {name for name, weight in weights.items() if weight} == {"hidden"}:
         raise ValueError("The hidden loss alone would not train the projections; add a loss that reads embeddings.")
+
+
+def loss_weights(losses: Mapping[str, float | Callable]) -> dict[str, float]:
+    """Returns the weight of each loss; that of a function is 1."""
+    return {name: 1.0 if callable(value) else value for name, value in losses.items()}

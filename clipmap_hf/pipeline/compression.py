@@ -2,23 +2,26 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
-from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.config import Budget, ClipMapConfig, requested_config
+from clipmap_hf.config.json_values import json_values
 from clipmap_hf.costs.cost import CostReport, model_cost
 from clipmap_hf.data.arguments import CalibrationArguments
+from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.models.loading import load_model
 from clipmap_hf.models.model_id import ModelId
+from clipmap_hf.pipeline.arguments import DistillationArguments
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.distillation import run_distillation
-from clipmap_hf.pipeline.mapping import run_mapping
-from clipmap_hf.pipeline.masking import run_masking
+from clipmap_hf.pipeline.distillation import DistillationTrainer, GivenTeacher
+from clipmap_hf.pipeline.mapping import MappingTrainer
+from clipmap_hf.pipeline.masking import MaskingTrainer
 from clipmap_hf.pipeline.record import made_by, mark_as_made
 from clipmap_hf.pipeline.start import (
     choose_student,
@@ -28,12 +31,11 @@ from clipmap_hf.pipeline.start import (
     start_student,
     teacher_of,
 )
-from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, MaskingArguments, StageArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
 from clipmap_hf.training.trainer import TrainResult
 
 
-__all__ = ["CompressionArguments", "compress", "compress_in_steps"]
+__all__ = ["CompressionArguments", "compress", "compress_in_run", "compress_in_steps"]
 
 
 @dataclass
@@ -46,17 +48,67 @@ class CompressionArguments:
         masking: If it has steps or epochs, masks select the student.
         mapping: If it has steps or epochs, operators are trained.
         distillation: The stage that all students end with.
-        cache: Where to keep the teachers' embeddings.
     """
 
     calibration: CalibrationArguments = field(default_factory=CalibrationArguments)
-    masking: MaskingArguments = field(default_factory=lambda: MaskingArguments(steps=0))
-    mapping: MappingArguments = field(default_factory=lambda: MappingArguments(steps=0))
-    distillation: DistillationArguments = field(default_factory=DistillationArguments)
-    cache: TeacherCacheArguments = field(default_factory=TeacherCacheArguments)
+    masking: MaskingStageArguments = field(default_factory=lambda: MaskingStageArguments(max_steps=0))
+    mapping: MappingStageArguments = field(default_factory=lambda: MappingStageArguments(max_steps=0))
+    distillation: DistillationStageArguments = field(default_factory=DistillationStageArguments)
 
 
 def compress(
+    teacher: GivenTeacher | Sequence[GivenTeacher],
+    student: str | Budget | Mapping[str, Any] | ClipMapConfig,
+    args: DistillationArguments,
+    train_dataset: PairSource,
+    eval_dataset: PairSource | None = None,
+    *,
+    initializer: str | None = None,
+    calibration: CalibrationArguments | None = None,
+    masking: MaskingStageArguments | None = None,
+    mapping: MappingStageArguments | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    transform: Callable[[Any], Any] | None = None,
+) -> TrainResult:
+    """
+    All of it: makes a smaller model of a teacher, maps it if asked, distills it, evaluates it, and writes it with a
+    card to `output_dir`. Called again with the same arguments, it goes on where it was interrupted.
+
+    ```python
+    result = compress("openai/clip-vit-base-patch16", "small", DistillationArguments("small"), pairs)
+    result.model  # an ordinary CLIPModel, which lies in small/ too
+    ```
+
+    Args:
+        teacher: Hub id or folder of a `CLIPModel`, or the model itself. Of several, the first is made smaller, and all
+            together teach.
+        student: A key of `PRESETS`, a `Budget` or its values by name, or a `ClipMapConfig`.
+        args: The arguments of the run, of its data and of distillation.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
+        eval_dataset: Pairs to measure retrieval on, in the same forms.
+        initializer: How the operators start, if `student` does not say it; by default `calibrated`, on some of the
+            training pairs.
+        calibration: Which pairs the start reads, and how many.
+        masking: If given, learned masks select the student (TinyCLIP's automatic inheritance).
+        mapping: If given, operators are trained before distillation (CLIP-Map).
+        callbacks: Callbacks of transformers, for all stages.
+        transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
+
+    Raises:
+        TypeError: If pairs or a teacher are given in another form.
+        ValueError: If `student` is unknown, does not fit the teacher or is a budget that no shape meets; if masks are
+            asked for with what selects or maps by itself; or as in `DistillationTrainer`.
+    """
+    context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
+    several = isinstance(teacher, (list, tuple)) and not isinstance(teacher, ModelId)
+    teachers = [context.taken(source).source for source in (teacher if several else [teacher])]
+    config = requested_config(student, initializer, has_data=None)
+    chosen = {"calibration": calibration, "masking": masking, "mapping": mapping, "distillation": args}
+    stages = CompressionArguments(**{name: value for name, value in chosen.items() if value is not None})
+    return compress_in_run(teachers[0], teachers, config, context, stages)
+
+
+def compress_in_run(
     source: ModelId,
     teachers: Sequence[ModelId],
     student: ClipMapConfig | None,
@@ -82,21 +134,16 @@ def compress(
     teacher = teacher_of(source, student, context)
     if source == teachers[0]:  # what was loaded is the commit that it was at, or the teacher of a map
         teachers = [teacher.source, *teachers[1:]]
-    origin = _origin(source, student, context, arguments)
-    if made_by(context, origin, arguments.distillation):
+    context = context.with_origin(_origin(source, student, context, arguments))
+    if made_by(context, arguments.distillation):
         model = load_model(str(context.output_dir))
     else:
         model = _smaller_model(source, teachers, student, context, arguments)
-    result = run_distillation(
-        model,
-        context.teachers(teachers),
-        teacher.processor,
-        arguments.distillation,
-        context,
-        cache=arguments.cache,
-        origin=origin,
+    trainer = DistillationTrainer(
+        model, teachers, arguments.distillation, processing_class=teacher.processor, context=context
     )
-    mark_as_made(context, origin)
+    result = trainer.train()
+    mark_as_made(context)
     _remove_intermediates(context)
     return result
 
@@ -121,13 +168,13 @@ def compress_in_steps(
         arguments: The stages of every step.
     """
     for index, student in enumerate(students):
-        step, cache = str(index + 1), arguments.cache
+        step, cache = str(index + 1), context.cache
         is_last = index == len(students) - 1
         own = context.inside("." if is_last else step, seed=context.run.seed + index)
         join_processes().print(f"Step {step} of {len(students)}, to {own.output_dir}")
         folder = cache.teacher_cache and str(Path(cache.teacher_cache) / step)
-        own_arguments = dataclasses.replace(arguments, cache=dataclasses.replace(cache, teacher_cache=folder))
-        result = compress(source, teachers, student, own, own_arguments)
+        own = dataclasses.replace(own, cache=dataclasses.replace(cache, teacher_cache=folder))
+        result = compress_in_run(source, teachers, student, own, arguments)
         source = ModelId(str(own.output_dir))
     return result
 
@@ -140,12 +187,12 @@ def _smaller_model(
     arguments: CompressionArguments,
 ) -> PreTrainedModel:
     """The student before it is distilled: selected by masks, mapped, or just started."""
-    if _is_asked_for(arguments.masking):
+    if arguments.masking.trains:
         return _selected(source, teachers, student, context, arguments.masking)
-    if _is_asked_for(arguments.mapping):
+    if arguments.mapping.trains:
         compressor = start_compressor(source, student, context, arguments.calibration)
         join_processes().print(compressor.cost())
-        run_mapping(compressor, arguments.mapping, context.inside("mapped"))
+        MappingTrainer(compressor, arguments.mapping, context=context.inside("mapped")).train()
         return compressor.export()
     model = start_student(source, student, context, arguments.calibration)
     whole = teacher_of(source, student, context).model.config
@@ -158,11 +205,11 @@ def _selected(
     teachers: Sequence[ModelId],
     student: ClipMapConfig,
     context: RunContext,
-    masking: MaskingArguments,
+    masking: MaskingStageArguments,
 ) -> PreTrainedModel:
     student = choose_student(source, student, context, calibration=None)  # masks ask for no calibration pairs
     masked = context.inside("masked")
-    run_masking(context.teacher(source), context.teachers(teachers), student, masking, masked)
+    MaskingTrainer(context.teacher(source), context.teachers(teachers), student, masking, masked).train()
     join_processes().wait_for_everyone()  # until the folder is written
     return load_model(str(masked.output_dir))
 
@@ -171,28 +218,24 @@ def _origin(
     source: ModelId, student: ClipMapConfig | None, context: RunContext, arguments: CompressionArguments
 ) -> dict[str, Any]:
     """All that decides what is distilled."""
-    is_masked = _is_asked_for(arguments.masking)
+    is_masked = arguments.masking.trains
     origin = start_origin(source, student, context, None if is_masked else arguments.calibration)
     for name in ("masking", "mapping"):
-        if _is_asked_for(stage := getattr(arguments, name)):
-            origin[name] = dataclasses.asdict(stage)
+        if (stage := getattr(arguments, name)).trains:
+            origin[name] = json_values(stage)
     return origin
 
 
 def _check_masking(student: ClipMapConfig | None, arguments: CompressionArguments) -> None:
-    if not _is_asked_for(arguments.masking):
+    if not arguments.masking.trains:
         return
     if student is None:
         raise ValueError("Masks need to know what to select: a preset, or sizes such as vision_hidden_size.")
-    if student.initializer is not None or _is_asked_for(arguments.mapping):
+    if student.initializer is not None or arguments.mapping.trains:
         raise ValueError(
             f"Masks select by themselves: with masking steps, leave out initializer={student.initializer!r} and the "
             "mapping's steps and epochs."
         )
-
-
-def _is_asked_for(stage: StageArguments) -> bool:
-    return bool(stage.epochs if stage.steps is None else stage.steps)
 
 
 def _remove_intermediates(context: RunContext) -> None:

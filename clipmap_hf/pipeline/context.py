@@ -2,21 +2,27 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import yaml
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, TrainerCallback
 
-from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
+from clipmap_hf.config.json_values import json_values
+from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, ReadingArguments
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import load_pairs
-from clipmap_hf.data.sources import training_pairs
+from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
+from clipmap_hf.data.sources import described, training_pairs
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
-from clipmap_hf.training.arguments import RunArguments
+from clipmap_hf.pipeline.arguments import part
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 __all__ = ["RunContext"]
@@ -40,13 +46,67 @@ class RunContext:
         run: Where and how to run.
         data: Training and evaluation pairs.
         recipe: The resolved arguments as YAML, for cards and `arguments.yaml`.
+        cache: Where to keep the teachers' embeddings, which are computed first if they are not there.
+        origin: All that decides what training begins with, as JSON values; a checkpoint of another origin is refused.
+        callbacks: Of transformers, for all stages.
+        transform: Of training images, in place of the built-in augmentation (`SeededTransform`).
         loaded: Left to the class.
     """
 
     run: RunArguments
     data: DataArguments
     recipe: str | None = None
+    cache: TeacherCacheArguments = field(default_factory=TeacherCacheArguments)
+    origin: Mapping[str, Any] | None = None
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
+    transform: Callable[[Any], Any] | None = None
     loaded: _Loaded = field(default_factory=_Loaded, repr=False)
+
+    def __post_init__(self):
+        if self.transform is not None and self.cache.teacher_cache is not None:
+            raise ValueError(
+                "A transform of your own and a teacher_cache do not go together: the cache cannot tell whether the "
+                "transform is the one whose views it holds. Leave one of them out."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        args: Any,
+        train_dataset: PairSource,
+        eval_dataset: PairSource | None = None,
+        *,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        transform: Callable[[Any], Any] | None = None,
+    ) -> "RunContext":
+        """
+        Makes a run of what a trainer takes.
+
+        Args:
+            args: Arguments of a trainer.
+            train_dataset: Training pairs.
+            eval_dataset: Evaluation pairs.
+            callbacks: As in the class.
+            transform: As in the class.
+
+        Raises:
+            TypeError: If pairs cannot be read.
+        """
+        sources = {
+            name: source if source is None or isinstance(source, (str, os.PathLike)) else given_pairs(source)
+            for name, source in (("train_data", train_dataset), ("eval_data", eval_dataset))
+        }
+        reading = json_values(part(args, ReadingArguments))
+        has_cache = hasattr(args, "teacher_cache")
+        named = {name: described(source) for name, source in sources.items() if source is not None}
+        return cls(
+            part(args, RunArguments),
+            DataArguments(**sources, **reading),
+            yaml.safe_dump(named | json_values(args), sort_keys=False, allow_unicode=True),
+            part(args, TeacherCacheArguments) if has_cache else TeacherCacheArguments(),
+            callbacks=callbacks,
+            transform=transform,
+        )
 
     @property
     def output_dir(self) -> Path:
@@ -61,11 +121,28 @@ class RunContext:
         return self.loaded.pairs
 
     def inside(self, folder: str, seed: int | None = None) -> "RunContext":
-        """The same run in a folder inside its own, perhaps with another seed; what is loaded is shared."""
+        """
+        The same run in a folder inside its own, perhaps with another seed; what is loaded is shared. What lies there
+        is not pushed.
+        """
         run = dataclasses.replace(
-            self.run, output_dir=str(self.output_dir / folder), seed=self.run.seed if seed is None else seed
+            self.run,
+            output_dir=str(self.output_dir / folder),
+            seed=self.run.seed if seed is None else seed,
+            push_to_hub=self.run.push_to_hub and folder == ".",
         )
         return dataclasses.replace(self, run=run)
+
+    def with_origin(self, origin: Mapping[str, Any]) -> "RunContext":
+        """The same run, whose last stage begins with what `origin` decides."""
+        return dataclasses.replace(self, origin=origin)
+
+    def data_values(self) -> dict[str, Any]:
+        """What says where the pairs come from and how they are read, as JSON values."""
+        data = {f.name: getattr(self.data, f.name) for f in dataclasses.fields(self.data)}
+        named = {name: source and described(source) for name in ("train_data", "eval_data") if (source := data[name])}
+        own = {} if self.transform is None else {"transform": json_values(self.transform)}
+        return json_values(data | named | own)
 
     def teacher(self, source: ModelId) -> Teacher:
         """The model of this id and revision, loaded when it is first asked for."""
@@ -79,6 +156,16 @@ class RunContext:
         """The models of these ids and revisions."""
         return [self.teacher(ModelId(*source)) for source in sources]
 
+    def taken(self, source: Teacher | ModelId | str | os.PathLike | PreTrainedModel) -> Teacher:
+        """What is given as a teacher, loaded if need be; it is then known by its id."""
+        if isinstance(source, ModelId):
+            return self.teacher(source)
+        if isinstance(source, (str, os.PathLike)):
+            return self.teacher(ModelId(os.fspath(source)))
+        teacher = source if isinstance(source, Teacher) else Teacher.take(source, backend=self.data.image_backend)
+        self.loaded.teachers[teacher.source] = teacher
+        return teacher
+
     def calibration_batches(self, teacher: Teacher, calibration: CalibrationArguments) -> HeldBatches:
         """
         Batches of the pairs that a run calibrates on, or scores by: some of `calibration_data`, or else of the
@@ -88,7 +175,8 @@ class RunContext:
             teacher: The model that reads them.
             calibration: How many, and where they come from.
         """
-        key = (teacher.source, self.run.seed, *dataclasses.astuple(calibration))
+        source = calibration.calibration_data and described(calibration.calibration_data)
+        key = (teacher.source, self.run.seed, source, calibration.calibration_pairs)
         if key not in self.loaded.calibration:
             pairs = CalibrationPairs(
                 self._calibration_rows(calibration),
@@ -108,7 +196,7 @@ class RunContext:
     def _calibration_rows(self, calibration: CalibrationArguments) -> Dataset | IterableDataset:
         """Rows with the column `image` and that of the captions."""
         data = self.data
-        if calibration.calibration_data in (None, data.train_data):
+        if calibration.calibration_data is None or calibration.calibration_data is data.train_data:
             return self.pairs.pairs
         return load_pairs(
             calibration.calibration_data,

@@ -1,152 +1,158 @@
-"""Distillation of a student, whatever of it is trained: from models and arguments to a written student folder."""
+"""Distillation: `DistillationTrainer` trains a student against its teachers, and writes it with a card."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
-from clipmap_hf.costs.cost import CostReport, model_cost, with_bytes_of
+from clipmap_hf.costs.cost import Cost, CostReport, model_cost, with_bytes_of
+from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import write_student_folder
 from clipmap_hf.models.fingerprints import config_values
-from clipmap_hf.models.loading import check_float
+from clipmap_hf.models.loading import check_float, load_model
+from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher, check_same_preprocessing
+from clipmap_hf.pipeline.arguments import DistillationArguments, TernaryArguments
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.stage import evaluation_function, evaluation_results, run_stage
-from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.pipeline.trainer import StageTrainer
 from clipmap_hf.teacher_cache.lookup import TeacherCache
 from clipmap_hf.teacher_cache.make import make_teacher_cache
-from clipmap_hf.training.arguments import DistillationArguments
+from clipmap_hf.training.arguments import DistillationStageArguments
 from clipmap_hf.training.stages.distillation import DistillationStage
-from clipmap_hf.training.trainer import TrainResult
 
 
-__all__ = ["distill", "freeze_tower", "run_distillation"]
+__all__ = ["DistillationTrainer", "GivenTeacher", "freeze_tower"]
+
+GivenTeacher = Teacher | ModelId | str | os.PathLike | PreTrainedModel
 
 
-def run_distillation(
-    student: PreTrainedModel,
-    teachers: Sequence[Teacher],
-    processor: ProcessorMixin,
-    arguments: DistillationArguments,
-    context: RunContext,
-    *,
-    cache: TeacherCacheArguments | None = None,
-    origin: Mapping[str, Any] | None = None,
-) -> TrainResult:
+class DistillationTrainer(StageTrainer):
     """
-    Distills a student and writes it, with a card that shows its results beside the first teacher's, to the output
-    folder.
+    Distills a student and writes it, with a card that shows its results beside the first teacher's, to `output_dir`.
+
+    ```python
+    trainer = DistillationTrainer(student, "openai/clip-vit-base-patch16", DistillationArguments("out"), pairs)
+    trainer.train()
+    ```
 
     Args:
-        student: Trained in place.
-        teachers: Frozen; the targets of several are averaged.
-        processor: Tokenizer and image processor of the student.
-        arguments: The stage's numbers.
-        context: The run.
-        cache: Where to keep the teachers' embeddings, which are computed first if they are not there.
-        origin: All that decides how the student starts, as JSON values; a checkpoint of another origin is refused.
+        student: A `CLIPModel`, trained in place; or its Hub id or folder.
+        teacher: Hub id or folder of a `CLIPModel`, or the model itself; or several, whose targets are averaged. They
+            are frozen.
+        args: The arguments; with `context`, the stage's numbers do.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
+        eval_dataset: Pairs to measure retrieval on, in the same forms.
+        processing_class: Tokenizer and image processor of the student; by default the first teacher's.
+        callbacks: Callbacks of transformers, as instances or classes.
+        transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
+        context: The run that this training is a part of; then data, callbacks and transform are the run's.
 
     Raises:
+        TypeError: If pairs or a teacher are given in another form.
         ValueError: If a teacher preprocesses images or texts in another way than the student, or the student's weights
             are packed.
     """
-    check_float(student, "Training")
-    names = [Path(teacher.id).name if Path(teacher.id).is_dir() else teacher.id for teacher in teachers[1:]]
-    named = " and ".join(["the teacher", *(f"`{name}`" for name in names)])  # a card has named the first already
-    return distill(
-        student,
-        teachers,
-        processor,
-        arguments,
-        context,
-        cache=cache,
-        origin=origin,
-        card={"method": f"Its weights were distilled from {named} (losses: {', '.join(arguments.losses)})."},
-    )
 
+    name = "distillation"
+    make_stage: Callable[..., DistillationStage] = DistillationStage
 
-def distill(
-    student: PreTrainedModel,
-    teachers: Sequence[Teacher],
-    processor: ProcessorMixin,
-    arguments: DistillationArguments,
-    context: RunContext,
-    *,
-    card: Mapping[str, Any],
-    make_stage: Callable[..., DistillationStage] = DistillationStage,
-    cache: TeacherCacheArguments | None = None,
-    origin: Mapping[str, Any] | None = None,
-) -> TrainResult:
-    """
-    As `run_distillation`, by any stage that distills.
+    def __init__(
+        self,
+        student: PreTrainedModel | str | os.PathLike,
+        teacher: GivenTeacher | Sequence[GivenTeacher],
+        args: DistillationArguments | TernaryArguments | DistillationStageArguments,
+        train_dataset: PairSource | None = None,
+        eval_dataset: PairSource | None = None,
+        *,
+        processing_class: ProcessorMixin | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        transform: Callable[[Any], Any] | None = None,
+        context: RunContext | None = None,
+    ):
+        if context is None:
+            context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
+        several = isinstance(teacher, (list, tuple)) and not isinstance(teacher, ModelId)
+        self.teachers = [context.taken(source) for source in (teacher if several else [teacher])]
+        self.student = load_model(os.fspath(student)) if isinstance(student, (str, os.PathLike)) else student
+        check_float(self.student, "Training")
+        super().__init__(args, context, processing_class or self.teachers[0].processor)
+        check_same_preprocessing(self.processing_class, self.teachers)
 
-    Args:
-        student: Trained in place.
-        teachers: Frozen; the targets of several are averaged.
-        processor: Tokenizer and image processor of the student.
-        arguments: The stage's numbers.
-        context: The run.
-        card: What else `render_card` is told: `method`, and of a ternary model that it is `packed`.
-        make_stage: `DistillationStage`, or what takes the same arguments. Whatever it is, its batches are those of the
-            stage `distillation`, whose views a teacher cache holds.
-        cache: Where to keep the teachers' embeddings.
-        origin: As in `run_distillation`.
-
-    Raises:
-        ValueError: If a teacher preprocesses images or texts in another way than the student.
-    """
-    check_same_preprocessing(processor, teachers)
-    teacher_cache = _teacher_cache(teachers, processor, arguments, context, cache)
-    is_cached = teacher_cache is not None
-    evaluate = evaluation_function(context, processor)
-    teacher_metrics = None if evaluate is None else evaluate(teachers[0].model.to(join_processes().device))
-    if is_cached:  # the stage moves those that it uses
-        for teacher in teachers:
-            teacher.model.cpu()
-    stage = make_stage(
-        freeze_tower(student, arguments.freeze),
-        teachers=[] if is_cached else [teacher.model for teacher in teachers],
-        losses=arguments.losses,
-        logit_scale=arguments.logit_scale,
-        learn_logit_scale=arguments.learn_logit_scale,
-        teacher_dims=teacher_cache.summary["dims"] if is_cached else (),
-    )
-    teacher_cost, student_cost = model_cost(teachers[0].model.config), model_cost(student.config)
-
-    def save(folder: Path, metrics: dict[str, float]) -> None:
-        results, written = evaluation_results(context.data, metrics, teacher_metrics), stage.export()
-        rendered = render_card(
-            teachers[0].id,
-            str(CostReport(teacher=teacher_cost, student=with_bytes_of(student_cost, written))),
-            model_class=type(student).__name__,
-            revision=teachers[0].revision,
-            results=results,
-            recipe=context.recipe,
-            **card,
+    def _make_stage(self) -> DistillationStage:
+        arguments, teachers, cache = self.args, self.teachers, self._teacher_cache
+        if self._evaluate is not None:
+            self.teacher_metrics = self._evaluate(teachers[0].model.to(join_processes().device))
+        if cache is not None:  # the stage moves those that it uses
+            for teacher in teachers:
+                teacher.model.cpu()
+        return type(self).make_stage(
+            freeze_tower(self.student, arguments.freeze),
+            teachers=[teacher.model for teacher in teachers] if cache is None else [],
+            losses=arguments.losses,
+            logit_scale=arguments.logit_scale,
+            learn_logit_scale=arguments.learn_logit_scale,
+            teacher_dims=() if cache is None else cache.summary["dims"],
+            **self._stage_options(),
         )
-        write_student_folder(folder, written, processor, rendered, results)
 
-    result = run_stage(
-        stage,
-        arguments,
-        context,
-        processor,
-        name="distillation",
-        evaluate=evaluate,
-        save=save,
-        config={
-            "teachers": [[teacher.id, teacher.revision] for teacher in teachers],
-            "student": config_values(student.config),
-            "origin": origin,
-        },
-        teacher_cache=teacher_cache,
-    )
-    return dataclasses.replace(result, teacher_metrics=teacher_metrics)
+    def _stage_options(self) -> dict[str, Any]:
+        """What else the stage is told."""
+        return {}
+
+    def _card(self) -> dict[str, Any]:
+        """What else `render_card` is told: `method`, and of a ternary model that it is `packed`."""
+        ids = [teacher.id for teacher in self.teachers[1:]]
+        names = [f"`{Path(name).name if Path(name).is_dir() else name}`" for name in ids]
+        named = " and ".join(["the teacher", *names])  # a card has named the first already
+        losses = ", ".join(self.args.losses)
+        return {"method": f"Its weights were distilled from {named} (losses: {losses})."}
+
+    def _save(self, folder: Path, metrics: dict[str, float]) -> None:
+        teacher, results, written = self.teachers[0], self._results(metrics, self.teacher_metrics), self.model
+        costs = self._costs | {"student": with_bytes_of(self._costs["student"], written)}
+        card = render_card(
+            teacher.id,
+            str(CostReport(costs)),
+            model_class=type(self.student).__name__,
+            revision=teacher.revision,
+            results=results,
+            recipe=self.context.recipe,
+            **self._card(),
+        )
+        write_student_folder(folder, written, self.processing_class, card, results)
+
+    @cached_property
+    def _costs(self) -> dict[str, Cost]:  # counted once: every save shows them
+        return {"teacher": model_cost(self.teachers[0].model.config), "student": model_cost(self.student.config)}
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "teachers": [[teacher.id, teacher.revision] for teacher in self.teachers],
+            "student": config_values(self.student.config),
+            "origin": self.context.origin,
+        }
+
+    @cached_property
+    def _teacher_cache(self) -> TeacherCache | None:
+        context = self.context
+        if context.cache.teacher_cache is None:
+            return None
+        if "hidden" in self.args.losses:
+            raise ValueError("The hidden loss asks the teacher itself; leave out teacher_cache, or the loss.")
+        numbers = {"seed": context.run.seed, "num_workers": context.run.dataloader_num_workers}
+        return make_teacher_cache(
+            self.teachers, self.processing_class, context.data, context.cache, pairs=context.pairs, **numbers
+        )
+
+    @property
+    def _index_teacher(self) -> Teacher:
+        return self.teachers[0]
 
 
 def freeze_tower(model: PreTrainedModel, tower: str | None) -> PreTrainedModel:
@@ -155,19 +161,3 @@ def freeze_tower(model: PreTrainedModel, tower: str | None) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(tower is None or family.match(name).tower != tower)
     return model
-
-
-def _teacher_cache(
-    teachers: Sequence[Teacher],
-    processor: ProcessorMixin,
-    arguments: DistillationArguments,
-    context: RunContext,
-    cache: TeacherCacheArguments | None,
-) -> TeacherCache | None:
-    """Makes or opens the teacher cache, if one is asked for."""
-    if cache is None or cache.teacher_cache is None:
-        return None
-    if "hidden" in arguments.losses:
-        raise ValueError("The hidden loss asks the teacher itself; leave out teacher_cache, or the loss.")
-    numbers = {"seed": context.run.seed, "num_workers": context.run.num_workers}
-    return make_teacher_cache(teachers, processor, context.data, cache, pairs=context.pairs, **numbers)

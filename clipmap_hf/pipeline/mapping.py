@@ -1,24 +1,94 @@
-"""The mapping stage: from a model and arguments to a written student with its map."""
+"""The mapping stage: `MappingTrainer` trains a compressor's operators, and writes the student with its map."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback
 
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.data.arguments import CalibrationArguments
+from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.losses import PAIR_LOSSES
 from clipmap_hf.models.model_id import ModelId
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.pipeline.arguments import MappingArguments
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.record import made_by, mark_as_made
-from clipmap_hf.pipeline.stage import evaluation_function, evaluation_results, run_stage
 from clipmap_hf.pipeline.start import load_map, remove_start, start_compressor, start_origin
-from clipmap_hf.training.arguments import MappingArguments
+from clipmap_hf.pipeline.trainer import StageTrainer
+from clipmap_hf.training.arguments import MappingStageArguments
 from clipmap_hf.training.stages.mapping import MappingStage
 from clipmap_hf.training.trainer import TrainResult
 
 
-__all__ = ["map_model", "run_mapping"]
+__all__ = ["MappingTrainer", "map_model"]
+
+
+class MappingTrainer(StageTrainer):
+    """
+    Trains a compressor's operators and writes the mapped student, with its map, to `output_dir`.
+
+    Args:
+        compressor: Trained in place.
+        args: The arguments; with `context`, the stage's numbers do.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
+        eval_dataset: Pairs to measure retrieval on, in the same forms.
+        callbacks: Callbacks of transformers, as instances or classes.
+        transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
+        context: The run that this training is a part of; then data, callbacks and transform are the run's.
+
+    Raises:
+        TypeError: If pairs are given in another form.
+    """
+
+    name = "mapping"
+
+    def __init__(
+        self,
+        compressor: ClipMapCompressor,
+        args: MappingArguments | MappingStageArguments,
+        train_dataset: PairSource | None = None,
+        eval_dataset: PairSource | None = None,
+        *,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        transform: Callable[[Any], Any] | None = None,
+        context: RunContext | None = None,
+    ):
+        if context is None:
+            context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
+        super().__init__(args, context, compressor.processor)
+        self.compressor = compressor
+        self.source = ModelId(compressor.teacher_id, compressor.teacher_revision)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The student as it stands."""
+        return self.compressor.export()
+
+    def _make_stage(self) -> MappingStage:
+        arguments = self.args
+        distills = set(arguments.losses) - set(PAIR_LOSSES)
+        return MappingStage(
+            self.compressor.mapper,
+            teachers=[self.context.teacher(self.source).model] if distills else [],
+            losses=arguments.losses,
+            logit_scale=arguments.logit_scale,
+            learn_logit_scale=arguments.learn_logit_scale,
+        )
+
+    def _save(self, folder: Path, metrics: dict[str, float]) -> None:
+        self.compressor.save_pretrained(folder, results=self._results(metrics), recipe=self.context.recipe)
+
+    def _config(self) -> dict[str, Any]:
+        config = self.compressor.map_config.to_dict()
+        return {"teachers": [list(self.source)], "student": config, "origin": self.context.origin}
+
+    @property
+    def _index_teacher(self) -> Teacher:
+        return self.context.teacher(self.source)
 
 
 def map_model(
@@ -27,7 +97,7 @@ def map_model(
     context: RunContext,
     *,
     calibration: CalibrationArguments,
-    mapping: MappingArguments,
+    mapping: MappingStageArguments,
 ) -> TrainResult:
     """
     Starts to compress a model, trains the operators, and writes the student with its map to the output folder. What
@@ -40,54 +110,13 @@ def map_model(
         calibration: The pairs to start from.
         mapping: The stage's numbers.
     """
-    origin = start_origin(source, student, context, calibration)
-    if made_by(context, origin, mapping):
+    context = context.with_origin(start_origin(source, student, context, calibration))
+    if made_by(context, mapping):
         compressor = load_map(ModelId(str(context.output_dir)), context)
     else:
         compressor = start_compressor(source, student, context, calibration)
     join_processes().print(compressor.cost())
-    result = run_mapping(compressor, mapping, context, origin=origin)
-    mark_as_made(context, origin)
+    result = MappingTrainer(compressor, mapping, context=context).train()
+    mark_as_made(context)
     remove_start(context)
     return result
-
-
-def run_mapping(
-    compressor: ClipMapCompressor,
-    arguments: MappingArguments,
-    context: RunContext,
-    *,
-    origin: dict[str, Any] | None = None,
-) -> TrainResult:
-    """
-    Trains a compressor's operators and writes the mapped student, with its map, to the output folder.
-
-    Args:
-        compressor: Trained in place.
-        arguments: The stage's numbers.
-        context: The run.
-        origin: All that decides how the operators start, as JSON values; a checkpoint of another origin is refused.
-    """
-    teacher = ModelId(compressor.teacher_id, compressor.teacher_revision)
-    distills = set(arguments.losses) - set(PAIR_LOSSES)
-    stage = MappingStage(
-        compressor.mapper,
-        teachers=[context.teacher(teacher).model] if distills else [],
-        losses=arguments.losses,
-        logit_scale=arguments.logit_scale,
-        learn_logit_scale=arguments.learn_logit_scale,
-    )
-
-    def save(folder: Path, metrics: dict[str, float]) -> None:
-        compressor.save_pretrained(folder, results=evaluation_results(context.data, metrics), recipe=context.recipe)
-
-    return run_stage(
-        stage,
-        arguments,
-        context,
-        compressor.processor,
-        name="mapping",
-        evaluate=evaluation_function(context, compressor.processor),
-        save=save,
-        config={"teachers": [list(teacher)], "student": compressor.map_config.to_dict(), "origin": origin},
-    )

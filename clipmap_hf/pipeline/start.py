@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.arguments import CalibrationArguments
-from clipmap_hf.data.sources import source_files
+from clipmap_hf.data.sources import described, source_files
 from clipmap_hf.distributed import calibration_device, join_processes
 from clipmap_hf.files.atomic import read_json, write_json
 from clipmap_hf.hub.map_folder import find_map
@@ -162,7 +163,8 @@ def start_origin(
     if calibration is not None and _reads_pairs(student):
         data = context.data
         read = dataclasses.replace(data, train_data=calibration.calibration_data or data.train_data)
-        origin["calibration"] = dataclasses.asdict(calibration)
+        source = calibration.calibration_data and described(calibration.calibration_data)
+        origin["calibration"] = json_values(dataclasses.replace(calibration, calibration_data=source))
         origin["data"] = source_files(read) | {
             "caption_column": data.caption_column,
             "streaming": data.streaming,

@@ -1,87 +1,53 @@
-"""The numbers of a run and of each training stage, as flat dataclasses that the command line reads too."""
+"""The numbers of each training stage, as flat dataclasses that the command line reads too."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from clipmap_hf.config.ranges import check_ranges
-from clipmap_hf.config.times import seconds_of
 
 
 __all__ = [
-    "DistillationArguments",
-    "MappingArguments",
-    "MaskingArguments",
-    "RunArguments",
+    "DistillationStageArguments",
+    "MappingStageArguments",
+    "MaskingStageArguments",
     "StageArguments",
 ]
-
-
-@dataclass
-class RunArguments:
-    """Where a run writes and how it runs."""
-
-    output_dir: str = field(
-        metadata={"help": "Folder of the result; `metrics.jsonl` and `arguments.yaml` go there too."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of weights, data order and augmentation."})
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
-        default=None, metadata={"help": "Autocast of forward passes; by default what `accelerate launch` says."}
-    )
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment images."})
-    log_every: int = field(default=10, metadata={"help": "Steps between lines in `metrics.jsonl`."})
-    eval_every: int | None = field(
-        default=None, metadata={"help": "Steps between evaluations on `eval_data`; by default only at the end."}
-    )
-    log_with: str | None = field(
-        default=None, metadata={"help": "An experiment tracker of Accelerate, e.g. `tensorboard` or `wandb`."}
-    )
-    compile: bool = field(
-        default=False, metadata={"help": "Use torch.compile: faster steps, after minutes of compiling at the start."}
-    )
-    checkpoint_every: int = field(
-        default=500, metadata={"help": "Steps between checkpoints, of which the last two are kept."}
-    )
-    resume: Literal["auto", "never"] = field(
-        default="auto",
-        metadata={"help": "Go on from the last checkpoint in `output_dir`, if there is one, or start anew."},
-    )
-    max_time: str | None = field(
-        default=None,
-        metadata={
-            "help": "Ends a stage after this time, such as 2h or 90m, as if its steps were over: the learning "
-            "rate falls in time."
-        },
-    )
-    max_skipped: int = field(
-        default=10, metadata={"help": "Steps in a row that may be skipped because their gradient is not finite."}
-    )
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            at_least_0=("seed", "num_workers", "max_skipped"),
-            above_0=("log_every", "eval_every", "checkpoint_every"),
-        )
-        if self.max_time is not None:
-            seconds_of(self.max_time)
 
 
 @dataclass
 class StageArguments:
     """The numbers of a training stage. Defaults: Tables 8 and 9 of the paper where they agree."""
 
-    epochs: float = field(
-        default=1.0, metadata={"help": "Passes over the training data; ignored when `steps` is set."}
+    num_train_epochs: float = field(
+        default=1.0,
+        metadata={"aliases": "--epochs", "help": "Passes over the training data; ignored when `max_steps` is set."},
     )
-    steps: int | None = field(default=None, metadata={"help": "Optimizer steps."})
+    max_steps: int = field(
+        default=-1, metadata={"aliases": "--steps", "help": "Optimizer steps; below 0, the epochs decide."}
+    )
     batch_size: int = field(default=256, metadata={"help": "Pairs per optimizer step, of all processes together."})
     micro_batch_size: int | None = field(
         default=None,
         metadata={"help": "Pairs to hold in memory at a time: same gradient, a third more time (gradient caching)."},
     )
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs that a process holds in memory at a time. With it, `batch_size` is this number times "
+            "`gradient_accumulation_steps` times the processes, and `micro_batch_size` follows."
+        },
+    )
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={"help": "Chunks of `per_device_train_batch_size` in a step; the loss spans them all."},
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.2, metadata={"help": "Decoupled decay of matrices."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Linear warm-up: steps, or a share of all if below 1."})
+    warmup_ratio: float | None = field(
+        default=None,
+        metadata={"help": "`warmup_steps` as a share of all, by the name that transformers 4 had for it."},
+    )
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second beta."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
@@ -90,20 +56,52 @@ class StageArguments:
     learn_logit_scale: bool = field(default=False, metadata={"help": "Train the scale from there, clamped at 100."})
 
     def __post_init__(self):
-        check_ranges(self, at_least_0=("epochs", "steps", "learning_rate", "weight_decay", "warmup_steps"))
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise ValueError(f"warmup_ratio={self.warmup_ratio} must be at least 0 and below 1.")
+            self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
+        check_ranges(self, at_least_0=("num_train_epochs", "learning_rate", "weight_decay", "warmup_steps"))
         check_ranges(self, above_0=("batch_size", "micro_batch_size", "max_grad_norm", "logit_scale", "adam_epsilon"))
+        check_ranges(self, above_0=("per_device_train_batch_size", "gradient_accumulation_steps"))
+        if self.per_device_train_batch_size is None and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "gradient_accumulation_steps counts chunks of per_device_train_batch_size; give that, or batch_size "
+                "and micro_batch_size."
+            )
+        if self.per_device_train_batch_size and self.micro_batch_size:
+            raise ValueError("Give per_device_train_batch_size or micro_batch_size, not both.")
         if self.logit_scale > 100:
             raise ValueError(f"logit_scale={self.logit_scale} must not exceed 100, CLIP's bound.")
 
+    @property
+    def trains(self) -> bool:
+        """Whether there are steps to train."""
+        return bool(self.num_train_epochs if self.max_steps < 0 else self.max_steps)
+
+    def batch_sizes(self, processes: int) -> tuple[int, int | None]:
+        """
+        The pairs of an optimizer step, and those that a process holds in memory at a time (`None`: all of its own).
+
+        Args:
+            processes: How many train together.
+        """
+        held, chunks = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if held is None:
+            return self.batch_size, self.micro_batch_size
+        return held * chunks * processes, held if chunks > 1 else None
+
 
 @dataclass
-class MappingArguments(StageArguments):
+class MappingStageArguments(StageArguments):
     """The mapping stage (Table 8): only the operators are trained, by default on the contrastive loss."""
 
     learning_rate: float = field(default=8e-4, metadata={"help": "Peak learning rate."})
-    losses: dict[str, float] = field(
+    losses: dict[str, float | Callable] = field(
         default_factory=lambda: {"contrastive": 1.0},
-        metadata={"help": "Weights of the losses, `name=weight` …; all but contrastive and sigmoid ask the teacher."},
+        metadata={
+            "help": "Weights of the losses, `name=weight` …; all but contrastive and sigmoid ask the teacher. In "
+            "Python, also a function of your own, as in distillation."
+        },
     )
 
     def __post_init__(self):
@@ -112,14 +110,15 @@ class MappingArguments(StageArguments):
 
 
 @dataclass
-class DistillationArguments(StageArguments):
+class DistillationStageArguments(StageArguments):
     """The retraining stage (Table 9): all student weights are trained against the teacher."""
 
-    losses: dict[str, float] = field(
+    losses: dict[str, float | Callable] = field(
         default_factory=lambda: {"affinity": 1.0},
         metadata={
             "help": "Weights of the losses, `name=weight` …: affinity (Eq. 11), contrastive, CLIP-KD's feature, "
-            "interactive and relational, MoPE-CLIP's hidden, SigLIP's sigmoid."
+            "interactive and relational, MoPE-CLIP's hidden, SigLIP's sigmoid. In Python, also a name of yours with a "
+            "function `(student, *teachers) -> tensor` of `ClipFeatures`."
         },
     )
     freeze: str | None = field(default=None, metadata={"help": "The tower to leave as it is: `vision` or `text`."})
@@ -132,7 +131,7 @@ class DistillationArguments(StageArguments):
 
 
 @dataclass
-class MaskingArguments(DistillationArguments):
+class MaskingStageArguments(DistillationStageArguments):
     """The stage that learns masks (TinyCLIP's automatic inheritance): weights and masks are trained together."""
 
     ramp_steps: float = field(
@@ -144,7 +143,7 @@ class MaskingArguments(DistillationArguments):
         check_ranges(self, at_least_0=("ramp_steps",))
 
 
-def _check_losses(losses: dict[str, float]) -> None:
+def _check_losses(losses: dict[str, float | Callable]) -> None:
     from clipmap_hf.losses import check_losses  # imports torch, for which `--help` must not wait
 
     check_losses(losses)

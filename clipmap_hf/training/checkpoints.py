@@ -23,7 +23,7 @@ __all__ = ["Checkpoints", "Progress"]
 
 logger = logging.getLogger(__name__)
 
-_STATE, _KEPT = "progress.json", 2
+_STATE = "progress.json"
 
 
 @dataclass
@@ -38,8 +38,10 @@ class Progress:
         skipped: Steps skipped because the loss or its gradient was not finite.
         skipped_in_a_row: How many of them lie directly behind.
         seconds: Time of training, in seconds; evaluations and checkpoints left out.
-        evaluated: The step of the last evaluation.
-        best: The best `mean_recall` so far.
+        evaluation_due: Whether this step is evaluated, which comes after its checkpoint.
+        best: The metrics of the best evaluation so far.
+        stopped: How many steps the run had when a callback ended it before them.
+        state: Of the callbacks (`Events.export`).
         log_bytes: Length of `metrics.jsonl`.
         time_used: Seconds since the run began, all of its parts together, for `max_time`.
     """
@@ -50,15 +52,17 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    evaluated: int = 0
-    best: float | None = None
+    evaluation_due: bool = False
+    best: dict[str, float] | None = None
+    stopped: int | None = None
+    state: dict[str, Any] | None = None
     log_bytes: int = 0
     time_used: float = 0.0
 
 
 class Checkpoints:
     """
-    The checkpoints of a run, of which the last two are kept.
+    The checkpoints of a run, of which the last are kept.
 
     Args:
         folder: Where they lie.
@@ -66,12 +70,19 @@ class Checkpoints:
         config: All that decides the result; JSON values.
         may_change: Entries of `config` with which a run may be gone on with all the same, because the result stays
             well-defined. It is then that of neither run alone, which is logged.
+        kept: How many.
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, config: dict[str, Any], may_change: Collection[str] = ()
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        config: dict[str, Any],
+        may_change: Collection[str] = (),
+        kept: int = 2,
     ):
         self.folder, self.accelerator, self.config, self.may_change = folder, accelerator, config, may_change
+        self.kept = kept
         accelerator.register_save_state_pre_hook(_save_unwrapped)
         accelerator.register_load_state_pre_hook(_load_unwrapped)
 
@@ -89,7 +100,7 @@ class Checkpoints:
                 (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")
         if is_main:
             older = [other for other in self._paths() if other < path]  # later ones must be damaged
-            for old in {*self._paths()} - {path, *older[1 - _KEPT :]}:
+            for old in {*self._paths()} - {path, *older[len(older) - self.kept + 1 :]}:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 

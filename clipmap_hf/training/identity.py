@@ -1,16 +1,20 @@
 """What decides the result of a run, and what of it may change when the run is gone on with."""
 
-from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
 
+from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
-from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.sharding import cuts_state
 
 
 __all__ = ["run_identity", "what_may_change"]
+
+# Two ways to say the same, which a plan has resolved.
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "warmup_ratio")
 
 
 def run_identity(
@@ -30,7 +34,9 @@ def run_identity(
         plan: How the pairs are split over processes.
         accelerator: Knows the backend and the precision.
     """
-    identity = {**asdict(arguments), "seed": run.seed, "compile": run.compile, "processes": plan.world_size}
+    identity = {name: value for name, value in json_values(arguments).items() if name not in _BATCH}
+    identity |= {"batch_size": plan.batch_size, "micro_batch_size": plan.micro_batch_size}
+    identity |= {"seed": run.seed, "torch_compile": run.torch_compile, "processes": plan.world_size}
     identity["mixed_precision"] = accelerator.mixed_precision
     if cuts_state(accelerator):
         identity["backend"] = accelerator.distributed_type.value
@@ -49,4 +55,4 @@ def what_may_change(pairs: PairDataset | PairStream, accelerator: Accelerator) -
         accelerator: Knows the backend.
     """
     any_number = isinstance(pairs, PairDataset) and not cuts_state(accelerator)
-    return {"steps", "epochs"} | ({"processes"} if any_number else set())
+    return {"max_steps", "num_train_epochs"} | ({"processes"} if any_number else set())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from clipmap_hf.data.loader import PairDataset, PairStream
+from clipmap_hf.distributed import process_count
 from clipmap_hf.training.arguments import StageArguments
 
 
@@ -83,21 +84,22 @@ def step_count(arguments: StageArguments, pairs: PairDataset | PairStream) -> in
     Raises:
         ValueError: If the pairs do not fill a batch, or have no length to count epochs of.
     """
+    if arguments.max_steps >= 0 and (isinstance(pairs, PairStream) or not arguments.max_steps):
+        return arguments.max_steps
     if isinstance(pairs, PairStream):
-        if arguments.steps is None and not arguments.epochs:
+        if not arguments.num_train_epochs:
             return 0
-        if arguments.steps is None:
-            raise ValueError("A stream has no length, so epochs cannot be counted; set steps.")
-        return arguments.steps
-    steps_per_epoch = len(pairs) // arguments.batch_size
-    asked = arguments.epochs if arguments.steps is None else arguments.steps
-    if asked and steps_per_epoch == 0:
+        raise ValueError("A stream has no length, so epochs cannot be counted; set max_steps (--steps).")
+    batch_size, _ = arguments.batch_sizes(process_count())
+    steps_per_epoch = len(pairs) // batch_size
+    if arguments.trains and steps_per_epoch == 0:
+        raise ValueError(f"batch_size={batch_size} is larger than the {len(pairs)} training pairs; lower it.")
+    if arguments.max_steps >= 0:
+        return arguments.max_steps
+    steps = round(arguments.num_train_epochs * steps_per_epoch)
+    if arguments.num_train_epochs > 0 and steps == 0:
         raise ValueError(
-            f"batch_size={arguments.batch_size} is larger than the {len(pairs)} training pairs; lower it."
+            f"num_train_epochs={arguments.num_train_epochs} of {len(pairs)} pairs is less than one step; set "
+            "max_steps (--steps) instead."
         )
-    if arguments.steps is not None:
-        return arguments.steps
-    steps = round(arguments.epochs * steps_per_epoch)
-    if arguments.epochs > 0 and steps == 0:
-        raise ValueError(f"epochs={arguments.epochs} of {len(pairs)} pairs is less than one step; set steps instead.")
     return steps

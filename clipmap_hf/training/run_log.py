@@ -1,34 +1,14 @@
-"""What tells how a run goes: `arguments.yaml`, `metrics.jsonl`, and the check of an experiment tracker."""
+"""What tells how a run goes, in files: `arguments.yaml` and `metrics.jsonl`."""
 
 import json
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from clipmap_hf.files.atomic import atomic_files
 
 
-__all__ = ["RunLog", "check_tracker"]
-
-
-def check_tracker(name: str | None) -> None:
-    """
-    Checks that an experiment tracker can be used, before anything is trained.
-
-    Raises:
-        ValueError: If Accelerate does not know it, or its package is not installed.
-    """
-    if name is None:
-        return
-    known = sorted(LOGGER_TYPE_TO_CLASS)
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        raise ValueError(f"log_with={name!r} is no tracker; " + (f"did you mean {near[0]!r}?" if near else f"{known}"))
-    if name not in get_available_trackers():
-        raise ValueError(f"log_with={name!r} needs a package that is not installed; install it: pip install {name}.")
+__all__ = ["RunLog"]
 
 
 class RunLog:

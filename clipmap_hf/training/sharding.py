@@ -8,13 +8,15 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from clipmap_hf.data.loader import BatchPlan
 from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.optimization import adamw
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.stages.base import Stage
 from clipmap_hf.training.stages.logits import logit_parameters
 
 
-__all__ = ["can_step", "cuts_state", "prepare_stage", "update_whole"]
+__all__ = ["can_step", "check_options", "cuts_state", "prepare_stage", "update_whole"]
 
 
 def prepare_stage(
@@ -50,6 +52,25 @@ def prepare_stage(
         _tell_deepspeed(stage, accelerator, arguments, local_size)
     trained = _copy_to_shard(stage, accelerator) if kind == DistributedType.FSDP else stage
     return trained, *accelerator.prepare(trained, adamw(trained, arguments))
+
+
+def check_options(stage: Stage, run: RunArguments, plan: BatchPlan) -> None:
+    """
+    Checks that a stage can be trained as its run says.
+
+    Raises:
+        ValueError: If what the run asks for would compute a layer twice, in two ways or with two weights.
+    """
+    if run.torch_compile and plan.micro_batch_size:
+        raise ValueError(
+            "torch_compile and micro_batch_size do not go together: a chunk must be computed twice in the same way, "
+            "and torch.compile may change the way in between. Leave one of them out."
+        )
+    if run.gradient_checkpointing and (stage.averages_gradients or stage.swaps_weights):
+        raise ValueError(
+            f"The {type(stage).__name__} computes with other weights than its model's, which gradient_checkpointing "
+            "would not find again in the backward pass; take micro_batch_size (gradient caching) to save memory."
+        )
 
 
 @torch.no_grad()

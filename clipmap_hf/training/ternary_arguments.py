@@ -3,17 +3,17 @@
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
-from clipmap_hf.training.arguments import DistillationArguments
+from clipmap_hf.training.arguments import DistillationStageArguments
 
 
 if TYPE_CHECKING:
     from clipmap_hf.ternary.config import TernaryConfig
 
-__all__ = ["TernaryArguments"]
+__all__ = ["TernaryStageArguments"]
 
 
 @dataclass
-class TernaryArguments(DistillationArguments):
+class TernaryStageArguments(DistillationStageArguments):
     """Training of ternary weights, and how they are packed; the words of `TernaryConfig`."""
 
     quantizer: Literal["absmean", "absmean2", "learned", "twn"] = field(

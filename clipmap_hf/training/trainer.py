@@ -4,26 +4,31 @@ import logging
 import math
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, gather_object, send_to_device, tqdm
+from transformers import PreTrainedModel
+from transformers.trainer_callback import CallbackHandler
 
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.distributed import gather, join_processes
-from clipmap_hf.training.arguments import RunArguments, StageArguments
+from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.best import BestState
+from clipmap_hf.training.callbacks import callback_arguments, callback_handler
 from clipmap_hf.training.checkpoints import Checkpoints, Progress
+from clipmap_hf.training.events import Events
+from clipmap_hf.training.faults import count_skipped, usable_chunks
 from clipmap_hf.training.identity import run_identity, what_may_change
 from clipmap_hf.training.optimization import learning_rate_at, step_count
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
-from clipmap_hf.training.run_log import RunLog, check_tracker
-from clipmap_hf.training.sharding import can_step, prepare_stage, update_whole
+from clipmap_hf.training.run_arguments import RunArguments
+from clipmap_hf.training.run_log import RunLog
+from clipmap_hf.training.sharding import check_options, prepare_stage, update_whole
 from clipmap_hf.training.stages.base import Stage
 from clipmap_hf.training.time_limit import TimeLimit
 
@@ -46,6 +51,7 @@ class TrainResult:
         skipped: Steps skipped because the loss or its gradient was not finite.
         metrics: The last evaluation.
         teacher_metrics: The teacher's on the same pairs, if it was evaluated.
+        model: The student that was written.
     """
 
     steps: int
@@ -55,6 +61,7 @@ class TrainResult:
     skipped: int
     metrics: dict[str, float]
     teacher_metrics: dict[str, float] | None = None
+    model: PreTrainedModel | None = None
 
 
 class Trainer:
@@ -67,17 +74,18 @@ class Trainer:
         run: Where and how to run.
         pairs: Training pairs.
         collator: Makes batches of them.
-        evaluate: Called in every process with the current `CLIPModel`, returns metrics; `mean_recall` decides what is
-            best.
+        evaluate: Called in every process with the current `CLIPModel`, and a function through which its batches go so
+            that callbacks can follow; returns metrics, of which `metric_for_best_model` decides what is best.
         save: Called in the main process with a folder and the last metrics: `output_dir` for the last state,
             `output_dir/best` for the best evaluated state.
         max_bad_fraction: Share of bad rows above which training stops.
         name: Names the stage in logs.
         config: What else decides the result, as JSON values; a checkpoint of another `config` is refused.
         recipe: What was asked, as YAML, for `output_dir/arguments.yaml`.
+        handler: Holds the callbacks; by default those of `callback_handler(run)`.
 
     Raises:
-        ValueError: If batch, steps and data do not fit each other.
+        ValueError: If batch, steps and data do not fit each other, or a tracker cannot be used.
     """
 
     def __init__(
@@ -88,12 +96,13 @@ class Trainer:
         run: RunArguments,
         pairs: PairDataset | PairStream,
         collator: PairCollator,
-        evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+        evaluate: Callable[[torch.nn.Module, Callable], dict[str, float]] | None = None,
         save: Callable[[Path, dict[str, float]], None] | None = None,
         max_bad_fraction: float = 0.01,
         name: str = "train",
         config: dict[str, Any] | None = None,
         recipe: str | None = None,
+        handler: CallbackHandler | None = None,
     ):
         self.stage, self.arguments, self.run = stage, arguments, run
         self.pairs, self.collator = pairs, collator
@@ -101,9 +110,10 @@ class Trainer:
         self.max_bad_fraction, self.name, self.config = max_bad_fraction, name, config or {}
         self.recipe = recipe
         self.output_dir = Path(run.output_dir)
-        check_tracker(run.log_with)
+        self.handler = callback_handler(run) if handler is None else handler
+        join_processes()
         self.steps = step_count(arguments, pairs)
-        self.progress, self.metrics, self.time_share = Progress(), {}, 0.0
+        self.progress, self.metrics, self.time_share, self.evaluated = Progress(), {}, 0.0, None
 
     def train(self) -> TrainResult:
         """
@@ -114,81 +124,106 @@ class Trainer:
             FloatingPointError: If more than `max_skipped` steps in a row had no finite gradient.
             ValueError: If too many rows are bad, or the checkpoints are those of a run with another configuration.
         """
-        run = self.run
         self.accelerator = self._accelerator()
         plan = self._plan()
         stage, optimizer = self._prepare(plan)
         checkpoints, self.progress = self._resume(plan)
         progress = self.progress
-        self.time = TimeLimit(run.max_time, progress.time_used)
+        self.events = self._events(plan, optimizer)
+        self.best = BestState(self.output_dir, self.run, self.accelerator)
+        self.time = TimeLimit(self.run.max_time, progress.time_used)
         self.time_share = self.time.agreed_share(self.accelerator.device)
         self.log = RunLog(self.output_dir, self.accelerator.is_main_process)
         self.log.open(progress.log_bytes, self.recipe)
-        due = not self._is_over()  # without which no batch is looked for
-        chunks_of_steps = self.pairs.steps(plan, self.collator, progress.step) if due else iter(())
-        bar = tqdm(initial=progress.step, total=self.steps, desc=self.name, unit="step", mininterval=1.0)
         stage.train()
-        if self._evaluation_is_due() and progress.evaluated < progress.step:
-            self._evaluate_and_save()
+        self.events.call("on_train_begin")
         with watch_sigterm() as terminated:
-            while not self._is_over():
-                start = time.perf_counter()
-                values = self._step(stage, optimizer, self._received(next(chunks_of_steps)))
-                progress.seconds += time.perf_counter() - start
-                bar.update()
-                self.time_share = self.time.agreed_share(self.accelerator.device)
-                is_last = self._is_over()
-                if progress.step % run.log_every == 0 or is_last:
-                    bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{progress.pairs / progress.seconds:.0f}")
-                    self._log(values)
-                stop = self._any_process(terminated.is_set())
-                if stop or progress.step % run.checkpoint_every == 0 or is_last:
-                    progress.log_bytes, progress.time_used = self.log.length, self.time.used
-                    checkpoints.save(progress)
-                if stop:
-                    logger.warning("Stopped by SIGTERM at step %d; resume=auto goes on from there.", progress.step)
-                    raise Preempted
-                if self._evaluation_is_due():
-                    self._evaluate_and_save()
-            self._evaluate_and_save()
-            if self._any_process(terminated.is_set()):  # or a stage that follows would run on until it is killed
+            self._steps(stage, optimizer, plan, checkpoints, terminated)
+            if self.evaluated != progress.step:
+                self._evaluate_and_save()
+            if self._any_process(terminated.is_set())[0]:  # or a stage that follows would run on until it is killed
                 raise Preempted
-        bar.close()
-        for tracker in self.accelerator.trackers:  # `end_training` would part the processes, and more may follow
-            tracker.finish()
+        if self.best.restore(self.stage, progress):
+            self.metrics = progress.best
+            if self.save is not None and self.accelerator.is_main_process:
+                self.save(self.output_dir, self.metrics)
+        self.events.call("on_train_end")
         return TrainResult(
             progress.step, progress.pairs, progress.seconds, progress.bad_rows, progress.skipped, self.metrics
         )
 
+    def _steps(self, stage, optimizer, plan: BatchPlan, checkpoints: Checkpoints, terminated) -> None:
+        """Takes the steps that are left."""
+        progress, first = self.progress, self.progress.step
+        due = not self._is_over()  # without which no batch is looked for
+        chunks_of_steps = self.pairs.steps(plan, self.collator, progress.step) if due else iter(())
+        if due and progress.evaluation_due:
+            self._evaluate_and_save()
+        while not self._is_over():
+            self.events.begin_step(progress.step, progress.step == first)
+            start = time.perf_counter()
+            chunks = usable_chunks(next(chunks_of_steps), progress, self.accelerator, self.max_bad_fraction)
+            values = self._step(stage, optimizer, chunks)
+            progress.seconds += time.perf_counter() - start
+            self.time_share = self.time.agreed_share(self.accelerator.device)
+            self.events.end_step(progress.step, self._is_over())
+            control = self.events.control
+            flags = (terminated.is_set(), control.should_training_stop, control.should_save, control.should_evaluate)
+            terminate, stop, save, evaluate = self._any_process(*flags)
+            if stop and not self._is_over():
+                progress.stopped = self.steps
+            is_last = self._is_over()
+            if control.should_log or is_last:
+                self._log(values)
+            if save or terminate or is_last:
+                self._save_checkpoint(checkpoints, evaluation_due=evaluate)
+            if terminate:
+                logger.warning("Stopped by SIGTERM at step %d; resume=auto goes on from there.", progress.step)
+                raise Preempted
+            if evaluate and not is_last:
+                self._evaluate_and_save()
+                if self._any_process(self.events.control.should_training_stop)[0]:
+                    progress.stopped = self.steps
+                    self._save_checkpoint(checkpoints)
+
+    def _save_checkpoint(self, checkpoints: Checkpoints, evaluation_due: bool = False) -> None:
+        progress = self.progress
+        progress.log_bytes, progress.time_used = self.log.length, self.time.used
+        progress.state, progress.evaluation_due = self.events.export(), evaluation_due
+        checkpoints.save(progress)
+        self.events.call("on_save")
+
     def _accelerator(self) -> Accelerator:
-        run = self.run
-        join_processes()
-        accelerator = Accelerator(
-            mixed_precision=run.mixed_precision,
-            log_with=run.log_with,
-            project_dir=run.output_dir,
+        return Accelerator(
+            mixed_precision=self.run.precision,
+            project_dir=self.run.output_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        if run.log_with:
-            accelerator.init_trackers(self.name, config=asdict(self.arguments))
-        return accelerator
 
     def _plan(self) -> BatchPlan:
+        processes = self.accelerator.num_processes
         return BatchPlan(
-            self.arguments.batch_size,
-            self.arguments.micro_batch_size,
+            *self.arguments.batch_sizes(processes),
             self.run.seed,
-            self.run.num_workers,
+            self.run.dataloader_num_workers,
             self.accelerator.process_index,
-            self.accelerator.num_processes,
+            processes,
         )
+
+    def _events(self, plan: BatchPlan, optimizer: torch.optim.Optimizer) -> Events:
+        self.handler.model, self.handler.optimizer = self.stage.trained, optimizer
+        arguments = callback_arguments(self.arguments, self.run, plan, self.accelerator.device)
+        has_length = isinstance(self.pairs, PairDataset)
+        steps_per_epoch = len(self.pairs) // plan.batch_size if has_length else self.steps
+        return Events(self.handler, arguments, self.steps, steps_per_epoch, self.progress.state)
 
     def _resume(self, plan: BatchPlan) -> tuple[Checkpoints, Progress]:
         run, accelerator = self.run, self.accelerator
         identity = {"stage": self.name, **self.config}
         identity |= run_identity(self.arguments, run, self.pairs, plan, accelerator)
         may_change = what_may_change(self.pairs, accelerator)
-        checkpoints = Checkpoints(self.output_dir / "checkpoints", accelerator, identity, may_change)
+        folder = self.output_dir / "checkpoints"
+        checkpoints = Checkpoints(folder, accelerator, identity, may_change, run.save_total_limit)
         if run.resume == "never":
             checkpoints.clear()
         progress = checkpoints.resume() or Progress()
@@ -197,34 +232,13 @@ class Trainer:
         return checkpoints, progress
 
     def _prepare(self, plan: BatchPlan) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        if self.run.compile and self.arguments.micro_batch_size:
-            raise ValueError(
-                "compile and micro_batch_size do not go together: a chunk must be computed twice in the same way, and "
-                "torch.compile may change the way in between. Leave one of them out."
-            )
-        if self.run.compile:
+        check_options(self.stage, self.run, plan)
+        if self.run.torch_compile:
             self.stage.compile_encoder()
+        if self.run.gradient_checkpointing:
+            self.stage.trained.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained, *wrapped = prepare_stage(self.stage, self.accelerator, self.arguments, plan.local_size)
         return wrapped
-
-    def _received(self, chunks: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-        """Counts the rows of all processes. Returns this process's chunks, or none if any process has too few."""
-        progress, device = self.progress, self.accelerator.device
-        bad = sum((Counter(chunk.pop("bad_rows")) for chunk in chunks), Counter())
-        chunks = [chunk for chunk in chunks if chunk]
-        good = sum(len(chunk["input_ids"]) for chunk in chunks)
-        counts = gather(torch.tensor([[good, bad.total(), len(chunks)]], device=device))  # (processes, 3)
-        good_rows, bad_rows, _ = counts.sum(dim=0).tolist()
-        progress.pairs += good_rows
-        if bad_rows:
-            progress.bad_rows = dict(sum(gather_object([bad]), Counter(progress.bad_rows)))
-        total = sum(progress.bad_rows.values())
-        if total > self.max_bad_fraction * max(total + progress.pairs, 1000):  # a single bad row early is no verdict
-            raise ValueError(
-                f"{total} of {total + progress.pairs} rows could not be used, more than max_bad_fraction="
-                f"{self.max_bad_fraction}: {progress.bad_rows}; the log names them. Mend the data, or raise the limit."
-            )
-        return send_to_device(chunks, device, non_blocking=True) if can_step(counts[:, 2], self.accelerator) else []
 
     def _step(self, stage: torch.nn.Module, optimizer: torch.optim.Optimizer, chunks: list) -> dict[str, float]:
         args, accelerator, progress = self.arguments, self.accelerator, self.progress
@@ -240,51 +254,37 @@ class Trainer:
             accelerator.backward(output["loss"])
             norm = accelerator.clip_grad_norm_(stage.parameters(), args.max_grad_norm)
             values |= {name: value.item() for name, value in output.items()} | {"grad_norm": float(norm)}
+        self.events.call("on_pre_optimizer_step")
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         if finite or (chunks and accelerator.scaler is not None):  # which skips by itself, and learns from it
             optimizer.step()
+        self.events.call("on_optimizer_step")
         optimizer.zero_grad()
         self.trained.after_step()
         progress.step += 1
-        self._count_skipped(finite, values)
+        count_skipped(values, progress, accelerator, self.run.max_skipped)
         return values
 
-    def _count_skipped(self, finite: bool, values: dict[str, float]) -> None:
-        progress = self.progress
-        progress.skipped += not finite
-        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
-        if not finite:
-            logger.warning("Step %d skipped: %s; rows left out so far: %s.", progress.step, values, progress.bad_rows)
-        skips = self.accelerator.distributed_type != DistributedType.DEEPSPEED  # which takes every step by itself
-        allowed = self.run.max_skipped if skips else 0
-        if progress.skipped_in_a_row > allowed:
-            raise FloatingPointError(
-                f"{progress.skipped_in_a_row} steps in a row up to {progress.step} had no finite loss and gradient, "
-                f"or no usable rows ({progress.bad_rows}): more than max_skipped={allowed}. The last checkpoint is "
-                "from before. Start anew in another output_dir with a lower learning rate, in fp32, or other data."
-            )
-
-    def _any_process(self, flag: bool) -> bool:
-        return bool(gather(torch.tensor([flag], device=self.accelerator.device, dtype=torch.uint8)).any())
-
-    def _evaluation_is_due(self) -> bool:
-        every, step = self.run.eval_every, self.progress.step
-        return every is not None and step > 0 and not self._is_over() and step % every == 0
+    def _any_process(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set in any process."""
+        return gather(torch.tensor([flags], device=self.accelerator.device, dtype=torch.uint8)).any(dim=0).tolist()
 
     def _is_over(self) -> bool:
-        return self.progress.step >= self.steps or self.time_share >= 1
+        progress = self.progress
+        return progress.step >= self.steps or self.time_share >= 1 or progress.stopped == self.steps
 
     def _evaluate_and_save(self) -> None:
         progress, is_main = self.progress, self.accelerator.is_main_process
         update_whole(self.stage, self.trained)
         if self.evaluate is not None:
-            self.metrics = self.evaluate(self.stage.student())
-            self._log({f"eval_{name}": value for name, value in self.metrics.items()})
-        progress.evaluated = progress.step
-        best = self.metrics.get("mean_recall", -math.inf)
-        improved = self.run.eval_every is not None and best > (-math.inf if progress.best is None else progress.best)
+            self.metrics = self.evaluate(self.stage.student(), self.events.watched)
+            metrics = {f"eval_{name}": value for name, value in self.metrics.items()}
+            self._log(metrics)
+            self.events.call("on_evaluate", metrics=metrics)
+        self.evaluated, progress.evaluation_due = progress.step, False
+        improved = self.best.note(self.metrics, progress, self.events.state)
         if improved:
-            progress.best = best
+            self.best.keep(self.stage)
         if self.save is not None and is_main:
             self.save(self.output_dir, self.metrics)
             if improved:
@@ -296,4 +296,4 @@ class Trainer:
         line = {"stage": self.name, "step": progress.step, "pairs": progress.pairs}
         line |= {"bad_rows": progress.bad_rows, "skipped": progress.skipped}
         self.log.write(line | {"seconds": round(progress.seconds, 3), **values})
-        self.accelerator.log(values, step=progress.step)
+        self.events.log(values)

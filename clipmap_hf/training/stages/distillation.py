@@ -1,6 +1,6 @@
 """The stage that trains all weights of a student against frozen teachers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import starmap
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from clipmap_hf.config import embedding_width
-from clipmap_hf.losses import EMBEDDING_LOSSES, LOSSES, check_losses
+from clipmap_hf.losses import EMBEDDING_LOSSES, LOSSES, check_losses, loss_weights
 from clipmap_hf.losses.hidden import hidden_errors
 from clipmap_hf.models.features import ClipFeatures
 from clipmap_hf.training.stages.base import AFFINITY, Batch, Stage, encode_chunk, joined_features
@@ -30,7 +30,7 @@ class DistillationStage(Stage):
         trained: The student.
         teachers: `CLIPModel`s that read the same inputs; kept in eval mode and out of the stage's state dict. Without
             any, chunks must bring `teacher_embeds`, from a `TeacherCache`, which has no streams for the hidden loss.
-        losses: Weights by name, a key of `LOSSES`.
+        losses: Weights by name, a key of `LOSSES`, or functions of your own, as `check_losses` takes them.
         logit_scale: As in `Stage`.
         learn_logit_scale: As in `Stage`.
         teacher_dims: Widths of the teachers' embeddings, if chunks bring them.
@@ -45,7 +45,7 @@ class DistillationStage(Stage):
         trained: nn.Module,
         *,
         teachers: Sequence[nn.Module] = (),
-        losses: Mapping[str, float] = AFFINITY,
+        losses: Mapping[str, float | Callable] = AFFINITY,
         logit_scale: float = 50.0,
         learn_logit_scale: bool = False,
         teacher_dims: Sequence[int] = (),
@@ -56,7 +56,8 @@ class DistillationStage(Stage):
         config = trained.config
         for teacher in teachers:
             _check_same_inputs(config, teacher.config)
-        self.losses = dict(losses)
+        self.losses = loss_weights(losses)
+        self._functions = LOSSES | {name: value for name, value in losses.items() if callable(value)}
         # In a list, they are no submodules, so never saved, wrapped or sent to other processes.
         self._teachers = [teacher.requires_grad_(False).eval() for teacher in teachers]
         dims = teacher_dims or [embedding_width(teacher.config) for teacher in teachers]
@@ -85,7 +86,10 @@ class DistillationStage(Stage):
 
     def _loss(self, name: str, student: ClipFeatures, teachers: Sequence[ClipFeatures]) -> torch.Tensor:
         if name not in EMBEDDING_LOSSES or not self.projectors:
-            return LOSSES[name](student, *teachers)
+            value = self._functions[name](student, *teachers)
+            if not isinstance(value, torch.Tensor) or value.ndim:
+                raise ValueError(f"The loss {name!r} must return a tensor with a single number, got {value!r}.")
+            return value
         projected = [projector(student) for projector in self.projectors]
         return sum(starmap(LOSSES[name], zip(projected, teachers, strict=True))) / len(teachers)
 

@@ -1,6 +1,6 @@
 """The stage that trains the operators of a `WeightMapper`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ class MappingStage(DistillationStage):
         trained: WeightMapper,
         *,
         teachers: Sequence[nn.Module] = (),
-        losses: Mapping[str, float] = CONTRASTIVE,
+        losses: Mapping[str, float | Callable] = CONTRASTIVE,
         logit_scale: float = 50.0,
         learn_logit_scale: bool = False,
         teacher_dims: Sequence[int] = (),

@@ -20,12 +20,13 @@ from clipmap_hf.data.sources import evaluation_batches
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.models.loading import load_model
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.stage import run_stage
+from clipmap_hf.pipeline.trainer import StageTrainer
 from clipmap_hf.starts import STARTS
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.teacher_cache.lookup import TeacherCache
 from clipmap_hf.teacher_cache.make import make_teacher_cache
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, RunArguments, StageArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, StageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.stages.base import Stage
 from clipmap_hf.training.stages.distillation import DistillationStage
 from clipmap_hf.training.stages.mapping import MappingStage
@@ -89,8 +90,8 @@ def _mapped(folder: Path, settings: dict, before: dict, work: Path) -> list[dict
         for name, correction in mapper.corrections.items():
             for delta in correction.parameters():
                 delta.requires_grad_(TRAINED[numbers["trains"]](name, delta))
-    arguments = MappingArguments(
-        steps=numbers["steps"], batch_size=settings["batch_size"], learning_rate=numbers["rate"]
+    arguments = MappingStageArguments(
+        max_steps=numbers["steps"], batch_size=settings["batch_size"], learning_rate=numbers["rate"]
     )
     stage = MappingStage(
         mapper,
@@ -112,8 +113,8 @@ def _distilled(folder: Path, settings: dict, before: dict, work: Path) -> list[d
         student = load_model(str(_mapped_student(folder, before)))
     else:
         student = start(folder, json.dumps(before)).export()
-    arguments = DistillationArguments(
-        steps=numbers["steps"],
+    arguments = DistillationStageArguments(
+        max_steps=numbers["steps"],
         batch_size=settings["batch_size"],
         learning_rate=numbers["rate"],
         losses=numbers.get("losses") or losses(numbers["weight"]),
@@ -150,17 +151,35 @@ def train(
 ) -> list[dict]:
     """Trains a stage and returns the lines of its log."""
     validation = settings["validation"]
-    run = RunArguments(str(work), seed=settings["seed"], eval_every=evaluation_interval(settings["budget"]))
-    run_stage(
-        stage,
-        arguments,
-        replace(study_context(folder, validation), run=run),
-        embedded_teacher().processor,
-        name=name,
-        evaluate=partial(evaluate, folder, validation),
-        teacher_cache=cached,
-    )
+    run = RunArguments(str(work), seed=settings["seed"], eval_steps=evaluation_interval(settings["budget"]))
+    context = replace(study_context(folder, validation), run=run)
+    _StudyTrainer(name, stage, arguments, context, partial(evaluate, folder, validation), cached).train()
     return read_log(work)
+
+
+class _StudyTrainer(StageTrainer):
+    """Trains any stage, evaluates it in the study's own way, and writes nothing but its log."""
+
+    def __init__(self, name, stage, arguments, context, evaluate, cached):
+        super().__init__(arguments, context, embedded_teacher().processor)
+        self.name, self.made_stage, self.evaluate_study, self.cached = name, stage, evaluate, cached
+
+    def _make_stage(self) -> Stage:
+        return self.made_stage
+
+    def _save(self, folder: Path, metrics: dict[str, float]) -> None:
+        pass
+
+    def _config(self) -> dict:
+        return {}
+
+    @property
+    def _teacher_cache(self) -> TeacherCache | None:
+        return self.cached
+
+    @property
+    def _evaluate(self):
+        return lambda model, watched=iter: self.evaluate_study(model)
 
 
 @lru_cache(maxsize=32)  # about 20 MB each

@@ -18,16 +18,18 @@ from transformers import CLIPModel, set_seed
 from clipmap_hf.config import ClipMapConfig, student_config
 from clipmap_hf.costs.cost import model_cost
 from clipmap_hf.data.arguments import CalibrationArguments
+from clipmap_hf.data.sources import evaluation_batches
+from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.models.loading import load_config
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.pipeline.compression import CompressionArguments, compress_in_steps
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.distillation import run_distillation
-from clipmap_hf.pipeline.stage import evaluation_function
+from clipmap_hf.pipeline.distillation import DistillationTrainer
 from clipmap_hf.pipeline.start import start_compressor
 from clipmap_hf.starts import start_of
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import DistillationArguments, MappingArguments, MaskingArguments, RunArguments
+from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 def finished(folder: Path, cell: dict) -> dict:
@@ -76,7 +78,7 @@ def _summary(result: dict) -> str:
 
 def _made(folder: Path, cell: dict, work: Path) -> dict:
     every = None if cell["validation"] else evaluation_interval(cell["steps"])
-    run = RunArguments(str(work), seed=cell["seed"], eval_every=every, checkpoint_every=cell["steps"])
+    run = RunArguments(str(work), seed=cell["seed"], eval_steps=every, save_steps=cell["steps"])
     context = RunContext(run, embedded_data(folder, cell["validation"]))
     with redirect_stdout(StringIO()):
         make = _from_scratch if cell["method"]["initializer"] == "scratch" else _compressed
@@ -101,13 +103,13 @@ def _compressed(folder: Path, cell: dict, context: RunContext) -> tuple[float, d
     numbers = {"batch_size": cell["batch_size"], "learning_rate": cell["rate"]}
     started = _started(folder, cell, context) if start_of(students[0]).reads_pairs else 0.0
     arguments = CompressionArguments(
-        masking=MaskingArguments(steps=steps.get("masking", 0), losses=method["losses"], **numbers),
-        mapping=MappingArguments(
-            steps=steps.get("mapping", 0), **numbers | {"learning_rate": cell.get("mapping_rate", cell["rate"])}
+        masking=MaskingStageArguments(max_steps=steps.get("masking", 0), losses=method["losses"], **numbers),
+        mapping=MappingStageArguments(
+            max_steps=steps.get("mapping", 0), **numbers | {"learning_rate": cell.get("mapping_rate", cell["rate"])}
         ),
         distillation=_distillation(cell, per_step - sum(steps.values())),
-        cache=_cache(folder, cell, context),
     )
+    context = replace(context, cache=_cache(folder, cell, context))
     compress_in_steps(SOURCE, [SOURCE], students, context, arguments)
     return started, None if steps else _untrained(folder, cell, context)
 
@@ -129,7 +131,7 @@ def _untrained(folder: Path, cell: dict, context: RunContext) -> dict[str, float
     source = ModelId(str(context.output_dir / str(len(cell["via"])))) if cell["via"] else SOURCE
     kept = _kept_start(folder, cell, context)
     student = start_compressor(source, configs(cell)[-1], kept, CalibrationArguments()).export()
-    return evaluation_function(context, embedded_teacher().processor)(student)
+    return evaluate_retrieval(student, evaluation_batches(context.data, embedded_teacher().processor))
 
 
 def _kept_start(folder: Path, cell: dict, context: RunContext) -> RunContext:
@@ -144,13 +146,14 @@ def _from_scratch(folder: Path, cell: dict, context: RunContext) -> tuple[float,
     student, teacher = CLIPModel(student_config(load_config(SOURCE.id), *configs(cell))), embedded_teacher()
     kept = _cache(folder, cell, context)
     kept = replace(kept, teacher_cache=kept.teacher_cache and str(Path(kept.teacher_cache) / "1"))
-    run_distillation(student, [teacher], teacher.processor, _distillation(cell, cell["steps"]), context, cache=kept)
+    arguments, context = _distillation(cell, cell["steps"]), replace(context, cache=kept)
+    DistillationTrainer(student, teacher, arguments, context=context).train()
     return 0.0, None
 
 
-def _distillation(cell: dict, steps: int) -> DistillationArguments:
-    return DistillationArguments(
-        steps=steps,
+def _distillation(cell: dict, steps: int) -> DistillationStageArguments:
+    return DistillationStageArguments(
+        max_steps=steps,
         batch_size=cell["batch_size"],
         learning_rate=cell["rate"],
         losses=cell["method"]["losses"],

@@ -20,14 +20,15 @@ from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.models.loading import load_model
 from clipmap_hf.pipeline.compression import CompressionArguments, compress_in_steps
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.distillation import run_distillation
-from clipmap_hf.pipeline.ternarization import run_ternarization
+from clipmap_hf.pipeline.distillation import DistillationTrainer
+from clipmap_hf.pipeline.ternarization import TernaryTrainer
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.ternary.config import PARTS
 from clipmap_hf.ternary.model import set_backend
 from clipmap_hf.ternary.quantizers import GRANULARITIES, QUANTIZERS
-from clipmap_hf.training.arguments import DistillationArguments, RunArguments
-from clipmap_hf.training.ternary_arguments import TernaryArguments
+from clipmap_hf.training.arguments import DistillationStageArguments
+from clipmap_hf.training.run_arguments import RunArguments
+from clipmap_hf.training.ternary_arguments import TernaryStageArguments
 
 
 STUDENT = ClipMapConfig(
@@ -134,10 +135,10 @@ def _finished(
     return made_once(path, partial(_made, folder, row, arguments, seed, steps, validation))
 
 
-def _arguments(row: Row, steps: int, rate: float) -> TernaryArguments | DistillationArguments:
-    kind = TernaryArguments if row.is_ternary else DistillationArguments
+def _arguments(row: Row, steps: int, rate: float) -> TernaryStageArguments | DistillationStageArguments:
+    kind = TernaryStageArguments if row.is_ternary else DistillationStageArguments
     return kind(
-        steps=steps if row.losses else 0,
+        max_steps=steps if row.losses else 0,
         batch_size=128,
         weight_decay=0.0,
         learning_rate=rate,
@@ -149,7 +150,7 @@ def _arguments(row: Row, steps: int, rate: float) -> TernaryArguments | Distilla
 def _made(
     folder: Path,
     row: Row,
-    arguments: TernaryArguments | DistillationArguments,
+    arguments: TernaryStageArguments | DistillationStageArguments,
     seed: int,
     steps: int,
     validation: bool,
@@ -157,11 +158,11 @@ def _made(
 ) -> dict[str, float]:
     source = SOURCE.id if row.model == "teacher" else str(_student(folder, seed, steps, validation))
     student, teacher, data = load_model(source), embedded_teacher(), embedded_data(folder, validation)
-    context = RunContext(RunArguments(str(work), seed=seed, checkpoint_every=steps), data)
-    run_training = run_ternarization if row.is_ternary else run_distillation
+    cache = _cache(folder, seed, validation, steps)
+    context = RunContext(RunArguments(str(work), seed=seed, save_steps=max(1, steps)), data, cache=cache)
+    trainer = TernaryTrainer if row.is_ternary else DistillationTrainer
     with redirect_stdout(StringIO()):
-        cache = _cache(folder, seed, validation, steps)
-        run_training(student, [teacher], teacher.processor, arguments, context, cache=cache)
+        trainer(student, teacher, arguments, context=context).train()
     return _recall(work, data)
 
 
@@ -175,12 +176,12 @@ def _student(folder: Path, seed: int, steps: int, validation: bool) -> Path:
     work = folder / f"student-{'validation' if validation else seed}-{steps}"
     if not (work / "model.safetensors").exists():
         arguments = CompressionArguments(
-            distillation=DistillationArguments(
-                steps=steps, batch_size=128, learning_rate=STUDENT_RATE, losses=FEATURE
+            distillation=DistillationStageArguments(
+                max_steps=steps, batch_size=128, learning_rate=STUDENT_RATE, losses=FEATURE
             ),
-            cache=_cache(folder, seed, validation, steps),
         )
-        context = RunContext(RunArguments(str(work), seed=seed), embedded_data(folder, validation))
+        data, cache = embedded_data(folder, validation), _cache(folder, seed, validation, steps)
+        context = RunContext(RunArguments(str(work), seed=seed), data, cache=cache)
         with redirect_stdout(StringIO()):
             compress_in_steps(SOURCE, [SOURCE], [STUDENT], context, arguments)
     return work

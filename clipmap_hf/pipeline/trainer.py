@@ -1,0 +1,240 @@
+"""What the trainers of all stages have in common: they train, evaluate, save and push, as transformers' `Trainer`."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
+
+from clipmap_hf.data.evaluation_pairs import evaluation_pairs
+from clipmap_hf.data.pairs import PairSource
+from clipmap_hf.data.sources import described, evaluation_batches, stage_seed, training_collator
+from clipmap_hf.distributed import join_processes
+from clipmap_hf.evaluation.retrieval import evaluate_retrieval
+from clipmap_hf.hub.card import hub_dataset
+from clipmap_hf.hub.push import push_folder
+from clipmap_hf.hub.results import SetResults
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.teacher_cache.lookup import TeacherCache
+from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.callbacks import callback_handler
+from clipmap_hf.training.stages.base import Stage
+from clipmap_hf.training.trainer import Trainer, TrainResult
+
+
+__all__ = ["StageTrainer"]
+
+# What may change between a run and its resumption.
+_MAY_CHANGE = {"eval_data", "eval_split", "image_backend", "max_bad_fraction", "teacher_index"}
+
+
+class StageTrainer:
+    """
+    Trains a stage on the pairs of a run. A subclass says what the stage is, and how its result is written.
+
+    Args:
+        args: The stage's numbers; in a public trainer, with those of its run and its data.
+        context: The run.
+        processing_class: Tokenizer and image processor of the student.
+    """
+
+    name: str  # of the stage, in logs; decides its seed together with the run's
+
+    def __init__(self, args: StageArguments, context: RunContext, processing_class: ProcessorMixin):
+        self.args, self.context, self.processing_class = args, context, processing_class
+        self.callback_handler = callback_handler(context.run, context.callbacks)
+        self.callback_handler.processing_class = processing_class
+        self.state = TrainerState()
+        self.metrics: dict[str, float] = {}
+        self.teacher_metrics: dict[str, float] | None = None
+
+    @cached_property
+    def stage(self) -> Stage:
+        """What is trained; made when it is first asked for."""
+        return self._make_stage()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The student as it stands."""
+        return self.stage.export()
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> TrainResult:
+        """
+        Takes the steps that are left, evaluates, and writes the result to `output_dir`.
+
+        Args:
+            resume_from_checkpoint: Whether to go on from the last checkpoint in `output_dir` or to start anew; by
+                default, what `resume` says: `auto` goes on if there is one.
+
+        Raises:
+            Preempted: After SIGTERM, when the step is finished and a checkpoint written.
+            FloatingPointError: If too many steps in a row had no finite gradient.
+            ValueError: If too many rows are bad, or the checkpoints are those of a run with another configuration.
+        """
+        context, stage = self.context, self.stage
+        run = dataclasses.replace(context.run, seed=stage_seed(self.name, context.run.seed))
+        if resume_from_checkpoint is not None:
+            run.resume = "auto" if resume_from_checkpoint else "never"
+        collator = training_collator(context.data, self.processing_class, run.seed, context.transform)
+        if (cache := self._teacher_cache) is not None:
+            collator.teacher_cache, collator.views = cache, cache.views
+        decisive = {name: value for name, value in context.data_values().items() if name not in _MAY_CHANGE}
+        loop = Trainer(
+            stage=stage,
+            arguments=self.args,
+            run=run,
+            pairs=context.pairs,
+            collator=collator,
+            evaluate=self._evaluate,
+            save=self._save,
+            max_bad_fraction=context.data.max_bad_fraction,
+            name=self.name,
+            config={**decisive, "views": collator.views, **self._config()},
+            recipe=context.recipe,
+            handler=self.callback_handler,
+        )
+        result = loop.train()
+        self.state, self.metrics = loop.events.state, result.metrics
+        if run.push_to_hub:
+            self.push_to_hub()
+        return dataclasses.replace(result, teacher_metrics=self.teacher_metrics, model=self.model)
+
+    def evaluate(self, eval_dataset: PairSource | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Measures the retrieval of the student as it stands.
+
+        Args:
+            eval_dataset: Pairs, as the constructor takes them; by default those of the constructor.
+            metric_key_prefix: What the names of the metrics begin with.
+
+        Raises:
+            ValueError: If there are no evaluation pairs.
+        """
+        if eval_dataset is not None:
+            data = self.context.data
+            batches = evaluation_pairs(
+                eval_dataset,
+                self.processing_class,
+                split=data.eval_split,
+                image_column=data.image_column,
+                caption_column=data.caption_column[0],
+                batch_size=self.context.run.per_device_eval_batch_size,
+            )
+            metrics = self._measured(self.stage.student(), batches)
+        elif self._evaluate is None:
+            raise ValueError("There are no evaluation pairs; give an eval_dataset here or to the trainer.")
+        else:
+            metrics = self._evaluate(self.stage.student())
+        return {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+
+    def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
+        """
+        Writes the student as it stands, with its card, from the main process.
+
+        Args:
+            output_dir: A folder; by default that of the run, where `train` has written it already.
+        """
+        if join_processes().is_main_process:
+            self._save(Path(output_dir or self.context.output_dir), self.metrics)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "Upload compressed CLIP",
+        *,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> CommitInfo | None:
+        """
+        Pushes what lies in `output_dir` to `hub_model_id`, from the main process.
+
+        Args:
+            commit_message: Message of the commit.
+            token: Access token, as in transformers; by default that of the stored login.
+            options: Further arguments of `push_folder`: `include_map`, `create_pr`.
+
+        Raises:
+            ValueError: If there is no student in `output_dir`.
+            OSError: If the Hub refuses or the connection is lost.
+        """
+        run, state = self.context.run, join_processes()
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return None
+        options |= {"private": run.hub_private_repo, "revision": run.hub_revision, "token": token}
+        name = run.hub_model_id or Path(run.output_dir).resolve().name
+        return push_folder(run.output_dir, name, commit_message=commit_message, **options)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Adds a callback of transformers, an instance or a class."""
+        self.callback_handler.add_callback(callback)
+
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        """Removes a callback, or the first of a class, and returns it; `None` if there is none."""
+        return self.callback_handler.pop_callback(callback)
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Removes a callback, or the first of a class."""
+        self.callback_handler.remove_callback(callback)
+
+    def _make_stage(self) -> Stage:
+        raise NotImplementedError
+
+    def _save(self, folder: Path, metrics: dict[str, float]) -> None:
+        """Writes the student as it stands to a folder."""
+        raise NotImplementedError
+
+    def _config(self) -> dict[str, Any]:
+        """What decides the result beside arguments and data, as JSON values."""
+        raise NotImplementedError
+
+    @property
+    def _teacher_cache(self) -> TeacherCache | None:
+        """Where the teachers' embeddings lie, if they are kept."""
+        return None
+
+    @property
+    def _index_teacher(self) -> Teacher | None:
+        """Whose embeddings are searched with `teacher_index`."""
+        return None
+
+    @cached_property
+    def _evaluate(self) -> Callable[..., dict[str, float]] | None:
+        """Measures a model on the evaluation pairs; `None` without them."""
+        run = self.context.run
+        batches = evaluation_batches(
+            self.context.data, self.processing_class, run.per_device_eval_batch_size, run.dataloader_num_workers
+        )
+        if batches is None:
+            return None
+        return lambda model, watched=iter: self._measured(model, batches, watched)
+
+    def _measured(
+        self, model: torch.nn.Module, batches: Iterable, watched: Callable[[Iterable], Iterable] = iter
+    ) -> dict[str, float]:
+        metrics = evaluate_retrieval(model, watched(batches))
+        if not self.context.data.teacher_index:
+            return metrics
+        if self._index_teacher is None:
+            raise ValueError(f"teacher_index searches a teacher's embeddings, and the stage {self.name!r} has none.")
+        index = self._index_teacher.model.to(join_processes().device)
+        others = evaluate_retrieval(model, watched(batches), index_model=index)
+        return metrics | {f"index_{name}": value for name, value in others.items()}
+
+    def _results(self, student: Mapping[str, float], teacher: Mapping[str, float] | None = None) -> list[SetResults]:
+        """What an evaluation gave a student, and perhaps its teacher, for the card; empty if there was none."""
+        if not student:
+            return []
+        source, split = self.context.data.evaluated
+        dataset_id, name = None, "evaluation pairs"
+        if isinstance(source, (str, os.PathLike)):
+            dataset_id = hub_dataset(described(source))
+            name = dataset_id or Path(source).name
+        if self.context.data.validation_fraction:
+            name += f" ({self.context.data.validation_fraction:g} of it, held out)"
+        return [SetResults(name, student, teacher, dataset_id, split=split)]

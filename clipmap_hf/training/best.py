@@ -1,0 +1,71 @@
+"""Says which evaluated state of a run is the best, keeps it, and puts it back at the end."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from transformers import TrainerState
+
+from clipmap_hf.files.atomic import atomic_files
+from clipmap_hf.training.checkpoints import Progress
+from clipmap_hf.training.run_arguments import RunArguments
+from clipmap_hf.training.stages.base import Stage
+
+
+__all__ = ["BestState"]
+
+_NAME = "best.safetensors"
+
+
+class BestState:
+    """
+    The best evaluated state of a run. It is kept beside the checkpoints if the run ends with it.
+
+    Args:
+        output_dir: The folder of the run.
+        run: Says which metric decides, and whether the run ends with the best.
+        accelerator: Says whether this is the main process, which writes.
+    """
+
+    def __init__(self, output_dir: Path, run: RunArguments, accelerator: Accelerator):
+        self.file, self.run, self.accelerator = output_dir / "checkpoints" / _NAME, run, accelerator
+
+    def note(self, metrics: dict[str, float], progress: Progress, state: TrainerState) -> bool:
+        """
+        Notes an evaluation and returns whether it is the best so far. Without an `eval_strategy`, none is.
+
+        Args:
+            metrics: What was measured; empty without evaluation data.
+            progress: Takes the best metrics.
+            state: Takes them in transformers' words.
+
+        Raises:
+            ValueError: If the metric that decides is not among them.
+        """
+        if self.run.evaluation == "no" or not metrics:
+            return False
+        name = self.run.metric_for_best_model.removeprefix("eval_")
+        if name not in metrics:
+            raise ValueError(f"metric_for_best_model={name!r} was not measured; there are {sorted(metrics)}.")
+        value, before = metrics[name], None if progress.best is None else progress.best[name]
+        if before is not None and not (value > before if self.run.rises else value < before):
+            return False
+        progress.best = dict(metrics)
+        state.best_metric, state.best_global_step = value, state.global_step
+        state.best_model_checkpoint = str(self.file.parents[1] / "best")
+        return True
+
+    def keep(self, stage: Stage) -> None:
+        """Writes a state, if the run ends with the best."""
+        if self.run.load_best_model_at_end and self.accelerator.is_main_process:
+            weights = {name: value.detach().cpu().clone().contiguous() for name, value in stage.state_dict().items()}
+            with atomic_files(self.file.parent) as temporary:
+                save_file(weights, temporary / _NAME)
+
+    def restore(self, stage: Stage, progress: Progress) -> bool:
+        """Puts the best state back, if the run ends with it, and returns whether it did."""
+        if not self.run.load_best_model_at_end or progress.best is None:
+            return False
+        self.accelerator.wait_for_everyone()  # until it is written
+        stage.load_state_dict(load_file(self.file))
+        return True
