@@ -18,9 +18,9 @@ from accelerate.utils import DistributedType
 from distributed_checks import CASES, Workshop
 from transformers import CLIPModel
 
+from clipmap_hf.data.sources import evaluation_batches
 from clipmap_hf.distributed import join_processes
-from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.stage import evaluation_function
+from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 
 
 ENVIRONMENTS = {
@@ -60,7 +60,8 @@ def run(shop: Workshop, stage: str, case: str) -> dict:
     trainer.run.save_steps = 2
     student = trainer.stage.trained
     data = replace(shop.data("pairs"), eval_data=str(shop.folder / "captions.parquet"))
-    trainer.evaluate = evaluation_function(RunContext(trainer.run, data), shop.processor)
+    batches = evaluation_batches(data, shop.processor)
+    trainer.evaluate = lambda model, watched: evaluate_retrieval(model, watched(batches))
     trainer.save = lambda folder, metrics: student.save_pretrained(folder)
     result = trainer.train()
     report = {"weights": copied(student), "metrics": result.metrics}

@@ -26,12 +26,11 @@ from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
 from clipmap_hf.data.loader import PairDataset
 from clipmap_hf.data.pairs import load_pairs
-from clipmap_hf.data.sources import stage_seed, training_collator
+from clipmap_hf.data.sources import evaluation_batches, stage_seed, training_collator
 from clipmap_hf.distributed import average_gradients, gather, join_processes, process_count, process_index
+from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.models.loading import load_model, load_processor
 from clipmap_hf.models.teacher import Teacher
-from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.stage import evaluation_function
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.teacher_cache.make import make_teacher_cache
@@ -186,7 +185,7 @@ class Workshop:
                 collator.teacher_cache = self.cache(data, f"cache-{data}")
                 collator.views = collator.teacher_cache.views
         arguments = StageArguments(
-            steps=STEPS,
+            max_steps=STEPS,
             batch_size=BATCH,
             micro_batch_size=micro,
             learning_rate=1e-3,
@@ -262,14 +261,14 @@ class counted_traffic:
 
 def evaluated(shop: Workshop) -> dict[str, Any]:
     """Retrieval on a set that divides, on one that does not, and on one with several captions per image."""
-    model, run = load_model(str(shop.folder / "teacher")), RunArguments(output_dir="unused")
+    model = load_model(str(shop.folder / "teacher"))
     report = {}
     for name in ("pairs", "odd", "captions"):
         data = DataArguments(train_data="unused", eval_data=str(shop.folder / f"{name}.parquet"))
-        report[name] = evaluation_function(RunContext(run, data), shop.processor)(model)
+        report[name] = evaluate_retrieval(model, evaluation_batches(data, shop.processor))
     try:
         data = DataArguments("unused", eval_data=str(shop.folder / "one.parquet"))
-        evaluation_function(RunContext(run, data), shop.processor)
+        evaluation_batches(data, shop.processor)
         report["one"] = None
     except ValueError as error:
         report["one"] = str(error)

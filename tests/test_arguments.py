@@ -14,7 +14,7 @@ from clipmap_hf.training.run_arguments import RunArguments
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
-        (StageArguments, {"steps": -1}, "steps=-1 must be at least 0"),
+        (StageArguments, {"num_train_epochs": -1}, "num_train_epochs=-1 must be at least 0"),
         (StageArguments, {"batch_size": 0}, "batch_size=0 must be above 0"),
         (StageArguments, {"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0"),
         (StageArguments, {"logit_scale": 150.0}, "must not exceed 100"),

@@ -5,7 +5,7 @@ import pytest
 from clipmap_hf import PRESETS, ClipMapConfig
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.models.model_id import ModelId
-from clipmap_hf.pipeline.compression import CompressionArguments, compress
+from clipmap_hf.pipeline.compression import CompressionArguments, compress_in_run
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
 from clipmap_hf.training.run_arguments import RunArguments
@@ -21,14 +21,14 @@ from clipmap_hf.training.run_arguments import RunArguments
 )
 def test_masks_select_by_themselves(student, mapping_steps, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        compress(
+        compress_in_run(
             ModelId("nowhere"),
             [ModelId("nowhere")],
             student,
             RunContext(RunArguments(str(tmp_path)), DataArguments("nothing.parquet")),
             CompressionArguments(
-                masking=MaskingStageArguments(steps=1),
-                mapping=MappingStageArguments(steps=mapping_steps),
-                distillation=DistillationStageArguments(steps=1),
+                masking=MaskingStageArguments(max_steps=1),
+                mapping=MappingStageArguments(max_steps=mapping_steps),
+                distillation=DistillationStageArguments(max_steps=1),
             ),
         )

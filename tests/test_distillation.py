@@ -16,8 +16,8 @@ from clipmap_hf.families import CLIP
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline import distillation
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.distillation import run_distillation
-from clipmap_hf.pipeline.mapping import run_mapping
+from clipmap_hf.pipeline.distillation import DistillationTrainer
+from clipmap_hf.pipeline.mapping import MappingTrainer
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.teacher_cache.make import make_teacher_cache
@@ -70,20 +70,19 @@ def data(pairs_parquet) -> DataArguments:
 
 @pytest.fixture
 def distill(teacher, tiny_processor, data, tmp_path):
-    """A function that distills a fresh student: `distill(teachers, data=…, cache=…, steps=…)`."""
+    """A function that distills a fresh student: `distill(teachers, data=…, cache=…, max_steps=…)`."""
 
     def run(teachers: list[Teacher], **values) -> tuple[TrainResult, list[dict], CLIPModel]:
         student = start_mapper(copy.deepcopy(teacher.model), SMALL).export()
-        numbers = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
-        numbers |= {name: values.pop(name) for name in ("steps", "micro_batch_size", "freeze") if name in values}
+        numbers = {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
+        numbers |= {name: values.pop(name) for name in ("max_steps", "micro_batch_size", "freeze") if name in values}
         options = {"data": data, "output_dir": str(tmp_path / "out"), "resume": "never", "seed": 0} | values
         cache, recipe = options.pop("cache", None), options.pop("recipe", None)
         chosen, processor = options.pop("data"), options.pop("processor", tiny_processor)
         run = RunArguments(logging_steps=1, **options)
-        context = RunContext(run, chosen, recipe)
-        result = run_distillation(
-            student, teachers, processor, DistillationStageArguments(**numbers), context, cache=cache
-        )
+        context = RunContext(run, chosen, recipe, cache or TeacherCacheArguments())
+        arguments = DistillationStageArguments(**numbers)
+        result = DistillationTrainer(student, teachers, arguments, processing_class=processor, context=context).train()
         log = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
         return result, log, student
 
@@ -95,10 +94,10 @@ def losses(log: list[dict]) -> list[float]:
 
 
 def test_a_cache_cannot_be_asked_for_streams(teacher, teachers, tiny_processor, data, tmp_path):
-    numbers = DistillationStageArguments(steps=1, batch_size=8, losses={"affinity": 1.0, "hidden": 1.0})
+    numbers = DistillationStageArguments(max_steps=1, batch_size=8, losses={"affinity": 1.0, "hidden": 1.0})
     cache, run = TeacherCacheArguments(str(tmp_path / "cache")), RunArguments(str(tmp_path / "out"))
     with pytest.raises(ValueError, match="leave out teacher_cache, or the loss"):
-        run_distillation(teacher.model, teachers, tiny_processor, numbers, RunContext(run, data), cache=cache)
+        DistillationTrainer(teacher.model, teachers, numbers, context=RunContext(run, data, None, cache)).train()
     assert not (tmp_path / "cache").exists()
 
 
@@ -144,8 +143,8 @@ def test_a_teacher_whose_processor_is_as_good_as_the_students_teaches(distill, t
     loaded = Teacher.load(str(teacher_folder))
     assert loaded.processor is not teacher.processor and loaded.id == str(teacher_folder)
     assert isinstance(loaded.processor.image_processor, CLIPImageProcessorPil)
-    result, log, _ = distill([loaded], steps=1)
-    assert result.steps == 1 and losses(log) == losses(distill([teacher], steps=1)[1])
+    result, log, _ = distill([loaded], max_steps=1)
+    assert result.steps == 1 and losses(log) == losses(distill([teacher], max_steps=1)[1])
 
 
 # Distillation
@@ -213,8 +212,8 @@ def cache(tmp_path) -> TeacherCacheArguments:
 
 
 def test_cached_teachers_teach_like_live_ones_while_their_views_last(distill, teachers, cache):
-    _, live, _ = distill(teachers, steps=9)
-    _, cached, student = distill(teachers, steps=9, cache=cache)
+    _, live, _ = distill(teachers, max_steps=9)
+    _, cached, student = distill(teachers, max_steps=9, cache=cache)
     assert losses(cached)[:6] == pytest.approx(losses(live)[:6], rel=1e-3)  # two epochs of three steps
     assert losses(cached)[6:] != pytest.approx(losses(live)[6:], rel=1e-3)  # the third has the views of the first
     assert not [module for module in student.modules() if module is teachers[0].model]
@@ -223,7 +222,7 @@ def test_cached_teachers_teach_like_live_ones_while_their_views_last(distill, te
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_cache_is_made_of_a_stream_and_teaches_one(distill, teachers, cache, pairs_tars, num_workers):
     data = DataArguments(pairs_tars, streaming=True, shuffle_buffer=5, image_column="png", caption_column=["txt"])
-    options = {"data": data, "steps": 3, "num_workers": num_workers, "micro_batch_size": 4}
+    options = {"data": data, "max_steps": 3, "dataloader_num_workers": num_workers, "micro_batch_size": 4}
     _, live, _ = distill(teachers, **options)
     _, cached, _ = distill(teachers, cache=cache, **options)
     assert losses(cached) == pytest.approx(losses(live), rel=1e-3)
@@ -256,16 +255,16 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_cache_of_something_else_is_refused_and_the_difference_named(distill, teacher, cache, data, what):
     changes, options, views, word = REFUSED[what]
-    distill([teacher], cache=cache, steps=1)
+    distill([teacher], cache=cache, max_steps=1)
     with pytest.raises(ValueError, match=rf"(?s)cache.*{word}"):
         distill(
             [teacher],
             cache=dataclasses.replace(cache, **views),
             data=dataclasses.replace(data, **changes),
-            steps=1,
+            max_steps=1,
             **options,
         )
-    distill([teacher], cache=cache, steps=1)  # still good
+    distill([teacher], cache=cache, max_steps=1)  # still good
 
 
 def test_a_cache_for_several_teachers_is_refused_if_they_preprocess_in_different_ways(teacher, data, cache):
@@ -275,25 +274,25 @@ def test_a_cache_for_several_teachers_is_refused_if_they_preprocess_in_different
 
 
 def test_a_cache_of_other_teachers_is_refused(distill, teachers, cache, tiny_config, tiny_processor):
-    distill(teachers[:1], cache=cache, steps=1)
+    distill(teachers[:1], cache=cache, max_steps=1)
     other_weights = randomize(CLIPModel(tiny_config()), seed=5).eval()
     other = Teacher(other_weights, tiny_processor, "me/teacher")
     for chosen in (teachers, teachers[::-1], [other]):
         with pytest.raises(ValueError, match="(?s)cache.*teachers"):
-            distill(chosen, cache=cache, steps=1)
+            distill(chosen, cache=cache, max_steps=1)
 
 
 def test_a_cache_of_other_files_is_refused(distill, teacher, cache, data, pairs_parquet, tmp_path):
-    distill([teacher], cache=cache, steps=1)
+    distill([teacher], cache=cache, max_steps=1)
     other = tmp_path / "other.parquet"
     other.write_bytes(pairs_parquet.read_bytes())
     with pytest.raises(ValueError, match=r"(?s)cache.*other\.parquet"):
-        distill([teacher], cache=cache, data=dataclasses.replace(data, train_data=str(other)), steps=1)
+        distill([teacher], cache=cache, data=dataclasses.replace(data, train_data=str(other)), max_steps=1)
 
 
 def test_without_a_folder_nothing_is_cached(distill, teacher, tmp_path):
-    _, log, _ = distill([teacher], cache=TeacherCacheArguments(), steps=2)
-    assert losses(log) == losses(distill([teacher], steps=2)[1])
+    _, log, _ = distill([teacher], cache=TeacherCacheArguments(), max_steps=2)
+    assert losses(log) == losses(distill([teacher], max_steps=2)[1])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -303,11 +302,10 @@ def test_without_a_folder_nothing_is_cached(distill, teacher, tmp_path):
 def test_a_mapping_trains_the_operators_and_writes_student_and_map(teacher_folder, data, tmp_path):
     compressor = ClipMapCompressor.from_pretrained(teacher_folder, student=SMALL)
     before = copy.deepcopy(compressor.mapper.state_dict())
-    arguments = MappingStageArguments(steps=2, batch_size=8, micro_batch_size=4, warmup_steps=0)
+    arguments = MappingStageArguments(max_steps=2, batch_size=8, micro_batch_size=4, warmup_steps=0)
     data = dataclasses.replace(data, eval_data=data.train_data)
-    result = run_mapping(
-        compressor, arguments, RunContext(RunArguments(str(tmp_path / "out")), data, recipe="steps: 2\n")
-    )
+    context = RunContext(RunArguments(str(tmp_path / "out")), data, recipe="steps: 2\n")
+    result = MappingTrainer(compressor, arguments, context=context).train()
     after = compressor.mapper.cpu().state_dict()
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name in before if name.endswith("delta")} | {"logit_scale"}
@@ -320,9 +318,9 @@ def test_a_mapping_trains_the_operators_and_writes_student_and_map(teacher_folde
 
 
 def test_a_refused_run_leaves_the_arguments_of_the_one_before(distill, teacher, tmp_path):
-    distill([teacher], steps=1, recipe="chunks: 1\n")
+    distill([teacher], max_steps=1, recipe="chunks: 1\n")
     with pytest.raises(ValueError, match="micro_batch_size was null, is 4"):
-        distill([teacher], steps=1, micro_batch_size=4, recipe="chunks: 2\n", resume="auto")
+        distill([teacher], max_steps=1, micro_batch_size=4, recipe="chunks: 2\n", resume="auto")
     assert (tmp_path / "out" / "arguments.yaml").read_text() == "chunks: 1\n"
 
 
@@ -330,10 +328,10 @@ def test_a_mapping_is_not_gone_on_with_for_another_student(teacher_folder, data,
     for depth, words in (("interval_front", None), ("spread", 'student.depth was "interval_front", is "spread"')):
         config = dataclasses.replace(SMALL, depth=depth)
         compressor = ClipMapCompressor.from_pretrained(teacher_folder, student=config)
-        arguments = MappingStageArguments(steps=1, batch_size=8)
+        arguments = MappingStageArguments(max_steps=1, batch_size=8)
         context = RunContext(RunArguments(str(tmp_path / "out")), data)
         if words is None:
-            run_mapping(compressor, arguments, context)
+            MappingTrainer(compressor, arguments, context=context).train()
         else:
             with pytest.raises(ValueError, match=words):
-                run_mapping(compressor, arguments, context)
+                MappingTrainer(compressor, arguments, context=context).train()

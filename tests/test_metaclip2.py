@@ -23,8 +23,8 @@ from clipmap_hf.models.loading import load_processor
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.models.towers import Tower, ends_at_largest_id
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.distillation import run_distillation
-from clipmap_hf.pipeline.mapping import run_mapping
+from clipmap_hf.pipeline.distillation import DistillationTrainer
+from clipmap_hf.pipeline.mapping import MappingTrainer
 from clipmap_hf.starts.calibrated.batches import calibration_batch
 from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments
 from clipmap_hf.training.run_arguments import RunArguments
@@ -83,28 +83,20 @@ def test_the_tower_pools_where_the_model_does(folder):
 @pytest.mark.slow
 def test_a_metaclip2_is_compressed_from_end_to_end(folder, pairs_parquet, tmp_path, fresh_accelerator):
     data = DataArguments(train_data=str(pairs_parquet), eval_data=str(pairs_parquet))
-    numbers = {"steps": 2, "batch_size": 8}
+    numbers = {"max_steps": 2, "batch_size": 8}
     compressor = ClipMapCompressor.from_pretrained(
         folder, SMALL, calibration_data=str(pairs_parquet), calibration_pairs=16
     )
     assert compressor.map_config.initializer == "calibrated"
-    run_mapping(
-        compressor,
-        MappingStageArguments(**numbers),
-        RunContext(RunArguments(output_dir=str(tmp_path / "mapped")), data),
-    )
+    context = RunContext(RunArguments(output_dir=str(tmp_path / "mapped")), data)
+    MappingTrainer(compressor, MappingStageArguments(**numbers), context=context).train()
     mapped = MetaClip2Model.from_pretrained(tmp_path / "mapped")
     exported = compressor.export().cpu()
     torch.testing.assert_close(dict(mapped.state_dict()), dict(exported.state_dict()), atol=0, rtol=0)
 
     run = RunArguments(output_dir=str(tmp_path / "distilled"))
-    run_distillation(
-        mapped,
-        [Teacher.load(str(folder))],
-        compressor.processor,
-        DistillationStageArguments(**numbers),
-        RunContext(run, data),
-    )
+    distillation, context = DistillationStageArguments(**numbers), RunContext(run, data)
+    DistillationTrainer(mapped, Teacher.load(str(folder)), distillation, context=context).train()
     student, processor = MetaClip2Model.from_pretrained(run.output_dir), load_processor(run.output_dir)
     collator = PairCollator(processor.tokenizer, processor.image_processor)
     batches = [collator(list(load_pairs(str(pairs_parquet))))]

@@ -145,31 +145,31 @@ def pairs(count: int) -> PairDataset:
     [(24, 8, 1, 3), (24, 7, 2, 6), (24, 4, 0.5, 3), (24, 24, 100, 100), (24, 8, 0, 0)],
 )
 def test_epochs_are_passes_over_full_batches(count, batch_size, epochs, steps):
-    assert step_count(StageArguments(epochs=epochs, batch_size=batch_size), pairs(count)) == steps
+    assert step_count(StageArguments(num_train_epochs=epochs, batch_size=batch_size), pairs(count)) == steps
 
 
 def test_steps_win_over_epochs():
-    assert step_count(StageArguments(steps=5, epochs=100, batch_size=8), pairs(24)) == 5
-    assert step_count(StageArguments(steps=0, epochs=100, batch_size=8), pairs(24)) == 0
-    assert step_count(StageArguments(steps=0, batch_size=25), pairs(24)) == 0  # which asks for no batch
+    assert step_count(StageArguments(max_steps=5, num_train_epochs=100, batch_size=8), pairs(24)) == 5
+    assert step_count(StageArguments(max_steps=0, num_train_epochs=100, batch_size=8), pairs(24)) == 0
+    assert step_count(StageArguments(max_steps=0, batch_size=25), pairs(24)) == 0  # which asks for no batch
 
 
 def test_a_stream_takes_its_steps_and_has_no_epochs():
     stream = PairStream(SimpleNamespace(num_shards=1))
-    assert step_count(StageArguments(steps=5), stream) == 5
-    with pytest.raises(ValueError, match="A stream has no length, so epochs cannot be counted; set steps"):
+    assert step_count(StageArguments(max_steps=5), stream) == 5
+    with pytest.raises(ValueError, match="A stream has no length, so epochs cannot be counted; set max_steps"):
         step_count(StageArguments(), stream)
 
 
-@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize("steps", [-1, 3])
 def test_a_batch_larger_than_the_data_is_an_error(steps):
     with pytest.raises(ValueError, match="batch_size=25 is larger than the 24 training pairs; lower it"):
-        step_count(StageArguments(steps=steps, batch_size=25), pairs(24))
+        step_count(StageArguments(max_steps=steps, batch_size=25), pairs(24))
 
 
 def test_less_than_one_step_of_epochs_is_an_error():
-    with pytest.raises(ValueError, match=r"epochs=0\.1 of 24 pairs is less than one step"):
-        step_count(StageArguments(epochs=0.1, batch_size=8), pairs(24))
+    with pytest.raises(ValueError, match=r"num_train_epochs=0\.1 of 24 pairs is less than one step"):
+        step_count(StageArguments(num_train_epochs=0.1, batch_size=8), pairs(24))
 
 
 @pytest.mark.parametrize(("number", "steps"), [(0.25, 50.0), (1, 1), (30, 30), (0, 0)])

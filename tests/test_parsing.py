@@ -158,7 +158,7 @@ def test_stage_sections_and_prefixed_options(config):
         Simple, stages=STAGES, argv=[*file, "--mapping_steps", "9", "--distillation_learn_logit_scale", "true"]
     )
     assert simple == Simple("x")
-    assert mapping == MappingStageArguments(steps=9, learning_rate=1e-3)
+    assert mapping == MappingStageArguments(max_steps=9, learning_rate=1e-3)
     assert distillation == DistillationStageArguments(
         losses={"affinity": 0.5, "feature": 2000.0}, learn_logit_scale=True
     )
@@ -207,7 +207,7 @@ def test_sections_of_other_recipes_are_checked_then_left_alone(config):
     file = config("name: x\nmapping:\n  steps: 7\ndistillation:\n  steps: 100\n")
     assert parse_arguments(Simple, stages=own, other_stages=other, argv=file) == (
         Simple("x"),
-        MappingStageArguments(steps=7),
+        MappingStageArguments(max_steps=7),
     )
     wrong = config("name: x\ndistillation:\n  stepps: 100\n")
     with pytest.raises(ValueError, match=r"unknown keys \['stepps'\] in section 'distillation'"):

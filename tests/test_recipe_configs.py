@@ -111,7 +111,7 @@ def test_a_config_is_read_by_its_recipe(read, file, recipe):
 @pytest.mark.parametrize("recipe", ["compress", "map", "distill", "cache", "mask", "mope"])
 def test_what_compress_wrote_is_read_by_the_other_recipes(read, recipe, tmp_path):
     own = read("compress", "--teacher", "t", "--student", "tiny", "--train_data", "pairs", "--output_dir", "out")
-    stages = {"masking": own["OptionalMaskingArguments"], "mapping": own["MappingStageArguments"]}
+    stages = {"masking": own["OptionalMaskingStageArguments"], "mapping": own["MappingStageArguments"]}
     stages["distillation"] = own["DistillationStageArguments"]
     plain = [one for one in own.values() if one not in stages.values()]
     (tmp_path / "arguments.yaml").write_text(arguments_yaml(*plain, **stages))
@@ -126,14 +126,14 @@ def assert_section(stage: StageArguments, content: dict) -> None:
 
 
 TABLE_8 = {  # mapping: batch, length, rate, decay, warm-up
-    "base": (4096, {"steps": 1000}, 2e-3, 0.2, 1000),
-    "small": (4096, {"epochs": 5}, 8e-4, 0.2, 2000),
-    "tiny": (4096, {"epochs": 5}, 8e-4, 0.2, 2000),
+    "base": (4096, {"max_steps": 1000}, 2e-3, 0.2, 1000),
+    "small": (4096, {"num_train_epochs": 5}, 8e-4, 0.2, 2000),
+    "tiny": (4096, {"num_train_epochs": 5}, 8e-4, 0.2, 2000),
 }
 TABLE_9 = {  # retraining
-    "base": (8192, {"epochs": 25}, 3e-4, 1e-4, 2000),
-    "small": (4096, {"epochs": 25}, 1e-4, 0.2, 2000),
-    "tiny": (4096, {"epochs": 25}, 1e-4, 0.2, 2000),
+    "base": (8192, {"num_train_epochs": 25}, 3e-4, 1e-4, 2000),
+    "small": (4096, {"num_train_epochs": 25}, 1e-4, 0.2, 2000),
+    "tiny": (4096, {"num_train_epochs": 25}, 1e-4, 0.2, 2000),
 }
 
 
@@ -146,7 +146,7 @@ def test_the_paper_s_configs_hold_its_tables_8_and_9(read, name):
         assert (stage.batch_size, stage.warmup_steps) == (batch_size, warmup_steps)
         assert (stage.learning_rate, stage.weight_decay) == (learning_rate, weight_decay)
         assert {key: getattr(stage, key) for key in length} == length
-        assert stage.steps == length.get("steps")  # steps would win over epochs
+        assert stage.max_steps == length.get("max_steps", -1)  # steps would win over epochs
         assert (stage.adam_beta1, stage.adam_beta2, stage.max_grad_norm) == (0.9, 0.98, 5.0)
         assert (stage.logit_scale, stage.learn_logit_scale) == (50.0, False)
     assert arguments["DistillationStageArguments"].losses == {"affinity": 1.0}
@@ -169,7 +169,7 @@ def test_the_paper_s_values_stand_in_the_file_itself(name):
     }
     for section in ("mapping", "distillation"):
         assert expected <= content[section].keys()
-        assert {"steps", "epochs"} & content[section].keys()
+        assert {"max_steps", "num_train_epochs"} & content[section].keys()
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -245,5 +245,5 @@ def test_the_embedded_student_is_the_demo_s():
     for key in demo.keys() - {"output_dir", "mapping", "distillation", "calibrated", "ternary", "manual", "scratch"}:
         assert student[key] == demo[key], key
     batch, stages = demo["distillation"]["batch_size"], (demo["mapping"], demo["distillation"])
-    pairs = sum(stage["steps"] * stage["batch_size"] for stage in stages) - student["calibration_pairs"]
-    assert student["distillation"] == {**demo["calibrated"], "steps": pairs // batch}
+    pairs = sum(stage["max_steps"] * stage["batch_size"] for stage in stages) - student["calibration_pairs"]
+    assert student["distillation"] == {**demo["calibrated"], "max_steps": pairs // batch}

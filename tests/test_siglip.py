@@ -27,8 +27,8 @@ from clipmap_hf.models.loading import load_model, load_processor
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.models.towers import Tower
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.distillation import run_distillation
-from clipmap_hf.pipeline.mapping import run_mapping
+from clipmap_hf.pipeline.distillation import DistillationTrainer
+from clipmap_hf.pipeline.mapping import MappingTrainer
 from clipmap_hf.starts import STARTS, check_start, start_mapper
 from clipmap_hf.starts.selection.masks import Masks
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
@@ -226,11 +226,12 @@ def test_scale_and_bias_are_set_learned_and_bounded(siglip):
 @pytest.mark.slow
 def test_a_siglip_is_compressed_from_end_to_end(folder, pairs_parquet, tiny_pairs, tmp_path, fresh_accelerator):
     data = DataArguments(train_data=str(pairs_parquet), eval_data=str(pairs_parquet))
-    numbers = {"steps": 2, "batch_size": 8, "micro_batch_size": 4}
+    numbers = {"max_steps": 2, "batch_size": 8, "micro_batch_size": 4}
     compressor = ClipMapCompressor.from_pretrained(folder, SMALL)
     assert "without token embedding" in str(compressor.cost())
     run = RunArguments(output_dir=str(tmp_path / "mapped"))
-    run_mapping(compressor, MappingStageArguments(losses={"sigmoid": 1.0}, **numbers), RunContext(run, data))
+    arguments = MappingStageArguments(losses={"sigmoid": 1.0}, **numbers)
+    MappingTrainer(compressor, arguments, context=RunContext(run, data)).train()
     mapped = SiglipModel.from_pretrained(tmp_path / "mapped")
     assert not torch.equal(mapped.logit_bias, load_model(str(folder)).logit_bias)
     again = ClipMapCompressor.from_pretrained(tmp_path / "mapped")
@@ -241,7 +242,7 @@ def test_a_siglip_is_compressed_from_end_to_end(folder, pairs_parquet, tiny_pair
     teacher = Teacher.load(str(folder))
     cache = TeacherCacheArguments(teacher_cache=str(tmp_path / "cache"), views=1)
     distillation = DistillationStageArguments(losses=MIXED, **numbers)
-    run_distillation(mapped, [teacher], compressor.processor, distillation, RunContext(run, data), cache=cache)
+    DistillationTrainer(mapped, teacher, distillation, context=RunContext(run, data, None, cache)).train()
     student, processor = SiglipModel.from_pretrained(run.output_dir), load_processor(run.output_dir)
     collator = PairCollator(processor.tokenizer, processor.image_processor)
     metrics = evaluate_retrieval(student, [collator(list(load_pairs(str(pairs_parquet))))])

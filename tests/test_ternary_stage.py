@@ -15,9 +15,9 @@ from clipmap_hf.models.features import ClipFeatures
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline import ternarization
 from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.distillation import distill, run_distillation
-from clipmap_hf.pipeline.masking import run_masking
-from clipmap_hf.pipeline.ternarization import run_ternarization
+from clipmap_hf.pipeline.distillation import DistillationTrainer
+from clipmap_hf.pipeline.masking import MaskingTrainer
+from clipmap_hf.pipeline.ternarization import TernaryTrainer
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.ternary.config import TernaryConfig
 from clipmap_hf.ternary.layers import TernaryModule
@@ -154,27 +154,29 @@ def test_packed_students_are_refused(tiny_teacher, tiny_processor):
         pack_model(tiny_teacher, TernaryConfig()),
         RunContext(RunArguments("unused"), DataArguments("unused")),
     )
+    teacher = Teacher(tiny_teacher, tiny_processor, "me/teacher")
     for train, numbers in (
-        (run_ternarization, TernaryStageArguments()),
-        (run_distillation, DistillationStageArguments()),
+        (TernaryTrainer, TernaryStageArguments()),
+        (DistillationTrainer, DistillationStageArguments()),
     ):
         with pytest.raises(ValueError, match="Training works with float weights.*dequantize"):
-            train(packed, [], tiny_processor, numbers, context)
+            train(packed, teacher, numbers, context=context)
 
 
 def test_packed_models_are_not_masked(tiny_teacher, tiny_processor):
     source = Teacher(pack_model(tiny_teacher, TernaryConfig()), tiny_processor, "me/packed")
     with pytest.raises(ValueError, match="Masking works with float weights"):
-        run_masking(
+        MaskingTrainer(
             source, [], ClipMapConfig(), MaskingStageArguments(), RunContext(RunArguments("a"), DataArguments("b"))
         )
 
 
 def test_a_ramp_longer_than_the_training_is_refused(tiny_teacher, tiny_processor, pairs_parquet):
-    arguments = TernaryStageArguments(steps=4, ramp_steps=5, batch_size=1)
+    arguments = TernaryStageArguments(max_steps=4, ramp_steps=5, batch_size=1)
     context = RunContext(RunArguments("unused"), DataArguments(str(pairs_parquet)))
     with pytest.raises(ValueError, match="ramp_steps=5 are more than the 4"):
-        run_ternarization(tiny_teacher, [], tiny_processor, arguments, context)
+        teacher = Teacher(tiny_teacher, tiny_processor, "me/teacher")
+        TernaryTrainer(tiny_teacher, teacher, arguments, context=context).train()
 
 
 def test_a_frozen_tower_stays_float(build):
@@ -207,22 +209,23 @@ def test_arguments_are_the_words_of_the_config():
 
 @pytest.fixture
 def run(shared_teacher, tiny_processor, pairs_parquet, tmp_path):
-    """A function that ternarizes the tiny teacher: `run(steps=2)` returns the folder."""
+    """A function that ternarizes the tiny teacher: `run(max_steps=2)` returns the folder."""
 
     def start(folder: str = "out", cache: TeacherCacheArguments | None = None, **options):
         teacher = Teacher(copy.deepcopy(shared_teacher), tiny_processor, "me/teacher")
         arguments = TernaryStageArguments(batch_size=8, learning_rate=1e-3, losses=FEATURE, **options)
         data = DataArguments(str(pairs_parquet), eval_data=str(pairs_parquet), crop_scale=[0.3, 1.0])
         output = RunArguments(str(tmp_path / folder), save_steps=1, logging_steps=1)
-        student, context = copy.deepcopy(shared_teacher), RunContext(output, data, recipe="a: 1\n")
-        run_ternarization(student, [teacher], tiny_processor, arguments, context, cache=cache)
+        student = copy.deepcopy(shared_teacher)
+        context = RunContext(output, data, "a: 1\n", cache or TeacherCacheArguments())
+        TernaryTrainer(student, teacher, arguments, context=context).train()
         return tmp_path / folder
 
     return start
 
 
 def test_a_run_writes_a_packed_folder_with_a_card(run, tiny_batch):
-    folder = run(steps=2, parts=["layers"])
+    folder = run(max_steps=2, parts=["layers"])
     model = CLIPModel.from_pretrained(folder)
     assert isinstance(model.get_submodule(NAME), TernaryModule)
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["parts"] == ["layers"]
@@ -236,7 +239,7 @@ def test_a_run_writes_a_packed_folder_with_a_card(run, tiny_batch):
 
 
 def test_half_the_bytes_for_the_float_rest(run):
-    folder = run(steps=1, float_dtype="float16")
+    folder = run(max_steps=1, float_dtype="float16")
     dtypes = {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
     assert dtypes == {torch.float16, torch.uint8}
 
@@ -244,21 +247,21 @@ def test_half_the_bytes_for_the_float_rest(run):
 def test_rounding_without_training_is_said_aloud(run, monkeypatch):
     warnings = []
     monkeypatch.setattr(ternarization.logger, "warning", warnings.append)
-    folder = run(steps=0)
+    folder = run(max_steps=0)
     assert len(warnings) == 1 and "without training" in warnings[0]
     assert isinstance(CLIPModel.from_pretrained(folder).get_submodule(NAME), TernaryModule)
 
 
 def test_a_run_that_is_repeated_writes_the_same(run):
-    whole = load_file(run("whole", steps=3) / "model.safetensors")
-    again = load_file(run("again", steps=3) / "model.safetensors")
+    whole = load_file(run("whole", max_steps=3) / "model.safetensors")
+    again = load_file(run("again", max_steps=3) / "model.safetensors")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_teacher_cache_holds_the_views_that_are_trained_on(run, tmp_path):
     folders = {
-        "live": run("live", steps=6),
-        "cached": run("cached", TeacherCacheArguments(str(tmp_path / "cache"), 2), steps=6),
+        "live": run("live", max_steps=6),
+        "cached": run("cached", TeacherCacheArguments(str(tmp_path / "cache"), 2), max_steps=6),
     }
     losses = {}
     for name, folder in folders.items():
@@ -273,16 +276,13 @@ class Halved(DistillationStage):
         return copy.deepcopy(self.trained).half()
 
 
+class HalvingTrainer(DistillationTrainer):
+    make_stage = Halved
+
+
 def test_distillation_writes_what_is_exported(shared_teacher, tiny_processor, pairs_parquet, tmp_path):
     teacher = Teacher(copy.deepcopy(shared_teacher), tiny_processor, "me/teacher")
-    distill(
-        copy.deepcopy(shared_teacher),
-        [teacher],
-        tiny_processor,
-        TernaryStageArguments(steps=1, batch_size=8),
-        RunContext(RunArguments(str(tmp_path)), DataArguments(str(pairs_parquet))),
-        make_stage=Halved,
-        card={"method": "It was halved."},
-    )
-    assert "It was halved." in (tmp_path / "README.md").read_text()
+    context = RunContext(RunArguments(str(tmp_path)), DataArguments(str(pairs_parquet)))
+    arguments = DistillationStageArguments(max_steps=1, batch_size=8)
+    HalvingTrainer(copy.deepcopy(shared_teacher), teacher, arguments, context=context).train()
     assert CLIPModel.from_pretrained(tmp_path).dtype == torch.float16

@@ -91,7 +91,7 @@ def trainer_of(stage_of, pairs, collator, tmp_path):
     def build(stage: Stage | str = "contrastive", **values) -> Trainer:
         AcceleratorState._reset_state(reset_partial_state=True)  # each run is one of a process of its own
         stage = stage_of(stage) if isinstance(stage, str) else stage
-        numbers = {"steps": 3, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 0.2}
+        numbers = {"max_steps": 3, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 0.2}
         options = {"output_dir": str(tmp_path / "out"), "logging_steps": 1, "seed": 0, "resume": "never"}
         rest = {"pairs": pairs, "collator": collator}
         for name, value in values.items():
@@ -152,7 +152,7 @@ def test_the_teachers_of_a_distillation_do_not_change(trainer_of, tiny_teacher):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_loss_falls(trainer_of, name):
-    trainer = trainer_of(name, steps=30, batch_size=24, learning_rate=1e-3)
+    trainer = trainer_of(name, max_steps=30, batch_size=24, learning_rate=1e-3)
     trainer.train()
     losses = [line["loss"] for line in log_of(trainer)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
@@ -171,7 +171,7 @@ def test_micro_batches_train_like_whole_batches(trainer_of, name):
 
 def test_a_learned_logit_scale_is_clamped_after_every_step(trainer_of, stage_of):
     stage = ContrastiveStage(stage_of("contrastive").trained, logit_scale=120.0, learn_logit_scale=True)
-    trainer = trainer_of(stage, steps=4, learning_rate=1e-4)
+    trainer = trainer_of(stage, max_steps=4, learning_rate=1e-4)
     trainer.train()
     scales = torch.tensor([line["logit_scale"] for line in log_of(trainer)])
     torch.testing.assert_close(scales[0].item(), 120.0, atol=1e-3, rtol=0)
@@ -182,21 +182,23 @@ def test_a_learned_logit_scale_is_clamped_after_every_step(trainer_of, stage_of)
 
 
 def test_steps_win_over_epochs(trainer_of):
-    assert trainer_of(steps=5, epochs=100).train().steps == 5
+    assert trainer_of(max_steps=5, num_train_epochs=100).train().steps == 5
 
 
 def test_epochs_are_whole_passes_over_full_batches(trainer_of):
-    result = trainer_of(steps=None, epochs=2, batch_size=7).train()  # 24 pairs: three batches, the rest is dropped
+    result = trainer_of(
+        max_steps=-1, num_train_epochs=2, batch_size=7
+    ).train()  # 24 pairs: three batches, the rest is dropped
     assert (result.steps, result.pairs, result.bad_rows) == (6, 42, {})
 
 
 def test_parts_of_an_epoch_are_allowed(trainer_of):
-    assert trainer_of(steps=None, epochs=0.5, batch_size=4).train().steps == 3
+    assert trainer_of(max_steps=-1, num_train_epochs=0.5, batch_size=4).train().steps == 3
 
 
 def test_no_steps_train_nothing_and_still_save(trainer_of):
     saved = []
-    trainer = trainer_of(steps=0, save=lambda folder, metrics: saved.append(folder))
+    trainer = trainer_of(max_steps=0, save=lambda folder, metrics: saved.append(folder))
     before = state(trainer.stage)
     assert trainer.train().steps == 0
     assert saved == [trainer.output_dir] and not changed(before, trainer.stage)
@@ -214,7 +216,7 @@ def keys_of(trainer_of, monkeypatch):
             return collate(self, rows)
 
         monkeypatch.setattr(PairCollator, "__call__", record)
-        trainer_of(steps=6, **values).train()
+        trainer_of(max_steps=6, **values).train()
         monkeypatch.undo()
         return [keys[:24], keys[24:]]
 
@@ -238,7 +240,7 @@ def test_the_rate_warms_up_and_follows_a_cosine(trainer_of, warmup, monkeypatch)
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
-    trainer = trainer_of(steps=6, warmup_steps=warmup, learning_rate=0.01)
+    trainer = trainer_of(max_steps=6, warmup_steps=warmup, learning_rate=0.01)
     trainer.train()
     expected = [0, 0.01 / 3, 0.02 / 3, 0.01, 0.0075, 0.0025]
     assert [rate for (rate,) in taken] == pytest.approx(expected, abs=1e-9)
@@ -254,7 +256,7 @@ def test_gradients_are_clipped_at_their_global_norm(trainer_of, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    trainer = trainer_of(steps=1, max_grad_norm=1e-3)
+    trainer = trainer_of(max_steps=1, max_grad_norm=1e-3)
     trainer.train()
     assert log_of(trainer)[0]["grad_norm"] > 1e-2  # logged as it was before
     torch.testing.assert_close(norms, [1e-3], atol=1e-6, rtol=0)
@@ -272,17 +274,17 @@ def test_a_micro_batch_that_does_not_divide_the_batch_is_an_error(trainer_of):
 
 def test_a_stream_trains_for_its_steps(trainer_of, stream, collator):
     collator = dataclasses.replace(collator, caption_columns=["txt"])
-    trainer = trainer_of(pairs=stream, collator=collator, steps=5, micro_batch_size=4)
+    trainer = trainer_of(pairs=stream, collator=collator, max_steps=5, micro_batch_size=4)
     assert trainer.train().pairs == 40
-    with pytest.raises(ValueError, match="set steps"):
-        trainer_of(pairs=stream, collator=collator, steps=None)
+    with pytest.raises(ValueError, match="set max_steps"):
+        trainer_of(pairs=stream, collator=collator, max_steps=-1)
 
 
 # What is written
 
 
 def test_metrics_have_a_line_for_every_log_every_steps_and_the_last(trainer_of):
-    trainer = trainer_of("distillation", steps=7, logging_steps=3, name="retraining")
+    trainer = trainer_of("distillation", max_steps=7, logging_steps=3, name="retraining")
     result = trainer.train()
     lines = log_of(trainer)
     assert [line["step"] for line in lines] == [3, 6, 7]
@@ -299,7 +301,7 @@ def fake_evaluation(recalls: list[float]):
     """An evaluation that returns the given recalls in turn, and the models it was called with."""
     models = []
 
-    def evaluate(model) -> dict[str, float]:
+    def evaluate(model, watched=iter) -> dict[str, float]:
         models.append(model)
         return {"mean_recall": recalls[len(models) - 1]}
 
@@ -311,7 +313,7 @@ def test_best_and_last_are_kept(trainer_of):
     saved = []
     trainer = trainer_of(
         "mapping",
-        steps=5,
+        max_steps=5,
         eval_steps=2,
         logging_steps=10,
         evaluate=evaluate,
@@ -341,7 +343,9 @@ def test_evaluation_does_not_change_what_is_trained(trainer_of, collator, pairs)
     weights = []
     for every in (None, 1):
         trainer = trainer_of(
-            "contrastive", eval_steps=every, evaluate=lambda model: evaluate_retrieval(model, [batch], ks=(1,))
+            "contrastive",
+            eval_steps=every,
+            evaluate=lambda model, watched: evaluate_retrieval(model, watched([batch]), ks=(1,)),
         )
         trainer.train()
         assert trainer.stage.trained.training
@@ -361,7 +365,7 @@ def test_time_for_evaluation_and_checkpoints_is_not_counted_as_training(trainer_
     save_state = Accelerator.save_state
     monkeypatch.setattr(Accelerator, "save_state", lambda self, folder: (wait(), save_state(self, folder)))
     monkeypatch.setattr("clipmap_hf.training.trainer.time.perf_counter", lambda: next(clock))
-    result = trainer_of(steps=3, eval_steps=1, save_steps=1, evaluate=wait).train()
+    result = trainer_of(max_steps=3, eval_steps=1, save_steps=1, evaluate=wait).train()
     assert result.seconds < 100
 
 
@@ -391,7 +395,7 @@ def test_a_seed_decides_dropout(trainer_of, stage_of):
     runs = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(runs))
-        trainer = trainer_of(stage_of("contrastive", dropout=True), seed=seed, steps=1, batch_size=24)
+        trainer = trainer_of(stage_of("contrastive", dropout=True), seed=seed, max_steps=1, batch_size=24)
         trainer.train()
         runs.append(log_of(trainer)[-1]["loss"])
     assert runs[0] == runs[1] != runs[2]
@@ -400,8 +404,9 @@ def test_a_seed_decides_dropout(trainer_of, stage_of):
 def test_the_dropout_of_a_step_depends_on_nothing_before_it(trainer_of, stage_of):
     runs, seeds = [], []
     for draws in (0, 5):
-        evaluate = lambda _, draws=draws: {"sum": torch.rand(draws).sum().item()}  # noqa: E731
+        evaluate = lambda _model, _watched, draws=draws: {"sum": torch.rand(draws).sum().item()}  # noqa: E731
         trainer = trainer_of(stage_of("contrastive", dropout=True), eval_steps=1, evaluate=evaluate)
+        trainer.run.metric_for_best_model = "sum"
         trainer.stage.after_step = lambda: seeds.append(torch.initial_seed())
         trainer.train()
         runs.append([line["loss"] for line in log_of(trainer) if "loss" in line])
@@ -418,7 +423,7 @@ def test_compiling_is_asked_of_torch_for_the_student_alone(trainer_of, monkeypat
     monkeypatch.setattr(torch, "compile", fake_compile)
     losses = []
     for compile_ in (False, True):
-        trainer = trainer_of("distillation", steps=2, compile=compile_)
+        trainer = trainer_of("distillation", max_steps=2, torch_compile=compile_)
         trainer.train()
         losses.append([line["loss"] for line in log_of(trainer)])
         assert len(compiled) == compile_
@@ -450,7 +455,7 @@ def spoiled(pairs: PairDataset, captions: int, images: int = 0) -> PairDataset:
 
 
 def test_bad_rows_are_left_out_and_counted_by_reason(trainer_of, pairs):
-    trainer = trainer_of(pairs=spoiled(pairs, 2, 1), batch_size=24, micro_batch_size=6, steps=2)
+    trainer = trainer_of(pairs=spoiled(pairs, 2, 1), batch_size=24, micro_batch_size=6, max_steps=2)
     result = trainer.train()
     assert (result.pairs, result.bad_rows) == (42, {"no caption": 4, "undecodable image": 2})
     counted = [(line["pairs"], line["bad_rows"]) for line in log_of(trainer)]
@@ -461,24 +466,24 @@ def test_bad_rows_are_left_out_and_counted_by_reason(trainer_of, pairs):
 
 
 def test_too_many_bad_rows_stop_the_run_with_their_number_and_reasons(trainer_of, pairs):
-    trainer = trainer_of(pairs=spoiled(pairs, 3, 2), batch_size=24, steps=2, max_bad_fraction=0.004)
+    trainer = trainer_of(pairs=spoiled(pairs, 3, 2), batch_size=24, max_steps=2, max_bad_fraction=0.004)
     with pytest.raises(ValueError, match=r"5 of 24 rows could not be used, more than max_bad_fraction=0\.004") as info:
         trainer.train()
     assert "'no caption': 3" in str(info.value) and "'undecodable image': 2" in str(info.value)
 
 
 def test_one_bad_row_in_the_first_batch_is_no_verdict(trainer_of, pairs):
-    trainer = trainer_of(pairs=spoiled(pairs, 1), batch_size=24, steps=1, max_bad_fraction=0.01)  # 1 of 24 is 4 %
+    trainer = trainer_of(pairs=spoiled(pairs, 1), batch_size=24, max_steps=1, max_bad_fraction=0.01)  # 1 of 24 is 4 %
     assert trainer.train().bad_rows == {"no caption": 1}
 
 
 def test_a_chunk_without_good_rows_is_left_out(trainer_of, pairs):
-    trainer = trainer_of(pairs=spoiled(pairs, 8), batch_size=24, micro_batch_size=1, steps=1, max_bad_fraction=1.0)
+    trainer = trainer_of(pairs=spoiled(pairs, 8), batch_size=24, micro_batch_size=1, max_steps=1, max_bad_fraction=1.0)
     assert trainer.train().pairs == 16
 
 
 def test_steps_without_good_rows_are_skipped_and_counted(trainer_of, pairs):
-    trainer = trainer_of(pairs=spoiled(pairs, 24), max_bad_fraction=1.0, steps=2)
+    trainer = trainer_of(pairs=spoiled(pairs, 24), max_bad_fraction=1.0, max_steps=2)
     before = state(trainer.stage)
     result = trainer.train()
     assert (result.steps, result.skipped, result.pairs) == (2, 2, 0) and result.bad_rows == {"no caption": 16}
@@ -520,7 +525,7 @@ def spoil_gradient(monkeypatch):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(trainer_of, spoil_gradient, caplog, name, loss):
     spoil_gradient({2, 4}, loss)
-    trainer, states, seen = trainer_of(name, steps=5), [], []
+    trainer, states, seen = trainer_of(name, max_steps=5), [], []
     trainer.stage.after_step = lambda: (states.append(state(trainer.stage)), seen.append(len(states)))
     result = trainer.train()
     moved = [
@@ -550,7 +555,7 @@ def test_a_skipped_step_leaves_the_optimizer_as_it_was(trainer_of, spoil_gradien
                     return None if count[0] == 2 else step(self, *args, **kwargs)
 
                 patch.setattr(torch.optim.AdamW, "step", all_but_the_second)
-            trainer = trainer_of(steps=4)
+            trainer = trainer_of(max_steps=4)
             trainer.train()
             weights.append(state(trainer.stage))
     assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
@@ -559,12 +564,12 @@ def test_a_skipped_step_leaves_the_optimizer_as_it_was(trainer_of, spoil_gradien
 def test_more_skipped_steps_in_a_row_than_allowed_stop_the_run(trainer_of, spoil_gradient):
     spoil_gradient({1, 2, 4, 5, 6})
     with pytest.raises(FloatingPointError, match="3 steps in a row up to 6 had no .* more than max_skipped=2"):
-        trainer_of(steps=8, max_skipped=2).train()
+        trainer_of(max_steps=8, max_skipped=2).train()
 
 
 def test_as_many_skipped_steps_in_a_row_as_allowed_do_not_stop_the_run(trainer_of, spoil_gradient):
     spoil_gradient({1, 2, 4, 5, 7, 8})
-    assert trainer_of(steps=8, max_skipped=2).train().skipped == 6
+    assert trainer_of(max_steps=8, max_skipped=2).train().skipped == 6
 
 
 def test_a_model_that_is_not_finite_stops_the_run(trainer_of, stage_of):
@@ -577,10 +582,10 @@ def test_a_model_that_is_not_finite_stops_the_run(trainer_of, stage_of):
 def test_skipped_steps_before_an_interruption_count(trainer_of, spoil_gradient):
     spoil_gradient({1, 2})
     with pytest.raises(FloatingPointError):
-        trainer_of(steps=8, max_skipped=1, save_steps=1).train()
+        trainer_of(max_steps=8, max_skipped=1, save_steps=1).train()
     spoil_gradient({1})  # the step after the checkpoint
     with pytest.raises(FloatingPointError, match="2 steps in a row up to 2"):
-        trainer_of(steps=8, max_skipped=1, save_steps=1, resume="auto").train()
+        trainer_of(max_steps=8, max_skipped=1, save_steps=1, resume="auto").train()
 
 
 # Checkpoints
@@ -588,7 +593,7 @@ def test_skipped_steps_before_an_interruption_count(trainer_of, spoil_gradient):
 
 def test_a_run_that_starts_anew_starts_its_log_again(trainer_of):
     for _ in range(2):
-        trainer = trainer_of(steps=2)
+        trainer = trainer_of(max_steps=2)
         before = state(trainer.stage)
         trainer.train()
         assert changed(before, trainer.stage)
@@ -598,7 +603,7 @@ def test_a_run_that_starts_anew_starts_its_log_again(trainer_of):
 def test_a_finished_run_started_again_does_nothing(trainer_of, monkeypatch):
     batches, saved = [], []
     evaluate, _ = fake_evaluation([0.3, 0.2, 0.2])
-    options = {"steps": 4, "eval_steps": 2, "save": lambda folder, metrics: saved.append((folder, metrics))}
+    options = {"max_steps": 4, "eval_steps": 2, "save": lambda folder, metrics: saved.append((folder, metrics))}
     first = trainer_of(resume="auto", evaluate=evaluate, **options)
     result, log = first.train(), first.log.file.read_bytes()
     monkeypatch.setattr(ContrastiveStage, "forward", lambda *_: batches.append(1))
@@ -611,14 +616,14 @@ def test_a_finished_run_started_again_does_nothing(trainer_of, monkeypatch):
 
 
 def test_the_last_two_checkpoints_are_kept(trainer_of):
-    trainer = trainer_of(steps=7, save_steps=2)
+    trainer = trainer_of(max_steps=7, save_steps=2)
     trainer.train()
     assert [path.name for path in checkpoints_of(trainer)] == ["step-00000006", "step-00000007"]
 
 
 @pytest.mark.parametrize(("every", "names"), [(2, ["step-00000002", "step-00000003"]), (500, ["step-00000003"])])
 def test_checkpoints_are_written_when_they_are_due_and_at_the_end(trainer_of, every, names):
-    trainer = trainer_of(steps=3, save_steps=every)
+    trainer = trainer_of(max_steps=3, save_steps=every)
     trainer.train()
     assert [path.name for path in checkpoints_of(trainer)] == names
 
@@ -685,7 +690,12 @@ KINDS = [
 def test_a_run_that_is_interrupted_in_every_step_ends_with_the_same_bits(
     trainer_of, stage_of, source, name, streaming, num_workers, tmp_path
 ):
-    options = source(streaming) | {"num_workers": num_workers, "steps": 5, "micro_batch_size": 4, "warmup_steps": 2}
+    options = source(streaming) | {
+        "dataloader_num_workers": num_workers,
+        "max_steps": 5,
+        "micro_batch_size": 4,
+        "warmup_steps": 2,
+    }
     whole = trainer_of(stage_of(name, dropout=True), output_dir=str(tmp_path / "whole"), **options)
     expected = whole.train()
     options |= {"resume": "auto", "save_steps": 1}
@@ -705,7 +715,7 @@ def test_a_run_that_is_interrupted_in_every_step_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
 def test_an_interruption_at_any_step_between_checkpoints_changes_nothing(trainer_of, stage_of, tmp_path, step):
-    options = {"steps": 6, "save_steps": 2, "micro_batch_size": 4}
+    options = {"max_steps": 6, "save_steps": 2, "micro_batch_size": 4}
     whole = trainer_of(stage_of("contrastive", dropout=True), output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     options["resume"] = "auto"
@@ -722,7 +732,7 @@ def test_an_interruption_at_any_step_between_checkpoints_changes_nothing(trainer
 
 @pytest.mark.parametrize("after", [False, True], ids=["before its state", "after its state"])
 def test_an_interruption_while_a_checkpoint_is_written_leaves_the_one_before(trainer_of, tmp_path, after):
-    options = {"steps": 5, "save_steps": 2}
+    options = {"max_steps": 5, "save_steps": 2}
     whole = trainer_of(output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     trainer = trainer_of(resume="auto", **options)
@@ -735,20 +745,20 @@ def test_an_interruption_while_a_checkpoint_is_written_leaves_the_one_before(tra
 
 
 def test_what_a_killed_process_left_half_written_is_no_checkpoint(trainer_of, tmp_path):
-    trainer = trainer_of(steps=3, save_steps=2)
+    trainer = trainer_of(max_steps=3, save_steps=2)
     trainer.train()
     folder = trainer.output_dir / "checkpoints" / ".step-00000009.tmp"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"half")
-    assert trainer_of(steps=3, save_steps=2, resume="auto").train().steps == 3
+    assert trainer_of(max_steps=3, save_steps=2, resume="auto").train().steps == 3
 
 
 def test_an_evaluation_that_was_due_is_made_up_for(trainer_of, tmp_path):
-    options = {"steps": 5, "eval_steps": 2, "save_steps": 2, "logging_steps": 10}
+    options = {"max_steps": 5, "eval_steps": 2, "save_steps": 2, "logging_steps": 10}
     recalls, saved = {2: 0.9, 4: 0.5, 5: 0.6}, []
     trainers = []
 
-    def evaluate(model) -> dict[str, float]:
+    def evaluate(model, watched=iter) -> dict[str, float]:
         return {"mean_recall": recalls[trainers[-1].progress.step]}
 
     def make(folder: str, resume: str) -> Trainer:
@@ -763,7 +773,7 @@ def test_an_evaluation_that_was_due_is_made_up_for(trainer_of, tmp_path):
     whole.train()
     assert saved == [("whole", 0.9), ("best", 0.9), ("whole", 0.5), ("whole", 0.6)]
     interrupted = make("out", "auto")
-    interrupted.evaluate = lambda model: (_ for _ in ()).throw(Interrupted)
+    interrupted.evaluate = lambda *_: (_ for _ in ()).throw(Interrupted)
     with pytest.raises(Interrupted):
         interrupted.train()
     assert not log_of(interrupted) and not saved
@@ -774,7 +784,7 @@ def test_an_evaluation_that_was_due_is_made_up_for(trainer_of, tmp_path):
 
 
 def test_the_best_of_before_an_interruption_stays_the_best(trainer_of):
-    options = {"steps": 6, "eval_steps": 2, "save_steps": 1, "resume": "auto"}
+    options = {"max_steps": 6, "eval_steps": 2, "save_steps": 1, "resume": "auto"}
     first, _ = fake_evaluation([0.9])
     with failing(torch.optim.AdamW, "step", 4), pytest.raises(Interrupted):  # a checkpoint knows of the 0.9
         trainer_of(evaluate=first, save=lambda *_: None, **options).train()
@@ -785,7 +795,7 @@ def test_the_best_of_before_an_interruption_stays_the_best(trainer_of):
 
 
 def test_bad_rows_of_before_an_interruption_count(trainer_of, pairs):
-    options = {"pairs": spoiled(pairs, 2, 1), "batch_size": 24, "steps": 3, "save_steps": 1, "resume": "auto"}
+    options = {"pairs": spoiled(pairs, 2, 1), "batch_size": 24, "max_steps": 3, "save_steps": 1, "resume": "auto"}
     with failing(torch.optim.AdamW, "step", 3), pytest.raises(Interrupted):
         trainer_of(**options).train()
     result = trainer_of(**options).train()
@@ -797,7 +807,7 @@ CHANGES = {
     "batch_size": ({"batch_size": 6}, "batch_size was 8, is 6"),
     "seed": ({"seed": 1}, "seed was 0, is 1"),
     "precision": ({"mixed_precision": "bf16"}, 'mixed_precision was "no", is "bf16"'),
-    "compile": ({"compile": True}, "compile was false, is true"),
+    "torch_compile": ({"torch_compile": True}, "compile was false, is true"),
     "name": ({"name": "other"}, 'stage was "train", is "other"'),
     "config": ({"config": {"crop": (0.5, 1)}}, r"crop was nothing, is \[0.5, 1\]"),
     "both": ({"seed": 1, "max_grad_norm": 1.0}, "max_grad_norm was 5.0, is 1.0; seed was 0, is 1"),
@@ -816,12 +826,12 @@ def test_another_configuration_is_refused_and_what_changed_is_named(trainer_of, 
 
 
 def test_a_run_can_be_made_longer_and_follows_the_longer_schedule(trainer_of, caplog):
-    trainer_of(steps=4).train()
-    longer = trainer_of(steps=6, resume="auto")
+    trainer_of(max_steps=4).train()
+    longer = trainer_of(max_steps=6, resume="auto")
     result = longer.train()
     assert (result.steps, result.pairs) == (6, 48)
-    assert "is gone on with: steps was 4, is 6. The result is bit for bit that of neither run." in caplog.text
-    whole = trainer_of(steps=6, resume="never")
+    assert "is gone on with: max_steps was 4, is 6. The result is bit for bit that of neither run." in caplog.text
+    whole = trainer_of(max_steps=6, resume="never")
     rates = [line["learning_rate"] for line in log_of(longer)]
     whole.train()
     assert rates[4:] == [line["learning_rate"] for line in log_of(whole)][4:] and len(rates) == 6
@@ -836,14 +846,14 @@ def test_a_run_that_was_cut_off_sees_the_batches_of_the_longer_one(trainer_of, c
         stage.train()
         return batches
 
-    first, rest, whole = seen(steps=2), seen(steps=5, resume="auto"), seen(steps=5)
+    first, rest, whole = seen(max_steps=2), seen(max_steps=5, resume="auto"), seen(max_steps=5)
     torch.testing.assert_close([*first, *rest], whole, atol=0, rtol=0)
 
 
 def test_a_run_does_not_become_shorter_than_it_is(trainer_of):
-    trainer_of(steps=4).train()
+    trainer_of(max_steps=4).train()
     with pytest.raises(ValueError, match="out holds 4 steps; ask for no fewer, or set resume=never"):
-        trainer_of(steps=3, resume="auto").train()
+        trainer_of(max_steps=3, resume="auto").train()
 
 
 def test_data_with_other_rows_is_refused(trainer_of, pairs):
@@ -853,12 +863,12 @@ def test_data_with_other_rows_is_refused(trainer_of, pairs):
 
 
 def test_a_stream_is_refused_to_other_workers_and_shards(trainer_of, source, pairs_tar):
-    options = source(True) | {"steps": 2}
+    options = source(True) | {"max_steps": 2}
     trainer_of(**options).train()
-    assert trainer_of(resume="auto", **options | {"steps": 3}).train().steps == 3  # but it may be longer
-    options["steps"] = 3
+    assert trainer_of(resume="auto", **options | {"max_steps": 3}).train().steps == 3  # but it may be longer
+    options["max_steps"] = 3
     with pytest.raises(ValueError, match="num_workers was 0, is 2"):
-        trainer_of(resume="auto", num_workers=2, **options).train()
+        trainer_of(resume="auto", dataloader_num_workers=2, **options).train()
     options["pairs"] = PairStream(
         load_pairs(str(pairs_tar), image_column="png", caption_columns=["txt"], streaming=True), 5
     )
@@ -869,7 +879,7 @@ def test_a_stream_is_refused_to_other_workers_and_shards(trainer_of, source, pai
 @pytest.mark.parametrize(
     "values",
     [
-        {"num_workers": 1},
+        {"dataloader_num_workers": 1},
         {"logging_steps": 2},
         {"eval_steps": 1},
         {"save_steps": 1},
@@ -879,7 +889,7 @@ def test_a_stream_is_refused_to_other_workers_and_shards(trainer_of, source, pai
     ids=lambda values: next(iter(values)),
 )
 def test_what_does_not_decide_the_result_may_change(trainer_of, values, tmp_path):
-    options = {"steps": 4, "save_steps": 2}
+    options = {"max_steps": 4, "save_steps": 2}
     whole = trainer_of(output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     with failing(torch.optim.AdamW, "step", 4), pytest.raises(Interrupted):
@@ -896,7 +906,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, Path.unlink], ids=["cut off", "gone"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
 def test_a_damaged_checkpoint_makes_the_one_before_be_used(trainer_of, caplog, name, damage):
-    options = {"steps": 5, "save_steps": 2}
+    options = {"max_steps": 5, "save_steps": 2}
     whole = trainer_of(**options)
     whole.train()
     last = checkpoints_of(whole)[-1]
@@ -912,7 +922,7 @@ def test_a_damaged_checkpoint_makes_the_one_before_be_used(trainer_of, caplog, n
 
 
 def test_when_every_checkpoint_is_damaged_the_run_does_not_start_unasked(trainer_of):
-    options = {"steps": 3, "save_steps": 2}
+    options = {"max_steps": 3, "save_steps": 2}
     whole = trainer_of(**options)
     whole.train()
     for folder in checkpoints_of(whole):
@@ -924,11 +934,11 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_start_unasked(trainer
 
 
 def test_the_checkpoint_just_written_outlives_damaged_ones_of_later_steps(trainer_of):
-    whole = trainer_of(steps=6, save_steps=2)
+    whole = trainer_of(max_steps=6, save_steps=2)
     whole.train()
     for folder in checkpoints_of(whole)[1:]:
         (folder / "model.safetensors").write_bytes(b"")
-    interrupted = trainer_of(steps=6, save_steps=1, resume="auto")
+    interrupted = trainer_of(max_steps=6, save_steps=1, resume="auto")
     interrupted.stage.after_step = lambda: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Preempted):
         interrupted.train()
@@ -936,7 +946,7 @@ def test_the_checkpoint_just_written_outlives_damaged_ones_of_later_steps(traine
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(trainer_of, monkeypatch):
-    trainer = trainer_of(steps=4, save_steps=2)
+    trainer = trainer_of(max_steps=4, save_steps=2)
 
     def full(self, folder):
         (Path(folder) / "model.safetensors").write_bytes(b"some")
@@ -965,9 +975,9 @@ def in_main_thread():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(trainer_of, in_main_thread, name, tmp_path, caplog):
-    whole = trainer_of(name, steps=4, output_dir=str(tmp_path / "whole"))
+    whole = trainer_of(name, max_steps=4, output_dir=str(tmp_path / "whole"))
     whole.train()
-    trainer, previous = trainer_of(name, steps=4), signal.getsignal(signal.SIGTERM)
+    trainer, previous = trainer_of(name, max_steps=4), signal.getsignal(signal.SIGTERM)
     after_step, steps = trainer.stage.after_step, []
 
     def terminated() -> None:
@@ -983,25 +993,25 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(trainer_of, in_main_t
     assert len(steps) == 2 and [path.name for path in checkpoints_of(trainer)] == ["step-00000002"]
     assert "Stopped by SIGTERM at step 2; resume=auto goes on from there." in caplog.text
     assert signal.getsignal(signal.SIGTERM) is previous
-    again = trainer_of(name, steps=4, resume="auto")
+    again = trainer_of(name, max_steps=4, resume="auto")
     again.train()
     assert not changed(state(whole.stage), again.stage) and len(log_of(again)) == 4
 
 
 def test_sigterm_in_the_last_step_stops_the_run_and_the_next_one_saves(trainer_of, in_main_thread):
     saved = []
-    trainer = trainer_of(steps=2, save=lambda folder, _: saved.append(folder.name))
+    trainer = trainer_of(max_steps=2, save=lambda folder, _: saved.append(folder.name))
     steps = []
     trainer.stage.after_step = lambda: (steps.append(1), len(steps) == 2 and os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Preempted):  # or a stage that follows would run on until it is killed
         trainer.train()
     assert not saved
-    trainer_of(steps=2, save=lambda folder, _: saved.append(folder.name), resume="auto").train()
+    trainer_of(max_steps=2, save=lambda folder, _: saved.append(folder.name), resume="auto").train()
     assert saved == ["out"]
 
 
 def test_sigterm_in_the_last_evaluation_stops_the_run_when_all_is_saved(trainer_of, in_main_thread):
-    def evaluate(_) -> dict[str, float]:
+    def evaluate(_, watched=iter) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
         return {"mean_recall": 0.5}
 
@@ -1025,7 +1035,7 @@ def ticking(monkeypatch):
 def test_a_run_ends_when_its_time_is_up_as_if_its_steps_were_over(trainer_of, ticking):
     saved = []
     trainer = trainer_of(
-        steps=1000, max_time="10s", save_steps=1000, save=lambda folder, metrics: saved.append(folder)
+        max_steps=1000, max_time="10s", save_steps=1000, save=lambda folder, metrics: saved.append(folder)
     )
     result = trainer.train()
     assert 1 < result.steps < 12 and saved == [trainer.output_dir]
@@ -1035,9 +1045,9 @@ def test_a_run_ends_when_its_time_is_up_as_if_its_steps_were_over(trainer_of, ti
 
 
 def test_a_run_whose_time_is_up_is_not_gone_on_with_unless_it_is_given_more(trainer_of, ticking):
-    steps = trainer_of(steps=1000, max_time="10s").train().steps
-    assert trainer_of(steps=1000, max_time="10s", resume="auto").train().steps == steps
-    assert steps < trainer_of(steps=1000, max_time="60s", resume="auto").train().steps < 1000
+    steps = trainer_of(max_steps=1000, max_time="10s").train().steps
+    assert trainer_of(max_steps=1000, max_time="10s", resume="auto").train().steps == steps
+    assert steps < trainer_of(max_steps=1000, max_time="60s", resume="auto").train().steps < 1000
 
 
 def test_time_that_is_enough_changes_nothing(trainer_of):

@@ -13,7 +13,7 @@ from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.models import teacher as teacher_module
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.pipeline import context as context_module
-from clipmap_hf.pipeline.compression import CompressionArguments, compress, compress_in_steps
+from clipmap_hf.pipeline.compression import CompressionArguments, compress_in_run, compress_in_steps
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.mapping import map_model
 from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 SMALL = ClipMapConfig(TowerConfig(32, num_hidden_layers=2), TowerConfig(16, num_hidden_layers=1), refit=False)
 DIAGONAL = dataclasses.replace(SMALL, initializer="diagonal")
-NUMBERS = {"steps": 2, "batch_size": 8}
+NUMBERS = {"max_steps": 2, "batch_size": 8}
 PROCESSOR_FILES = {"tokenizer.json", "tokenizer_config.json", "processor_config.json"}
 STUDENT_FILES = PROCESSOR_FILES | {"config.json", "model.safetensors"}
 LEFT = STUDENT_FILES | {"README.md", "arguments.yaml", "checkpoints", "made_from.json", "metrics.jsonl"}
@@ -45,7 +45,9 @@ def run(teacher_folder, pairs_parquet, tmp_path):
         arguments.setdefault("distillation", DistillationStageArguments(**NUMBERS))
         calibration = CalibrationArguments(calibration_pairs=8)
         source = ModelId(str(source))
-        return compress(source, [source], student, context, CompressionArguments(calibration=calibration, **arguments))
+        return compress_in_run(
+            source, [source], student, context, CompressionArguments(calibration=calibration, **arguments)
+        )
 
     return start
 
@@ -76,7 +78,7 @@ def test_a_selected_student_stays_without_checkpoints(run, out):
     assert names(out) == LEFT | {"masked"} and "checkpoints" not in names(out / "masked")
 
 
-@pytest.mark.parametrize("stages", [{}, {"mapping": {}}, {"distillation": {"steps": 0}}], ids=str)
+@pytest.mark.parametrize("stages", [{}, {"mapping": {}}, {"distillation": {"max_steps": 0}}], ids=str)
 def test_the_same_command_finds_a_finished_run_and_computes_nothing_anew(run, out, stages, no_start):
     first = run(**stages)
     before = (out / "model.safetensors").read_bytes()

@@ -41,7 +41,7 @@ def run_identity(
     if cuts_state(accelerator):
         identity["backend"] = accelerator.distributed_type.value
     if isinstance(pairs, PairStream):  # whose order depends on who reads which shard
-        return identity | {"num_workers": plan.num_workers, "shards": pairs.pairs.num_shards}
+        return identity | {"dataloader_num_workers": plan.num_workers, "shards": pairs.pairs.num_shards}
     return identity | {"rows": len(pairs)}
 
 
