@@ -41,6 +41,8 @@ EXTRAS = {
     "gguf": ["gguf>=0.19"],
     "siglip": ["protobuf>=5.0", "sentencepiece>=0.2"],  # what SiglipTokenizer reads its vocabulary with
     "plots": ["matplotlib>=3.10"],
+    "notebook": ["ipykernel>=7.0", "nbclient>=0.10"],  # for docs/quickstart.ipynb
+    "trackers": ["tensorboard>=2.20", "trackio>=0.40"],
     # What recipes/benchmarks/data.py compares with, and packaged_sets.py finds images in.
     "benchmarks": ["webdataset>=1.0", "QtAwesome>=1.4", "scikit-learn>=1.6"],
 }
@@ -52,8 +54,10 @@ EXTRAS["test"] = [
     *EXTRAS["sentence-transformers"],
     *EXTRAS["gguf"],
     *EXTRAS["siglip"],
+    *EXTRAS["notebook"],
 ]
-EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# trackio is left out, which wants an older Pillow than others; `.[trackers]` has it.
+EXTRAS["dev"] = sorted({requirement for name, extra in EXTRAS.items() if name != "trackers" for requirement in extra})
 
 
 setup(

@@ -14,11 +14,43 @@ _PUBLIC = {
     "Budget": "clipmap_hf.config",
     "ClipMapCompressor": "clipmap_hf.compressor",
     "ClipMapConfig": "clipmap_hf.config",
+    "DistillationArguments": "clipmap_hf.pipeline.arguments",
+    "DistillationTrainer": "clipmap_hf.pipeline.distillation",
+    "MappingArguments": "clipmap_hf.pipeline.arguments",
+    "MappingStageArguments": "clipmap_hf.training.arguments",
+    "MappingTrainer": "clipmap_hf.pipeline.mapping",
+    "MaskingStageArguments": "clipmap_hf.training.arguments",
     "PRESETS": "clipmap_hf.config",
+    "PretrainingArguments": "clipmap_hf.pipeline.arguments",
+    "PretrainingTrainer": "clipmap_hf.pipeline.pretraining",
+    "TernaryArguments": "clipmap_hf.pipeline.arguments",
+    "TernaryTrainer": "clipmap_hf.pipeline.ternarization",
     "TowerConfig": "clipmap_hf.config",
+    "compress": "clipmap_hf.pipeline.compression",
+    "evaluate_retrieval": "clipmap_hf.evaluation.retrieval",
+    "evaluate_zero_shot": "clipmap_hf.evaluation.zero_shot",
 }
 
-__all__ = ["PRESETS", "Budget", "ClipMapCompressor", "ClipMapConfig", "TowerConfig"]
+__all__ = [
+    "PRESETS",
+    "Budget",
+    "ClipMapCompressor",
+    "ClipMapConfig",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "MappingArguments",
+    "MappingStageArguments",
+    "MappingTrainer",
+    "MaskingStageArguments",
+    "PretrainingArguments",
+    "PretrainingTrainer",
+    "TernaryArguments",
+    "TernaryTrainer",
+    "TowerConfig",
+    "compress",
+    "evaluate_retrieval",
+    "evaluate_zero_shot",
+]
 
 
 def __getattr__(name: str):

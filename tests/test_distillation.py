@@ -22,8 +22,8 @@ from clipmap_hf.starts import start_mapper
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.teacher_cache.make import make_teacher_cache
 from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments
+from clipmap_hf.training.result import TrainResult
 from clipmap_hf.training.run_arguments import RunArguments
-from clipmap_hf.training.trainer import TrainResult
 
 
 SMALL = ClipMapConfig(

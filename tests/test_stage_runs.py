@@ -14,8 +14,8 @@ from clipmap_hf.pipeline import trainer as pipeline_trainer
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.pretraining import PretrainingTrainer
 from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.result import TrainResult
 from clipmap_hf.training.run_arguments import RunArguments
-from clipmap_hf.training.trainer import TrainResult
 
 
 @pytest.fixture

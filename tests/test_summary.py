@@ -3,7 +3,7 @@
 import pytest
 
 from clipmap_hf.cli.summary import print_summary
-from clipmap_hf.training.trainer import TrainResult
+from clipmap_hf.training.result import TrainResult
 
 
 RESULT = TrainResult(1200, 38400, 12.3, {}, 0, {"mean_recall": 0.25}, {"mean_recall": 0.5})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.files.atomic import read_json
-from clipmap_hf.training.trainer import TrainResult
+from clipmap_hf.training.result import TrainResult
 
 
 __all__ = ["print_summary"]

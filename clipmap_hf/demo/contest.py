@@ -22,8 +22,8 @@ from clipmap_hf.pipeline.pretraining import PretrainingTrainer
 from clipmap_hf.pipeline.start import remove_start, start_compressor
 from clipmap_hf.pipeline.ternarization import TernaryTrainer
 from clipmap_hf.training.arguments import DistillationStageArguments, StageArguments
+from clipmap_hf.training.result import TrainResult
 from clipmap_hf.training.ternary_arguments import TernaryStageArguments
-from clipmap_hf.training.trainer import TrainResult
 
 
 __all__ = ["Contest"]

@@ -32,7 +32,7 @@ from clipmap_hf.pipeline.start import (
     teacher_of,
 )
 from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
-from clipmap_hf.training.trainer import TrainResult
+from clipmap_hf.training.result import TrainResult
 
 
 __all__ = ["CompressionArguments", "compress", "compress_in_run", "compress_in_steps"]
@@ -64,7 +64,8 @@ def compress(
     eval_dataset: PairSource | None = None,
     *,
     initializer: str | None = None,
-    calibration: CalibrationArguments | None = None,
+    calibration_data: PairSource | None = None,
+    calibration_pairs: int = 2048,
     masking: MaskingStageArguments | None = None,
     mapping: MappingStageArguments | None = None,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
@@ -86,9 +87,9 @@ def compress(
         args: The arguments of the run, of its data and of distillation.
         train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
         eval_dataset: Pairs to measure retrieval on, in the same forms.
-        initializer: How the operators start, if `student` does not say it; by default `calibrated`, on some of the
-            training pairs.
-        calibration: Which pairs the start reads, and how many.
+        initializer: How the operators start, if `student` does not say it; `calibrated` by default.
+        calibration_data: Pairs that the start reads, in the same forms; by default some of the training pairs.
+        calibration_pairs: How many.
         masking: If given, learned masks select the student (TinyCLIP's automatic inheritance).
         mapping: If given, operators are trained before distillation (CLIP-Map).
         callbacks: Callbacks of transformers, for all stages.
@@ -103,8 +104,9 @@ def compress(
     several = isinstance(teacher, (list, tuple)) and not isinstance(teacher, ModelId)
     teachers = [context.taken(source).source for source in (teacher if several else [teacher])]
     config = requested_config(student, initializer, has_data=None)
-    chosen = {"calibration": calibration, "masking": masking, "mapping": mapping, "distillation": args}
-    stages = CompressionArguments(**{name: value for name, value in chosen.items() if value is not None})
+    given = {name: stage for name, stage in (("masking", masking), ("mapping", mapping)) if stage is not None}
+    calibration = CalibrationArguments(calibration_data, calibration_pairs)
+    stages = CompressionArguments(calibration, distillation=args, **given)
     return compress_in_run(teachers[0], teachers, config, context, stages)
 
 

@@ -20,8 +20,8 @@ from clipmap_hf.pipeline.record import made_by, mark_as_made
 from clipmap_hf.pipeline.start import load_map, remove_start, start_compressor, start_origin
 from clipmap_hf.pipeline.trainer import StageTrainer
 from clipmap_hf.training.arguments import MappingStageArguments
+from clipmap_hf.training.result import TrainResult
 from clipmap_hf.training.stages.mapping import MappingStage
-from clipmap_hf.training.trainer import TrainResult
 
 
 __all__ = ["MappingTrainer", "map_model"]

@@ -24,8 +24,9 @@ from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.teacher_cache.lookup import TeacherCache
 from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.callbacks import callback_handler
+from clipmap_hf.training.result import TrainResult
 from clipmap_hf.training.stages.base import Stage
-from clipmap_hf.training.trainer import Trainer, TrainResult
+from clipmap_hf.training.trainer import Trainer
 
 
 __all__ = ["StageTrainer"]

@@ -23,7 +23,8 @@ from clipmap_hf.training.run_arguments import RunArguments
 
 __all__ = ["callback_arguments", "callback_handler", "check_trackers"]
 
-_INERT = ("torch_compile", "gradient_checkpointing")  # on which `TrainingArguments` would act, or of which they warn
+# On which `TrainingArguments` would act, of which they warn, or which they check in their own way.
+_INERT = ("torch_compile", "gradient_checkpointing", "load_best_model_at_end")
 
 
 def check_trackers(names: Sequence[str]) -> None:

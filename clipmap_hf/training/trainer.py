@@ -5,13 +5,11 @@ import math
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler
 
 from clipmap_hf.data.collate import PairCollator
@@ -26,6 +24,7 @@ from clipmap_hf.training.faults import count_skipped, usable_chunks
 from clipmap_hf.training.identity import run_identity, what_may_change
 from clipmap_hf.training.optimization import learning_rate_at, step_count
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
+from clipmap_hf.training.result import TrainResult
 from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.run_log import RunLog
 from clipmap_hf.training.sharding import check_options, prepare_stage, update_whole
@@ -33,35 +32,9 @@ from clipmap_hf.training.stages.base import Stage
 from clipmap_hf.training.time_limit import TimeLimit
 
 
-__all__ = ["TrainResult", "Trainer"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainResult:
-    """
-    What a finished stage reports.
-
-    Args:
-        steps: Optimizer steps taken.
-        pairs: Pairs trained on, repetitions counted.
-        seconds: Wall-clock time of training, evaluations and checkpoints left out.
-        bad_rows: Rows left out, by reason.
-        skipped: Steps skipped because the loss or its gradient was not finite.
-        metrics: The last evaluation.
-        teacher_metrics: The teacher's on the same pairs, if it was evaluated.
-        model: The student that was written.
-    """
-
-    steps: int
-    pairs: int
-    seconds: float
-    bad_rows: dict[str, int]
-    skipped: int
-    metrics: dict[str, float]
-    teacher_metrics: dict[str, float] | None = None
-    model: PreTrainedModel | None = None
 
 
 class Trainer:
@@ -236,7 +209,9 @@ class Trainer:
         if self.run.torch_compile:
             self.stage.compile_encoder()
         if self.run.gradient_checkpointing:
-            self.stage.trained.gradient_checkpointing_enable({"use_reentrant": False})
+            model = self.stage.trained  # whose method has another name since transformers 5.24
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.trained, *wrapped = prepare_stage(self.stage, self.accelerator, self.arguments, plan.local_size)
         return wrapped
 
