@@ -32,9 +32,9 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 @pytest.mark.parametrize("name", clipmap_hf.__all__)
-def test_a_public_name_is_explained_in_the_readme(name):
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert re.search(rf"\b{name}\b", readme)
+def test_a_public_name_is_explained_in_the_docs(name):
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    assert any(re.search(rf"\b{name}\b", page.read_text(encoding="utf-8")) for page in pages)
 
 
 def test_importing_the_package_is_instant():
