@@ -110,15 +110,14 @@ def test_what_is_measured_and_tolerated_may_change(run_on, data, tmp_path):
 
 def test_a_stage_trains_on_a_stream(run_on, pairs_tars):
     streaming = {"train_data": pairs_tars, "streaming": True, "image_column": "png", "caption_column": ["txt"]}
-    (first, result), (again, _) = (
-        run_on(resume="never", max_steps=5, micro_batch_size=4, **streaming) for _ in range(2)
-    )
+    streaming |= {"resume": "never", "max_steps": 5, "micro_batch_size": 4}
+    (first, result), (again, _) = (run_on(**streaming) for _ in range(2))
     assert (result.steps, result.pairs, result.bad_rows) == (5, 40, {})
     assert torch.equal(weights(first), weights(again))
     other, _ = run_on(**streaming, shuffle_buffer=2)
     assert not torch.equal(weights(first), weights(other))
     with pytest.raises(ValueError, match="A stream has no length"):
-        run_on(num_train_epochs=1, max_steps=-1, **streaming)
+        run_on(**streaming | {"num_train_epochs": 1, "max_steps": -1})
 
 
 def test_one_seed_gives_each_stage_its_own_order_and_crops(run_on):

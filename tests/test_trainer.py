@@ -807,7 +807,7 @@ CHANGES = {
     "batch_size": ({"batch_size": 6}, "batch_size was 8, is 6"),
     "seed": ({"seed": 1}, "seed was 0, is 1"),
     "precision": ({"mixed_precision": "bf16"}, 'mixed_precision was "no", is "bf16"'),
-    "torch_compile": ({"torch_compile": True}, "compile was false, is true"),
+    "torch_compile": ({"torch_compile": True}, "torch_compile was false, is true"),
     "name": ({"name": "other"}, 'stage was "train", is "other"'),
     "config": ({"config": {"crop": (0.5, 1)}}, r"crop was nothing, is \[0.5, 1\]"),
     "both": ({"seed": 1, "max_grad_norm": 1.0}, "max_grad_norm was 5.0, is 1.0; seed was 0, is 1"),
