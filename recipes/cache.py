@@ -18,7 +18,9 @@ from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 @dataclass
 class CacheRunArguments:
     seed: int = field(default=0, metadata={"help": "The seed of the distillation that will use the cache."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment images."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"aliases": "--num_workers", "help": "Processes that decode and augment images."}
+    )
 
 
 def main() -> None:
