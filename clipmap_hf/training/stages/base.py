@@ -31,8 +31,9 @@ class Stage(nn.Module):
 
     Args:
         trained: The module whose parameters are trained; it has a `logit_scale` (the logarithm).
-        logit_scale: Reciprocal temperature of all logits, the teacher's included (Tables 8 and 9: 50).
-        learn_logit_scale: Whether to train it from there, clamped at 100 as CLIP's.
+        logit_scale: Reciprocal temperature of all logits, the teacher's included (Tables 8 and 9: 50). It is that
+            of the losses: the model keeps its own, which it has from its teacher.
+        learn_logit_scale: Whether to train the model's from there, clamped at 100 as CLIP's.
     """
 
     averages_gradients = False  # whether backward leaves the mean of all processes, so that no wrapper has to
@@ -42,7 +43,10 @@ class Stage(nn.Module):
         super().__init__()
         self.trained = trained
         self.initial_logit_scale = math.log(logit_scale)
-        set_scale(trained, logit_scale, learn_logit_scale)
+        self._uses_own_scale = False
+        trained.logit_scale.requires_grad_(False)
+        if learn_logit_scale:
+            self._set_scale(learn=True)
         self._encode = encode_chunk
 
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
@@ -75,7 +79,15 @@ class Stage(nn.Module):
             embeds = [self._encoded(*model, chunks[0])]
         else:
             embeds = [checkpoint(self._encoded, *model, chunk, use_reentrant=False) for chunk in chunks]
-        return joined_features(embeds, *logit_parameters(self.trained))
+        scale, *bias = logit_parameters(self.trained)
+        if not self._uses_own_scale:
+            scale = torch.tensor(self.initial_logit_scale, device=embeds[0][0].device)
+        return joined_features(embeds, scale, *bias)
+
+    def _set_scale(self, learn: bool) -> None:
+        """Gives the model the scale of the losses, for good."""
+        self._uses_own_scale = True
+        set_scale(self.trained, math.exp(self.initial_logit_scale), learn)
 
     def _encoded(self, model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, ...]:
         """Encodes a chunk to what the loss reads, in rows that are pairs: the first fields of `ClipFeatures`."""

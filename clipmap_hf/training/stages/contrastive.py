@@ -19,12 +19,13 @@ class ContrastiveStage(Stage):
 
     Args:
         trained: The model.
-        logit_scale: As in `Stage`.
+        logit_scale: As in `Stage`, but the model gets it: without a teacher, it has no other.
         learn_logit_scale: As in `Stage`.
     """
 
     def __init__(self, trained: nn.Module, *, logit_scale: float = 50.0, learn_logit_scale: bool = False):
         super().__init__(trained, logit_scale=logit_scale, learn_logit_scale=learn_logit_scale)
+        self._set_scale(learn_logit_scale)
         self.loss = "sigmoid" if hasattr(trained, "logit_bias") else "contrastive"
         learn_bias(trained, {self.loss: 1.0}, first=-10.0)  # as SigLIP: at first, nothing belongs together
 

@@ -52,7 +52,8 @@ class DistillationStage(Stage):
     ):
         super().__init__(trained, logit_scale=logit_scale, learn_logit_scale=learn_logit_scale)
         check_losses(losses)
-        learn_bias(trained, losses)
+        if learn_bias(trained, losses) and not learn_logit_scale:
+            self._set_scale(learn=False)  # a bias that is learned belongs to the scale that it is learned with
         config = trained.config
         for teacher in teachers:
             _check_same_inputs(config, teacher.config)

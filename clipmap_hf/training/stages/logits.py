@@ -36,9 +36,10 @@ def clamp_scale(model: nn.Module) -> None:
         model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
-def learn_bias(model: nn.Module, losses: Mapping[str, float], first: float | None = None) -> None:
+def learn_bias(model: nn.Module, losses: Mapping[str, float], first: float | None = None) -> bool:
     """
-    Trains a model's logit bias if the sigmoid loss, the only one that depends on it, is among the losses.
+    Trains a model's logit bias if the sigmoid loss, the only one that depends on it, is among the losses; returns
+    whether it does.
 
     Args:
         model: With a `logit_bias`, or without.
@@ -58,3 +59,4 @@ def learn_bias(model: nn.Module, losses: Mapping[str, float], first: float | Non
             "The sigmoid loss learns a logit bias, which models of type 'siglip' have and this model lacks; take the "
             "contrastive loss."
         )
+    return bias is not None and "sigmoid" in losses
