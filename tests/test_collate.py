@@ -85,6 +85,7 @@ def test_evaluation_batch_is_what_the_processor_gives(collator, rows, tiny_pairs
     )
     assert batch.pop("bad_rows") == {}
     assert batch.pop("image_of_text").tolist() == list(range(6))
+    assert len(set(batch.pop("image_key").tolist())) == 6
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask"}
     for name, value in batch.items():
         torch.testing.assert_close(value, expected[name], atol=0, rtol=0)
@@ -309,3 +310,21 @@ def test_training_and_evaluation_images_have_the_same_size(tiny_tokenizer, rows,
 )
 def test_filled_texts_are_the_strings_that_are_not_blank(caption, texts):
     assert filled_texts(caption) == texts
+
+
+@pytest.mark.parametrize("caption", ['["a cat", "a dog"]', ["a cat", "a dog"]], ids=["JSON", "list"])
+def test_a_list_of_captions_in_a_string_is_a_list_in_training_too(tiny_processor, tiny_pairs, caption):
+    png = io.BytesIO()
+    tiny_pairs[0]["image"].save(png, "PNG")
+    image = {"bytes": png.getvalue(), "path": None}
+    rows = [{"image": image, "caption": caption, "epoch": epoch} for epoch in range(20)]
+    collator = PairCollator(
+        tiny_processor.tokenizer, tiny_processor.image_processor, augmentation=Augmentation(scale=(0.5, 1.0))
+    )
+    found = {tuple(ids) for ids in collator(rows)["input_ids"].tolist()}
+    assert found == {tuple(ids) for ids in tiny_processor.tokenizer(["a cat", "a dog"])["input_ids"]}
+
+
+@pytest.mark.parametrize("caption", ["[sic]", "[1, 2]", '[{"a": 1}]', "["])
+def test_a_text_in_brackets_is_a_text(caption):
+    assert filled_texts(caption) == [caption]

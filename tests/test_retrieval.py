@@ -1,3 +1,6 @@
+import json
+
+import datasets
 import pytest
 import torch
 from conftest import randomize
@@ -160,3 +163,63 @@ def test_an_index_of_another_width_is_refused(tiny_teacher, tiny_config, tiny_pr
     other = CLIPModel(tiny_config(projection_dim=16)).eval()
     with pytest.raises(ValueError, match="they must live in one space"):
         evaluate_retrieval(tiny_teacher, pairs_parquet, processor=tiny_processor, index_model=other)
+
+
+# Rows that repeat an image
+
+
+@pytest.fixture
+def captioned(tiny_pairs):
+    """Ten images with two captions each, and what plain transformers makes of them."""
+    images = [row["image"] for row in tiny_pairs[:10]]
+    captions = [[f"{index} {row['caption']}", f"{index} x"] for index, row in enumerate(tiny_pairs[:10])]
+    return images, captions
+
+
+def plain_recall(model, processor, images, captions, k: int) -> tuple[float, float]:
+    """Recall@k with images once, by transformers and a sort."""
+    texts = [text for row in captions for text in row]
+    owners = torch.tensor([index for index, row in enumerate(captions) for _ in row])
+    inputs = processor(text=texts, images=images, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(**inputs).logits_per_image  # (images, texts)
+    by_image = owners[scores.argsort(descending=True)[:, :k]] == torch.arange(len(images))[:, None]
+    by_text = scores.T.argsort(descending=True)[:, :k] == owners[:, None]
+    return by_image.any(dim=1).float().mean().item(), by_text.any(dim=1).float().mean().item()
+
+
+def written(folder, columns: dict) -> str:
+    path = folder / "pairs.parquet"
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["lists", "flat", "shuffled", "JSON"])
+def test_rows_that_repeat_an_image_count_as_one(tiny_teacher, tiny_processor, captioned, tmp_path, form):
+    images, captions = captioned
+    rows = {
+        "lists": [(index, row) for index, row in enumerate(captions)],
+        "JSON": [(index, json.dumps(row)) for index, row in enumerate(captions)],
+        "flat": [(index, text) for index, row in enumerate(captions) for text in row],
+        "shuffled": [(index, row[which]) for which in (1, 0) for index, row in enumerate(captions)],
+    }[form]
+    columns = {"image": [images[index] for index, _ in rows], "caption": [caption for _, caption in rows]}
+    found = evaluate_retrieval(
+        tiny_teacher, written(tmp_path, columns), ks=(1, 3), processor=tiny_processor, batch_size=3
+    )
+    for k in (1, 3):
+        of_images, of_texts = plain_recall(tiny_teacher, tiny_processor, images, captions, k)
+        assert found[f"image_to_text_recall@{k}"] == pytest.approx(of_images, abs=1e-6)
+        assert found[f"text_to_image_recall@{k}"] == pytest.approx(of_texts, abs=1e-6)
+
+
+def test_an_index_holds_repeated_images_once_too(tiny_teacher, tiny_processor, captioned, tmp_path):
+    images, captions = captioned
+    columns = {
+        "image": [image for image in images for _ in range(2)],
+        "caption": [text for row in captions for text in row],
+    }
+    options = {"processor": tiny_processor, "batch_size": 4}
+    path = written(tmp_path, columns)
+    alone = evaluate_retrieval(tiny_teacher, path, **options)
+    assert evaluate_retrieval(tiny_teacher, path, index_model=tiny_teacher, **options) == alone

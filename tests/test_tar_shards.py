@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import IterableDataset
 
+from clipmap_hf.data.collate import filled_texts
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.data.tar_shards import member_key, shard_rows
 
@@ -237,3 +238,19 @@ def test_tars_without_any_row_are_an_error(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"None of the 2 tars holds a file such as 000\.jpg; the first is .*0\.tar"):
         load_pairs(str(tmp_path / "*.tar"), image_column="jpg", caption_columns=["txt"])
+
+
+def test_lines_of_a_text_are_captions(tmp_path, tiny_pairs):
+    png = io.BytesIO()
+    tiny_pairs[0]["image"].save(png, "PNG")
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
+        texts = [b"a cat\n\n a dog \n", b"one\n"]
+        files = {
+            f"{i}.{kind}": content for i in (0, 1) for kind, content in (("png", png.getvalue()), ("txt", texts[i]))
+        }
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    rows = list(load_pairs(str(tmp_path / "pairs.tar"), image_column="png", caption_columns=["txt"]))
+    assert [filled_texts(row["txt"]) for row in rows] == [["a cat", "a dog"], ["one\n"]]

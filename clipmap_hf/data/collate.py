@@ -1,6 +1,7 @@
 """Turns undecoded pairs into a batch for the model: decodes and preprocesses images, draws and tokenizes captions."""
 
 import hashlib
+import json
 import logging
 import random
 from collections import Counter
@@ -28,9 +29,23 @@ def content_key(content: bytes | str) -> int:
 
 
 def filled_texts(caption: Any) -> list[str]:
-    """Returns the texts of a caption, which is a string or a list of strings. Blank texts are left out."""
-    texts = caption if isinstance(caption, list) else [caption]
-    return [text for text in texts if isinstance(text, str) and text.strip()]
+    """
+    Returns the texts of a caption: a string, a list of strings, or such a list as JSON in a string (the captions of
+    Flickr30k lie on the Hub so). Blank texts are left out.
+    """
+    texts = _listed(caption)
+    return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]
+
+
+def _listed(caption: Any) -> Any:
+    """The list that a string holds as JSON, if it holds one of strings; else the caption as it is."""
+    if not isinstance(caption, str) or not caption.lstrip().startswith("["):
+        return caption
+    try:
+        found = json.loads(caption)
+    except json.JSONDecodeError:
+        return caption
+    return found if all(isinstance(text, str) for text in found) else caption
 
 
 def caption_text(caption: str | list[str] | None, rng: random.Random | None = None) -> str:
@@ -47,7 +62,7 @@ def caption_text(caption: str | list[str] | None, rng: random.Random | None = No
     words = filled_texts(caption)
     if not words:
         raise BadRowError("no caption", repr(caption))
-    if isinstance(caption, str):
+    if isinstance(_listed(caption), str):
         return caption
     if rng is not None:
         words = rng.sample(words, k=rng.randint(1, len(words)))
@@ -112,7 +127,8 @@ class PairCollator:
     - `input_ids` and `attention_mask`, `(texts, length)`, and `image_of_text`, `(texts,)`, if there are captions,
     - `bad_rows`, the number of rows left out, by reason. If no row is left, there is no other entry.
 
-    In training, there is one text per image. In evaluation, all captions of the first caption column are kept.
+    In training, there is one text per image. In evaluation, all captions of the first caption column are kept, and
+    there is `image_key`, `(images,)`: equal for images of equal files.
 
     In training, the crop and the caption depend only on `seed`, on the row, and on the number of the view. They are
     the same in any batch, order, process and worker. The number of the view is the row's `epoch`, modulo `views` if
@@ -165,6 +181,8 @@ class PairCollator:
             **tokenized(self.tokenizer, texts),
             "image_of_text": torch.tensor(owners),
         }
+        if self.augmentation is None:
+            batch["image_key"] = torch.tensor([example.key - 2**63 for example in examples])  # (images,), signed
         if self.teacher_cache is not None:
             keys, views = ([getattr(example, name) for example in examples] for name in ("key", "view"))
             batch["teacher_embeds"] = self.teacher_cache.lookup(keys, views, [content_key(text) for text in texts])
@@ -190,7 +208,7 @@ class PairCollator:
         if not self.caption_columns:
             return _Example(image, [], 0, 0)
         captions = row[self.caption_columns[0]]
-        return _Example(image, filled_texts(captions) or [caption_text(captions)], 0, 0)
+        return _Example(image, filled_texts(captions) or [caption_text(captions)], content_key(content), 0)
 
     def _texts(self, row: Mapping[str, Any], rng: random.Random) -> list[str]:
         first = row[self.caption_columns[0]]

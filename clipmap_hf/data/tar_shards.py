@@ -1,5 +1,6 @@
 """Reads pairs from webdataset tars, from front to back; of a broken tar, only the rest is lost."""
 
+import json
 import logging
 import os
 import tarfile
@@ -107,14 +108,22 @@ def _check_columns(files: Sequence[str], columns: Sequence[str]) -> None:
     )
 
 
+def _caption(content: bytes) -> str:
+    """Several lines are several captions, as a list in JSON: a column has one type."""
+    text = content.decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return json.dumps(lines) if len(lines) > 1 else text
+
+
 def _row(
     path: str, group: dict[str, bytes], image_column: str, caption_columns: Sequence[str], error: str | None
 ) -> dict[str, Any]:
     image = group.get(image_column.lower())
     texts = {column: group.get(column.lower()) for column in caption_columns}
+    captions = {column: None if text is None else _caption(text) for column, text in texts.items()}
     return {
         "image": None if image is None else {"bytes": image, "path": path},
-        **{column: None if text is None else text.decode(errors="replace") for column, text in texts.items()},
+        **captions,
         "error": error,
     }
 

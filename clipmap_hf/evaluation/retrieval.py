@@ -1,4 +1,4 @@
-"""Image–text retrieval: recall@k in both directions, for images with one or several captions."""
+"""Image–text retrieval: recall@k in both directions, for images with one or several captions, in one row or more."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -114,6 +114,7 @@ def evaluate_retrieval(
 ) -> dict[str, float]:
     """
     Computes `recall_at_k` of a `CLIPModel`, and adds `mean_recall`: the mean over all cut-offs and both directions.
+    Rows that repeat an image, each with one of its captions, count as one image with several captions.
 
     Args:
         model: A `CLIPModel`.
@@ -166,7 +167,7 @@ def _embed(
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     """Embeds batches by several models, each read once: images and texts of each model, and the image of each text."""
     embeds = [([], []) for _ in models]
-    image_of_text, device = [], models[0].device
+    image_of_text, keys, device = [], [], models[0].device
     images = bad_rows = 0
     for batch in batches:
         bad_rows += sum(batch.get("bad_rows", {}).values())
@@ -178,6 +179,7 @@ def _embed(
             image_embeds.append(passes["vision"]())
             text_embeds.append(passes["text"]())
         image_of_text.append(batch["image_of_text"].to(device) + images)
+        keys.append(batch["image_key"].to(device) if "image_key" in batch else None)
         images += len(batch["pixel_values"])
     counts = gather(torch.tensor([[images, bad_rows]], device=device))  # (processes, 2)
     if counts[:, 1].any():
@@ -185,4 +187,26 @@ def _embed(
     if not images:
         raise ValueError("There are no evaluation pairs.")
     owners = gather(torch.cat(image_of_text) + counts[: process_index(), 0].sum()).cpu()
-    return [tuple(gather(torch.cat(part)).cpu() for part in both) for both in embeds], owners
+    found = [tuple(gather(torch.cat(part)).cpu() for part in both) for both in embeds]
+    if any(key is None for key in keys):
+        return found, owners
+    first, same = _first_of_equal(gather(torch.cat(keys)).cpu())
+    return [(image_embeds[first], text_embeds) for image_embeds, text_embeds in found], same[owners]
+
+
+def _first_of_equal(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Finds repeated images, as in a flat table with a row for each caption.
+
+    Args:
+        keys: Equal for equal images `(images,)`.
+
+    Returns:
+        The index of the first of equal images `(different,)`, in order, and for each image its place among those
+        `(images,)`.
+    """
+    _, inverse = torch.unique(keys, return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1,), len(keys))
+    first = first.scatter_reduce(0, inverse, torch.arange(len(keys)), "amin")
+    order = first.argsort()
+    return first[order], order.argsort()[inverse]
