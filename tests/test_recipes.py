@@ -151,7 +151,7 @@ def test_map_writes_a_student_with_its_map(mapped_folder):
     moved = [name for name, tensor in tensors.items() if name.endswith("delta") and tensor.any()]
     assert moved and not [name for name in tensors if "teacher" in name]
     arguments = yaml.safe_load((mapped_folder / "arguments.yaml").read_text())
-    assert arguments["vision_hidden_size"] == 32 and arguments["mapping"]["steps"] == 2
+    assert arguments["vision_hidden_size"] == 32 and arguments["mapping"]["max_steps"] == 2
     assert [line["step"] for line in log_of(mapped_folder) if "eval_mean_recall" in line] == [1, 2]
 
 
@@ -186,7 +186,9 @@ def test_distill_trains_a_mapped_student(finish, steps, mapped_folder, teacher_f
     assert not torch.equal(student.visual_projection.weight, before.visual_projection.weight)
     assert not (tmp_path / "map").exists()
     card = ModelCard.load(tmp_path / "README.md")
-    assert "| teacher |" in card.text and "| student |" in card.text and "distillation:\n  epochs:" in card.text
+    assert (
+        "| teacher |" in card.text and "| student |" in card.text and "distillation:\n  num_train_epochs:" in card.text
+    )
     assert {"affinity"} <= log_of(tmp_path)[0].keys()
 
 
@@ -391,7 +393,7 @@ def test_compress_does_all_of_it_under_accelerate(finish, steps, teacher_folder,
     assert [line["stage"] for line in log_of(tmp_path / "mapped")][0] == "mapping"
     assert [line["stage"] for line in log_of(tmp_path)][0] == "distillation"
     arguments = yaml.safe_load((tmp_path / "arguments.yaml").read_text())
-    assert arguments["mapping"]["steps"] == arguments["distillation"]["steps"] == 2
+    assert arguments["mapping"]["max_steps"] == arguments["distillation"]["max_steps"] == 2
 
 
 @pytest.mark.recipes

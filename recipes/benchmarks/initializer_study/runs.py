@@ -151,7 +151,8 @@ def train(
 ) -> list[dict]:
     """Trains a stage and returns the lines of its log."""
     validation = settings["validation"]
-    run = RunArguments(str(work), seed=settings["seed"], eval_steps=evaluation_interval(settings["budget"]))
+    every, best = evaluation_interval(settings["budget"]), f"recall@{KS[-1]}"
+    run = RunArguments(str(work), seed=settings["seed"], eval_steps=every, metric_for_best_model=best)
     context = replace(study_context(folder, validation), run=run)
     _StudyTrainer(name, stage, arguments, context, partial(evaluate, folder, validation), cached).train()
     return read_log(work)
