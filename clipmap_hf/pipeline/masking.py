@@ -15,7 +15,7 @@ from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import freeze_tower
 from clipmap_hf.pipeline.trainer import StageTrainer
 from clipmap_hf.training.arguments import MaskingStageArguments
-from clipmap_hf.training.optimization import step_count, steps_or_share
+from clipmap_hf.training.optimization import ramp_length, step_count
 from clipmap_hf.training.stages.masking import MaskingStage
 
 
@@ -35,7 +35,7 @@ class MaskingTrainer(StageTrainer):
 
     Raises:
         ValueError: If a teacher preprocesses images or texts in another way than the source, or the source's weights
-            are packed.
+            are packed; when it trains, if the ramp is longer than the training.
     """
 
     name = "masking"
@@ -55,11 +55,11 @@ class MaskingTrainer(StageTrainer):
 
     def _make_stage(self) -> MaskingStage:
         arguments = self.args
-        ramp = steps_or_share(arguments.ramp_steps, step_count(arguments, self.context.pairs))
+        ramp = ramp_length(arguments.ramp_steps, step_count(arguments, self.context.pairs))
         return MaskingStage(
             freeze_tower(copy.deepcopy(self.source.model), arguments.freeze),
             student=self.student,
-            ramp_steps=max(1, round(ramp)),
+            ramp_steps=max(1, ramp),
             teachers=[teacher.model for teacher in self.teachers],
             losses=arguments.losses,
             logit_scale=arguments.logit_scale,
