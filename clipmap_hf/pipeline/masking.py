@@ -8,7 +8,7 @@ from typing import Any
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.costs.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
-from clipmap_hf.hub.folder import write_student_folder
+from clipmap_hf.hub.folder import write_card, write_student_folder
 from clipmap_hf.models.loading import check_float
 from clipmap_hf.models.teacher import Teacher, check_same_preprocessing
 from clipmap_hf.pipeline.context import RunContext
@@ -67,17 +67,18 @@ class MaskingTrainer(StageTrainer):
         )
 
     def _save(self, folder: Path, metrics: dict[str, float]) -> None:
-        model, results, source = self.model, self._results(metrics), self.source
+        model, results, source = self.model, self._results(metrics), self.source.source
+        write_student_folder(folder, model, self.processing_class)
         card = render_card(
             source.id,
-            str(CostReport(teacher=model_cost(source.model.config), student=model_cost(model.config))),
+            str(CostReport(teacher=model_cost(self.source.model.config), student=model_cost(model.config))),
             model_class=type(model).__name__,
             method="Its weights were selected from the teacher's by learned masks (TinyCLIP), and trained with them.",
             revision=source.revision,
             results=results,
             recipe=self.context.recipe,
         )
-        write_student_folder(folder, model, self.processing_class, card, results)
+        write_card(folder, card, results)
 
     def _config(self) -> dict[str, Any]:
         return {
