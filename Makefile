@@ -23,7 +23,7 @@ endif
 NODE_MODULES := tests/transformers_js/node_modules
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all style quality imports clean
+.PHONY: help install demo test test-all test-hub style quality imports clean
 .NOTPARALLEL: # two pips in one environment get in each other's way
 
 help: ## Show the targets
@@ -39,6 +39,9 @@ test: $(VENV)/.installed-test ## Run the fast tests; more for pytest in PYTEST_A
 
 test-all: $(VENV)/.installed-test $(NODE_MODULES) ## Run every test, with those marked slow, distributed and recipes
 	$(PYTEST) -m ""
+
+test-hub: $(VENV)/.installed-test ## Run what loads published checkpoints, which are downloaded (1.9 GB)
+	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -rs -m hub $(PYTEST_ARGS)
 
 style: $(VENV)/.installed-quality ## Format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .

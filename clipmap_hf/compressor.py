@@ -20,7 +20,7 @@ from clipmap_hf.data.pairs import PairSource, holds_pairs
 from clipmap_hf.distributed import calibration_device
 from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import config_yaml, render_card
-from clipmap_hf.hub.folder import MAP_FOLDER, write_student_folder
+from clipmap_hf.hub.folder import MAP_FOLDER, write_card, write_student_folder
 from clipmap_hf.hub.map_folder import read_map, write_map
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
@@ -247,6 +247,14 @@ class ClipMapCompressor(nn.Module):
                 f"{str(folder)!r} holds the teacher, which the student would overwrite; name another folder."
             )
         student = self.export().to(dtype or torch.float32)
+        write_student_folder(folder, student, self.processor, keep_map=include_map)
+        if include_map:
+            content = {
+                "teacher": self.teacher_id,
+                "teacher_revision": self.teacher_revision,
+                "map": self.map_config.to_dict(),
+            }
+            write_map(folder / MAP_FOLDER, content, self.mapper.state_dict())
         card = render_card(
             self.teacher_id,
             str(self.cost()),
@@ -257,14 +265,7 @@ class ClipMapCompressor(nn.Module):
             results=results,
             recipe=recipe or config_yaml(self.teacher_id, self.map_config),
         )
-        write_student_folder(folder, student, self.processor, card, results, keep_map=include_map)
-        if include_map:
-            content = {
-                "teacher": self.teacher_id,
-                "teacher_revision": self.teacher_revision,
-                "map": self.map_config.to_dict(),
-            }
-            write_map(folder / MAP_FOLDER, content, self.mapper.state_dict())
+        write_card(folder, card, results)
 
     def push_to_hub(
         self,

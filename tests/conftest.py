@@ -31,7 +31,10 @@ from transformers import (
     MetaClip2Config,
     MetaClip2Model,
     SiglipConfig,
+    SiglipImageProcessorPil,
     SiglipModel,
+    SiglipProcessor,
+    SiglipTokenizer,
 )
 from transformers.utils import logging
 
@@ -236,6 +239,34 @@ def siglip(tiny_config) -> SiglipModel:
     towers["text_config"]["projection_size"] = towers["vision_config"]["hidden_size"]
     towers["text_config"]["max_position_embeddings"] = 64  # to which transformers' pipeline pads
     return randomize(SiglipModel(SiglipConfig(**towers))).eval()
+
+
+@pytest.fixture(scope="session")
+def siglip_processor(tiny_pairs, siglip, tmp_path_factory) -> SiglipProcessor:
+    """A processor whose tokenizer is learned from the captions."""
+    import sentencepiece
+
+    vocabulary = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([row["caption"] for row in tiny_pairs]),
+        model_writer=vocabulary,
+        vocab_size=siglip.config.text_config.vocab_size,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("spiece") / "spiece.model"
+    path.write_bytes(vocabulary.getvalue())
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return SiglipProcessor(SiglipImageProcessorPil(size=size), SiglipTokenizer(str(path)))
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(siglip, siglip_processor, tmp_path_factory) -> Path:
+    """A folder with the SigLIP and its processor; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("siglip")
+    siglip.save_pretrained(folder)
+    siglip_processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,8 @@ def test_everything_is_on_disk_before_it_is_renamed(folder, write, monkeypatch):
         fsync(descriptor)
 
     def recorded_replace(source, target):
+        if Path(source) == folder:  # what was there before, moved out of the way
+            return replace(source, target)
         inodes = [path.stat().st_ino for path in [Path(source), *Path(source).rglob("*")]]
         events.append(("rename", set(inodes)))
         replace(source, target)
@@ -116,10 +118,9 @@ def test_an_exception_leaves_everything_as_it_was_and_passes(folder, write, erro
 
 @each_way
 def test_an_exception_leaves_no_folder_where_none_was(tmp_path, write):
-    with pytest.raises(KeyError), write(tmp_path / "out"):
+    with pytest.raises(KeyError), write(tmp_path / "new" / "out"):
         raise KeyError
-    assert contents(tmp_path) == {}
-    assert not list(tmp_path.rglob(".*"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @each_way
@@ -142,6 +143,104 @@ def test_an_error_while_syncing_leaves_everything_as_it_was(folder, write, monke
     with pytest.raises(OSError, match="could not be written.*Input/output error"), write(folder) as temporary:
         fill(temporary)
     assert contents(folder.parent) == {f"out/{name}": text for name, text in OLD.items()}
+
+
+def in_the_way(folder: Path, name: str) -> None:
+    """Puts something of the other kind where `fill` writes: a folder for a file, a file for a folder."""
+    path = folder / name
+    if path.is_dir():
+        (path / "c").unlink()
+        path.rmdir()
+        path.write_text("in the way")
+    else:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+        (path / "kept").write_text("in the way")
+
+
+@pytest.mark.parametrize("name", ["a", "sub", "sub/d", "z"])
+def test_what_is_in_the_way_of_one_file_leaves_all_others_as_they_were(folder, name):
+    in_the_way(folder, name)
+    before = contents(folder)
+    with (
+        pytest.raises(OSError, match=f"could not be written .*{name}.*Existing files are unchanged"),
+        atomic_files(folder) as temporary,
+    ):
+        fill(temporary)
+        (temporary / "z").write_text("new z")
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.rglob(".*")] == []
+
+
+@pytest.fixture(params=["hard links", "copies"])
+def way_to_keep(request, monkeypatch):
+    """How what is replaced is kept until all is there; some file systems have no hard links."""
+
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(1, "Operation not permitted")
+
+    if request.param == "copies":
+        monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.usefixtures("way_to_keep")
+@pytest.mark.parametrize("failing", ["a", "sub/d", "sub2/e", "z"])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["disk", "interrupt"])
+def test_a_renaming_that_fails_takes_back_those_before(folder, monkeypatch, failing, error):
+    replace, before = os.replace, sorted(folder.rglob("*"))
+
+    def fails_once(source, target):
+        if Path(target) == folder / failing:
+            monkeypatch.setattr(os, "replace", replace)
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(type(error)), atomic_files(folder) as temporary:
+        fill(temporary)
+        (temporary / "sub2").mkdir()
+        (temporary / "sub2" / "e").write_text("new e")
+        (temporary / "z").write_text("new z")
+    assert contents(folder) == OLD and sorted(folder.rglob("*")) == before
+    with atomic_files(folder) as temporary:
+        fill(temporary)
+    assert contents(folder) == OLD | NEW
+
+
+def test_a_link_is_replaced_not_what_it_points_to(folder, monkeypatch):
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.write_text("elsewhere")
+    (folder / "b").unlink()
+    (folder / "b").symlink_to(elsewhere)
+    with pytest.raises(IsADirectoryError), atomic_files(folder) as temporary:
+        (temporary / "b").write_text("new b")
+        (temporary / "sub").write_text("not a folder")
+    assert (folder / "b").is_symlink()
+    with atomic_files(folder) as temporary:
+        (temporary / "b").write_text("new b")
+    assert not (folder / "b").is_symlink() and (folder / "b").read_text() == "new b"
+    assert elsewhere.read_text() == "elsewhere"
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_one_before(folder, monkeypatch):
+    replace = os.replace
+
+    def fails(source, target):
+        if Path(source) == temporary_folder(folder):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="Existing files are unchanged"), atomic_folder(folder) as temporary:
+        fill(temporary)
+    assert contents(folder.parent) == {f"out/{name}": text for name, text in OLD.items()}
+
+
+def test_a_file_in_the_place_of_a_folder_stays(tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(OSError, match="Existing files are unchanged"), atomic_folder(tmp_path / "out") as temporary:
+        fill(temporary)
+    assert contents(tmp_path) == {"out": "x"}
 
 
 @each_way

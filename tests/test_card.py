@@ -13,7 +13,7 @@ from clipmap_hf.cli.parsing import arguments_yaml, parse_arguments
 from clipmap_hf.cli.student import map_config
 from clipmap_hf.costs.cost import CostReport, model_cost
 from clipmap_hf.hub.card import add_to_card, config_yaml, hub_dataset, render_card
-from clipmap_hf.hub.folder import add_results, write_student_folder
+from clipmap_hf.hub.folder import add_results, write_card, write_student_folder
 from clipmap_hf.hub.license import teacher_license
 from clipmap_hf.hub.results import SetResults, benchmark_files, read_results, results_table
 from clipmap_hf.training.arguments import StageArguments
@@ -173,6 +173,26 @@ def test_a_license_that_is_not_stated_is_unknown(cost_table, teacher_folder, tmp
     assert metadata(rendered)["license"] == "unknown" and "Look the license up" in str(rendered)
 
 
+@pytest.mark.parametrize("teacher", ["{}/gone", "{}/gone/", "../gone", "./gone", "~/models/gone", "a/b/gone"])
+def test_of_a_teacher_whose_folder_is_gone_the_card_says_that_its_license_is_unknown(cost_table, tmp_path, teacher):
+    card = render_card(teacher.format(tmp_path), cost_table, model_class="CLIPModel", method=METHOD)
+    assert metadata(card)["license"] == "unknown" and "the teacher's card was not at hand" in str(card)
+    assert not {"base_model", "base_model_relation"} & metadata(card).keys()
+    assert "version of `gone`" in str(card) and str(tmp_path) not in str(card)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_of_a_teacher_whose_card_cannot_be_read_the_license_is_unknown(teacher_folder, tmp_path, monkeypatch, error):
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    (teacher / "README.md").write_text(LICENSED)
+
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(ModelCard, "load", fail)
+    assert teacher_license(str(teacher)) == {"license": "unknown"}
+
+
 def test_the_license_of_a_teacher_on_the_hub_is_that_of_its_cached_card(tmp_path, monkeypatch):
     commit = "c0ffee" * 6 + "c0ff"
     snapshot = tmp_path / "models--me--clip" / "snapshots" / commit
@@ -258,10 +278,12 @@ def test_a_card_without_place_for_results_is_an_error():
 def test_new_weights_lose_the_benchmark_results_of_old_ones(tiny_teacher, tiny_processor, cost_table, tmp_path):
     card = render_card("me/clip", cost_table, model_class="CLIPModel", method=METHOD)
     benchmark = dataclasses.replace(ON_A_SET, benchmark_task="zero-shot")
-    write_student_folder(tmp_path / "out", tiny_teacher, tiny_processor, card, [benchmark])
+    write_student_folder(tmp_path / "out", tiny_teacher, tiny_processor)
+    write_card(tmp_path / "out", card, [benchmark])
     assert len(list((tmp_path / "out" / ".eval_results").iterdir())) == 1
-    write_student_folder(tmp_path / "out", tiny_teacher, tiny_processor, card)
+    write_student_folder(tmp_path / "out", tiny_teacher, tiny_processor)
     assert not list((tmp_path / "out" / ".eval_results").iterdir())
+    assert not (tmp_path / "out" / "README.md").exists()
 
 
 def test_without_results_or_recipe_there_are_no_such_sections(cost_table):

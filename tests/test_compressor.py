@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from calibrated_starts import random_pairs, split
 from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi, ModelCard
@@ -636,6 +637,30 @@ def test_saving_without_map_removes_the_map_of_other_weights(shared_compressor, 
 def test_the_teachers_folder_is_never_overwritten(shared_compressor, teacher_folder):
     with pytest.raises(ValueError, match="holds the teacher"):
         shared_compressor.save_pretrained(teacher_folder)
+
+
+def test_a_student_is_saved_though_its_teachers_folder_is_gone(teacher_folder, tmp_path, tiny_batch):
+    teacher = shutil.copytree(teacher_folder, tmp_path / "gone")
+    compressor = ClipMapCompressor.from_pretrained(teacher, SMALL)
+    shutil.rmtree(teacher)
+    compressor.save_pretrained(tmp_path / "out")
+    student = CLIPModel.from_pretrained(tmp_path / "out").state_dict()
+    torch.testing.assert_close(student, compressor.export().state_dict(), atol=0, rtol=0)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "unknown" and card.data.base_model is None
+    assert "was not at hand" in card.text and str(tmp_path) not in card.text
+
+
+def test_a_card_that_cannot_be_written_costs_neither_student_nor_map(shared_compressor, tmp_path, teacher_folder):
+    folder = tmp_path / "out"
+    shared_compressor.save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    for path in folder.rglob("*.safetensors"):
+        path.write_bytes(b"other weights")
+    with pytest.raises(yaml.YAMLError):
+        shared_compressor.save_pretrained(folder, recipe="losses: [affinity")
+    assert {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")} == before
+    assert not (folder / "README.md").exists()  # the one that was there is of other weights
 
 
 def test_a_map_whose_teacher_has_moved_says_so(saved_folder, tmp_path):

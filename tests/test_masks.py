@@ -12,13 +12,18 @@ from torch import nn
 from torch.func import functional_call
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.families import CLIP
 from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.masking import MaskingTrainer
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.starts.selection.masks import MaskedLayerNorm, Masks, expected, sampled, settled
 from clipmap_hf.starts.selection.start import mapper_from_scores
 from clipmap_hf.training.arguments import MaskingStageArguments
 from clipmap_hf.training.optimization import parameter_groups
+from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.sharding import prepare_stage
 from clipmap_hf.training.stages.masking import MaskingStage
 
@@ -197,3 +202,12 @@ def test_fsdp_is_refused(shared_teacher, fresh_accelerator):
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
     with pytest.raises(ValueError, match="which FSDP would put back"):
         prepare_stage(masking(shared_teacher, 2), accelerator, MaskingStageArguments(), 8)
+
+
+def test_a_ramp_longer_than_the_training_is_refused(tiny_teacher, tiny_processor, pairs_parquet, tmp_path):
+    """Its budget would never be the student's."""
+    teacher = Teacher(tiny_teacher, tiny_processor, "me/teacher")
+    context = RunContext(RunArguments(str(tmp_path)), DataArguments(str(pairs_parquet)))
+    arguments = MaskingStageArguments(max_steps=4, ramp_steps=5, batch_size=1)
+    with pytest.raises(ValueError, match="ramp_steps=5 are more than the 4"):
+        MaskingTrainer(teacher, [teacher], NARROW, arguments, context).train()

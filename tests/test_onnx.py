@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip_of_kind
-from huggingface_hub import ModelCard
 from torch.nn import functional as F
 from transformers import (
     AutoProcessor,
@@ -182,7 +181,7 @@ def test_transformers_js_gives_the_same_embeddings(
 def test_a_student_written_anew_removes_onnx_files_of_other_weights(tiny_teacher, tiny_processor, tmp_path):
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model.onnx").touch()
-    write_student_folder(tmp_path, tiny_teacher, tiny_processor, ModelCard("---\n---\n"))
+    write_student_folder(tmp_path, tiny_teacher, tiny_processor)
     assert not (tmp_path / "onnx").exists() and CLIPModel.from_pretrained(tmp_path)
 
 

@@ -13,7 +13,15 @@ from clipmap_hf.config import ClipMapConfig, TowerConfig
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.training.arguments import StageArguments
-from clipmap_hf.training.optimization import adamw, learning_rate_at, parameter_groups, step_count, steps_or_share
+from clipmap_hf.training.optimization import (
+    adamw,
+    learning_rate_at,
+    parameter_groups,
+    ramp_length,
+    step_count,
+    steps_or_share,
+    warn_of_warmup,
+)
 from clipmap_hf.training.stages.contrastive import ContrastiveStage
 from clipmap_hf.training.stages.mapping import MappingStage
 
@@ -124,8 +132,39 @@ def test_without_a_warmup_the_first_rate_is_the_peak():
     assert [learning_rate_at(step, 2, 0.01, 0) for step in range(3)] == pytest.approx([0.01, 0.005, 0], abs=1e-12)
 
 
-def test_a_warmup_longer_than_the_run_is_cut_to_it():
-    assert [learning_rate_at(step, 3, 0.03, 2000) for step in range(3)] == pytest.approx([0, 0.01, 0.02])
+def rates(steps: int, warmup: float) -> list[float]:
+    return [learning_rate_at(step, steps, 1.0, warmup) for step in range(steps)]
+
+
+@pytest.mark.parametrize("warmup", [39, 39.5, 40, 2000])
+def test_a_warmup_that_does_not_fit_is_a_tenth_of_the_run(warmup):
+    """Of 39 steps, 2,000 would only rise to a fiftieth of the peak and never fall."""
+    assert rates(39, warmup) == rates(39, 0.1)
+    assert max(rates(39, warmup)) == rates(39, warmup)[4] == 1.0
+
+
+def test_a_warmup_that_fits_is_taken_as_it_is():
+    assert rates(39, 38) == [step / 38 for step in range(38)] + [1.0]
+    assert rates(39, 37.2) == rates(39, 38)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 39])
+@pytest.mark.parametrize("warmup", [0, 0.1, 0.5, 0.99, 1, 2, 5, 2000])
+def test_every_run_reaches_the_peak_and_a_single_step_is_taken_at_it(steps, warmup):
+    assert max(rates(steps, warmup)) == 1.0
+
+
+@pytest.mark.parametrize("warmup", [1, 2.5, 2000])
+def test_a_warmup_that_does_not_fit_is_said_with_both_numbers(warmup, caplog):
+    warn_of_warmup(StageArguments(warmup_steps=warmup), steps=1)
+    (record,) = caplog.records
+    assert f"warmup_steps={warmup} is not less than the run's steps, 1;" in record.getMessage()
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0.1, 1), (0.99, 1), (38, 39), (2000, 0)])
+def test_of_a_warmup_that_fits_nothing_is_said(warmup, steps, caplog):
+    warn_of_warmup(StageArguments(warmup_steps=warmup), steps)
+    assert not caplog.records
 
 
 def test_a_share_of_the_steps_is_rounded_up():
@@ -175,3 +214,13 @@ def test_less_than_one_step_of_epochs_is_an_error():
 @pytest.mark.parametrize(("number", "steps"), [(0.25, 50.0), (1, 1), (30, 30), (0, 0)])
 def test_numbers_below_one_are_shares_of_all_steps(number, steps):
     assert steps_or_share(number, 200) == steps
+
+
+@pytest.mark.parametrize(("ramp", "length"), [(0.5, 5), (0, 0), (10, 10), (0.99, 10), (2.4, 2)])
+def test_a_ramp_is_a_whole_number_of_steps(ramp, length):
+    assert ramp_length(ramp, 10) == length
+
+
+def test_a_ramp_that_ends_after_the_run_is_refused():
+    with pytest.raises(ValueError, match="ramp_steps=11 are more than the 10 of the training; a share is below 1"):
+        ramp_length(11, 10)

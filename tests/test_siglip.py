@@ -1,15 +1,11 @@
-import io
+from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
-from conftest import IMAGE_SIZE
 from transformers import (
     AutoProcessor,
-    SiglipImageProcessorPil,
     SiglipModel,
     SiglipProcessor,
-    SiglipTokenizer,
     pipeline,
 )
 
@@ -49,29 +45,14 @@ SELECTIONS = ("magnitude", "manual", "random_selection", "taylor")
 MIXED = {"affinity": 1.0, "sigmoid": 0.1}
 
 
-@pytest.fixture(scope="module")
-def processor(tiny_pairs, siglip, tmp_path_factory) -> SiglipProcessor:
-    """A processor whose tokenizer is learned from the captions."""
-    vocabulary = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([row["caption"] for row in tiny_pairs]),
-        model_writer=vocabulary,
-        vocab_size=siglip.config.text_config.vocab_size,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path = tmp_path_factory.mktemp("spiece") / "spiece.model"
-    path.write_bytes(vocabulary.getvalue())
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return SiglipProcessor(SiglipImageProcessorPil(size=size), SiglipTokenizer(str(path)))
+@pytest.fixture
+def processor(siglip_processor) -> SiglipProcessor:
+    return siglip_processor
 
 
-@pytest.fixture(scope="module")
-def folder(siglip, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("siglip")
-    siglip.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def folder(siglip_folder) -> Path:
+    return siglip_folder
 
 
 @pytest.fixture

@@ -247,6 +247,22 @@ def test_the_rate_warms_up_and_follows_a_cosine(trainer_of, warmup, monkeypatch)
     assert [line["learning_rate"] for line in log_of(trainer)] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("warmup", [0.1, 1, 2000], ids=["share", "one step", "thousands"])
+def test_a_run_of_one_step_trains(trainer_of, warmup):
+    trainer = trainer_of(max_steps=1, warmup_steps=warmup)
+    before = state(trainer.stage.trained)
+    trainer.train()
+    assert changed(before, trainer.stage.trained)
+
+
+def test_a_run_says_that_its_warmup_does_not_fit(trainer_of, caplog):
+    trainer_of(max_steps=3, warmup_steps=2000).train()
+    assert [record.getMessage() for record in caplog.records if "warmup_steps=2000" in record.getMessage()] == [
+        "warmup_steps=2000 is not less than the run's steps, 3; the share 0.1 of them is taken instead. Give fewer, "
+        "or a share below 1."
+    ]
+
+
 def test_gradients_are_clipped_at_their_global_norm(trainer_of, monkeypatch):
     norms, original = [], torch.optim.AdamW.step
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from test_recipe_configs import load_recipe
@@ -31,7 +33,11 @@ from clipmap_hf import (
     compress,
     evaluate_retrieval,
 )
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.masking import MaskingTrainer
+from clipmap_hf.training.run_arguments import RunArguments
 
 
 SMALL = ClipMapConfig(
@@ -115,6 +121,41 @@ def test_a_student_is_trained_evaluated_and_saved(distiller, pairs, tmp_path):
     )
     assert CLIPModel.from_pretrained(tmp_path / "out").config.vision_config.hidden_size == 32
     assert "evaluation pairs" in (tmp_path / "out" / "README.md").read_text()
+
+
+class RemovesTheTeacher(TrainerCallback):
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_train_begin(self, *_args, **_kwargs):
+        shutil.rmtree(self.folder)
+
+
+@pytest.mark.parametrize("name", ["distillation", "masking", "ternary", "mapping"])
+def test_what_is_trained_is_saved_though_the_teachers_folder_is_gone(
+    student, teacher_folder, pairs, tmp_path, name, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(teacher_folder, tmp_path / "models" / "gone")
+    teacher = Teacher.load("models/gone")  # which, without the folder, might be a name on the Hub
+    arguments = NUMBERS | {"output_dir": "out"}
+    callbacks = [RemovesTheTeacher(folder)]
+    if name == "masking":
+        context = RunContext(RunArguments("out"), DataArguments(pairs), callbacks=callbacks)
+        trainer = MaskingTrainer(teacher, [teacher], SMALL, MaskingStageArguments(**NUMBERS), context)
+    elif name == "mapping":
+        compressor = ClipMapCompressor.from_teacher(teacher, SMALL)
+        trainer = MappingTrainer(compressor, MappingArguments(**arguments), pairs, callbacks=callbacks)
+    else:
+        kind, args = {
+            "distillation": (DistillationTrainer, DistillationArguments),
+            "ternary": (TernaryTrainer, TernaryArguments),
+        }[name]
+        trainer = kind(student, teacher, args(**arguments), pairs, callbacks=callbacks)
+    assert trainer.train().steps == 3 and not folder.exists()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "unknown" and card.data.base_model is None and "of `gone`" in card.text
 
 
 def test_evaluation_needs_pairs(distiller):

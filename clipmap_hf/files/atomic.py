@@ -1,11 +1,13 @@
 """Writes files completely or not at all: under a temporary name, synced to disk, and then renamed."""
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 from uuid import uuid4
 
@@ -34,8 +36,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     with _written(folder) as temporary:
         yield temporary
         _sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        before = temporary_folder(temporary)
+        with ExitStack() as undo:
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(before, ignore_errors=True)  # left by a killed process
+                os.replace(folder, before)
+                undo.callback(os.replace, before, folder)
+            os.replace(temporary, folder)
+            undo.pop_all()
+        shutil.rmtree(before, ignore_errors=True)
         _sync_entry(folder.parent)
 
 
@@ -51,12 +60,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     with _written(folder / "files") as temporary:
         yield temporary
         _sync(temporary)
-        for path in sorted(temporary.rglob("*")):
-            target = folder / path.relative_to(temporary)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
+        _move_all({path: folder / path.relative_to(temporary) for path in sorted(temporary.rglob("*"))}, temporary)
         shutil.rmtree(temporary)
         _sync_entry(folder)
 
@@ -80,24 +84,66 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise _not_written(path, error) from error
 
 
+def _move_all(targets: Mapping[Path, Path], temporary: Path) -> None:
+    """Moves files and makes folders, parents first. If one of them fails, all others are taken back."""
+    for path, target in targets.items():
+        _check_free(target, path.is_dir())
+    kept = Path(mkdtemp(dir=temporary))
+    copies = {path: kept / str(number) for number, path in enumerate(targets)}
+    for path, target in targets.items():
+        if not path.is_dir() and os.path.lexists(target):
+            _keep(target, copies[path])
+    with ExitStack() as undo:
+        for path, target in targets.items():
+            if not path.is_dir():
+                os.replace(path, target)
+                is_new = not os.path.lexists(copies[path])
+                undo.callback(*((target.unlink,) if is_new else (os.replace, copies[path], target)))
+            elif not target.exists():
+                target.mkdir()
+                undo.callback(target.rmdir)
+        undo.pop_all()
+
+
+def _check_free(target: Path, for_folder: bool) -> None:
+    if for_folder and os.path.lexists(target) and not target.is_dir():
+        raise FileExistsError(errno.EEXIST, "a file is in the way of a folder", str(target))
+    if not for_folder and target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, "a folder is in the way of a file", str(target))
+
+
+def _keep(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except OSError:  # some file systems have no hard links
+        shutil.copy2(path, copy, follow_symlinks=False)
+
+
 @contextmanager
 def _written(folder: Path) -> Iterator[Path]:
     temporary = temporary_folder(folder)
+    missing = [parent for parent in temporary.parents if not os.path.lexists(parent)]
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         temporary.mkdir(parents=True)
         yield temporary
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_CANNOT_WRITE):
-            raise
-        raise _not_written(folder.parent, error) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # it was not made, or others have written to it
+                parent.rmdir()
+        if _is_of_the_disk(error):
+            raise _not_written(folder.parent, error) from error
         raise
 
 
-def _not_written(path: Path, error: Exception) -> OSError:
+def _is_of_the_disk(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _TORCH_CANNOT_WRITE)
+    return isinstance(error, (OSError, SafetensorError))
+
+
+def _not_written(path: Path, error: BaseException) -> OSError:
     number = getattr(error, "errno", None)
     message = f"{path} could not be written ({error}). Existing files are unchanged; make room, or use another folder."
     return OSError(message) if number is None else OSError(number, message)

@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.hub.license import teacher_license
 from clipmap_hf.hub.results import SetResults, model_index, results_table
+from clipmap_hf.models.model_id import names_folder
 
 
-__all__ = ["add_to_card", "config_yaml", "hub_dataset", "render_card"]
+__all__ = ["add_to_card", "config_yaml", "hub_dataset", "render_card", "shown_name"]
 
 _BEGIN, _END = "<!-- results on sets -->", "<!-- end of results on sets -->"  # lines of the template
 # SigLIP was trained on texts that are padded to the full length, without a mask.
@@ -54,11 +55,11 @@ def render_card(
         figures: Figures that others published, as Markdown with their source.
         packed: Whether the weights are packed trits, which transformers can load only with this package.
     """
-    is_local = os.path.isdir(teacher)
+    is_local = names_folder(teacher)
     license = teacher_license(teacher, revision) if license is None else license
-    shown_teacher = os.path.basename(os.path.normpath(teacher)) if is_local else teacher
+    shown = shown_name(teacher)
     arguments = yaml.safe_load(recipe) if recipe else {}
-    index = {"model_name": f"compressed {shown_teacher}", "eval_results": model_index(results)} if results else {}
+    index = {"model_name": f"compressed {shown}", "eval_results": model_index(results)} if results else {}
     with_projection = model_class.replace("Model", "VisionModelWithProjection")  # SigLIP has no such class
     data = ModelCardData(
         base_model=None if is_local else teacher,
@@ -73,7 +74,7 @@ def render_card(
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
-        teacher=shown_teacher,
+        teacher=shown,
         model_class=model_class,
         projection="WithProjection" if hasattr(transformers, with_projection) else "",
         method=method,
@@ -86,6 +87,11 @@ def render_card(
         packed=packed,
         padding=_SIGLIP_PADDING if model_class == "SiglipModel" else "padding=True",
     )
+
+
+def shown_name(model: str) -> str:
+    """Names a model to others: its Hub id, or the last part of its folder's path."""
+    return os.path.basename(os.path.normpath(model)) if names_folder(model) else model
 
 
 def add_to_card(card: ModelCard, results: Sequence[SetResults]) -> None:

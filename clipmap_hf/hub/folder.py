@@ -1,4 +1,4 @@
-"""Writes a student's folder, which loads without clipmap_hf: config, weights, tokenizer, processor and card."""
+"""Writes a student's folder, which loads without clipmap_hf: config, weights, tokenizer, processor; then its card."""
 
 import shutil
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from clipmap_hf.hub.card import add_to_card
 from clipmap_hf.hub.results import EVAL_RESULTS_FOLDER, SetResults, benchmark_files
 
 
-__all__ = ["MAP_CONFIG", "MAP_FOLDER", "add_results", "write_student_folder"]
+__all__ = ["MAP_CONFIG", "MAP_FOLDER", "add_results", "write_card", "write_student_folder"]
 
 MAP_FOLDER, MAP_CONFIG = "map", "clipmap_config.json"
 
@@ -22,37 +22,45 @@ def write_student_folder(
     folder: str | Path,
     student: PreTrainedModel,
     processor: CLIPProcessor,
-    card: ModelCard,
-    results: Sequence[SetResults] = (),
     keep_map: bool = False,
 ) -> None:
     """
-    Writes all files of a student into a folder. Files there that belong to other weights are removed: benchmark
-    results, ONNX files and, unless `keep_map` is set, the map.
+    Writes a student into a folder, without a card, so that no card can keep the weights from being written. Files
+    there that belong to other weights are removed: card, benchmark results, ONNX files and, unless `keep_map` is set,
+    the map.
 
     Args:
         folder: Folder to write to. It is created if needed.
         student: The model.
         processor: The model's tokenizer and image processor.
-        card: A card from `render_card`.
-        results: The results that the card shows. Those on benchmarks get a file in `.eval_results/`.
         keep_map: Whether to keep `map/`.
     """
-    folder, benchmarks = Path(folder), benchmark_files(results)
+    folder = Path(folder)
     with atomic_files(folder) as temporary:
         student.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        card.save(temporary / "README.md")
-        for name, content in benchmarks.items():
-            (temporary / EVAL_RESULTS_FOLDER).mkdir(exist_ok=True)
-            (temporary / EVAL_RESULTS_FOLDER / name).write_text(content, encoding="utf-8")
-    for path in (folder / EVAL_RESULTS_FOLDER).glob("*.yaml"):
-        if path.name not in benchmarks:
-            path.unlink()
+    for path in [folder / "README.md", *(folder / EVAL_RESULTS_FOLDER).glob("*.yaml")]:
+        path.unlink(missing_ok=True)
     if not keep_map and (folder / MAP_FOLDER / MAP_CONFIG).exists():
         shutil.rmtree(folder / MAP_FOLDER)
     if (folder / ONNX_FOLDER / "model.onnx").exists():
         shutil.rmtree(folder / ONNX_FOLDER)
+
+
+def write_card(folder: str | Path, card: ModelCard, results: Sequence[SetResults] = ()) -> None:
+    """
+    Writes the card of the student in a folder.
+
+    Args:
+        folder: The student's folder.
+        card: A card from `render_card`.
+        results: The results that the card shows. Those on benchmarks get a file in `.eval_results/`.
+    """
+    with atomic_files(Path(folder)) as temporary:
+        card.save(temporary / "README.md")
+        for name, content in benchmark_files(results).items():
+            (temporary / EVAL_RESULTS_FOLDER).mkdir(exist_ok=True)
+            (temporary / EVAL_RESULTS_FOLDER / name).write_text(content, encoding="utf-8")
 
 
 def add_results(folder: str | Path, results: Sequence[SetResults]) -> None:

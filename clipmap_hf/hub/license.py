@@ -6,6 +6,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
+from clipmap_hf.models.model_id import names_folder
+
 
 __all__ = ["teacher_license"]
 
@@ -22,13 +24,13 @@ def teacher_license(teacher: str, revision: str | None = None) -> dict[str, str]
 
     Returns:
         The card's metadata `license` and, if it has them, `license_name` and `license_link`. If no license is found,
-        it is `{"license": "unknown"}`.
+        because the card is gone, cannot be read or states none, it is `{"license": "unknown"}`.
     """
     card = Path(teacher, "README.md")
-    if not Path(teacher).is_dir():
+    if not names_folder(teacher):
         cached = try_to_load_from_cache(teacher, "README.md", revision=revision)
         card = Path(cached) if isinstance(cached, str) else card  # no string: not cached, or known not to exist
-    metadata = _metadata(card) if card.is_file() else {}
+    metadata = _metadata(card)
     found = {key: metadata[key] for key in _KEYS if isinstance(metadata.get(key), str)}
     return found if "license" in found else {"license": "unknown"}
 
@@ -36,5 +38,5 @@ def teacher_license(teacher: str, revision: str | None = None) -> dict[str, str]
 def _metadata(card: Path) -> dict[str, Any]:
     try:
         return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, yaml.YAMLError):  # a card that cannot be read states no license
+    except (OSError, ValueError, yaml.YAMLError):  # a card that is gone or cannot be read states no license
         return {}

@@ -1,9 +1,13 @@
 """Names a model: its folder or Hub id, and on the Hub its revision."""
 
+import os
 from typing import NamedTuple
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-__all__ = ["ModelId"]
+
+__all__ = ["ModelId", "names_folder"]
 
 
 class ModelId(NamedTuple):
@@ -17,3 +21,12 @@ class ModelId(NamedTuple):
 
     id: str
     revision: str | None = None
+
+
+def names_folder(id: str) -> bool:
+    """Whether an id is a folder, and not on the Hub. A folder that is gone is one if no Hub id looks like it."""
+    try:
+        validate_repo_id(id)
+    except HFValidationError:
+        return True
+    return os.path.isdir(id)

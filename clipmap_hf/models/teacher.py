@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,12 +26,20 @@ class Teacher:
         processor: Its tokenizer and image processor.
         id: Hub id or folder.
         revision: Its branch, tag or commit on the Hub.
+
+    Attributes:
+        source: Where it is found again, from whatever folder.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
     id: str
     revision: str | None = None
+    source: ModelId = field(init=False)
+
+    def __post_init__(self):
+        # Asked now: later, the folder may be gone.
+        self.source = ModelId(os.path.abspath(self.id) if os.path.isdir(self.id) else self.id, self.revision)
 
     @classmethod
     def load(
@@ -130,11 +138,6 @@ class Teacher:
         if processor is None:
             processor = load_processor(model.name_or_path, revision=revision, backend=backend, **kwargs)
         return cls(copy.deepcopy(model).to(dtype).eval(), processor, model.name_or_path, revision)
-
-    @property
-    def source(self) -> ModelId:
-        """Where it is found again, from whatever folder."""
-        return ModelId(os.path.abspath(self.id) if os.path.isdir(self.id) else self.id, self.revision)
 
 
 def check_same_preprocessing(processor: ProcessorMixin, teachers: Sequence[Teacher]) -> None:

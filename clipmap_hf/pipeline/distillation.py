@@ -12,8 +12,8 @@ from clipmap_hf.costs.cost import Cost, CostReport, model_cost, with_bytes_of
 from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.families import family_for
-from clipmap_hf.hub.card import render_card
-from clipmap_hf.hub.folder import write_student_folder
+from clipmap_hf.hub.card import render_card, shown_name
+from clipmap_hf.hub.folder import write_card, write_student_folder
 from clipmap_hf.models.fingerprints import config_values
 from clipmap_hf.models.loading import check_float, load_model
 from clipmap_hf.models.model_id import ModelId
@@ -107,14 +107,15 @@ class DistillationTrainer(StageTrainer):
 
     def _card(self) -> dict[str, Any]:
         """What else `render_card` is told: `method`, and of a ternary model that it is `packed`."""
-        ids = [teacher.id for teacher in self.teachers[1:]]
-        names = [f"`{Path(name).name if Path(name).is_dir() else name}`" for name in ids]
+        names = [f"`{shown_name(teacher.source.id)}`" for teacher in self.teachers[1:]]
         named = " and ".join(["the teacher", *names])  # a card has named the first already
         losses = ", ".join(self.args.losses)
         return {"method": f"Its weights were distilled from {named} (losses: {losses})."}
 
     def _save(self, folder: Path, metrics: dict[str, float]) -> None:
-        teacher, results, written = self.teachers[0], self._results(metrics, self.teacher_metrics), self.model
+        teacher, results = self.teachers[0].source, self._results(metrics, self.teacher_metrics)
+        written = self.model
+        write_student_folder(folder, written, self.processing_class)
         costs = self._costs | {"student": with_bytes_of(self._costs["student"], written)}
         card = render_card(
             teacher.id,
@@ -125,7 +126,7 @@ class DistillationTrainer(StageTrainer):
             recipe=self.context.recipe,
             **self._card(),
         )
-        write_student_folder(folder, written, self.processing_class, card, results)
+        write_card(folder, card, results)
 
     @cached_property
     def _costs(self) -> dict[str, Cost]:  # counted once: every save shows them

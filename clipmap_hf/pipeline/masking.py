@@ -8,14 +8,14 @@ from typing import Any
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.costs.cost import CostReport, model_cost
 from clipmap_hf.hub.card import render_card
-from clipmap_hf.hub.folder import write_student_folder
+from clipmap_hf.hub.folder import write_card, write_student_folder
 from clipmap_hf.models.loading import check_float
 from clipmap_hf.models.teacher import Teacher, check_same_preprocessing
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import freeze_tower
 from clipmap_hf.pipeline.trainer import StageTrainer
 from clipmap_hf.training.arguments import MaskingStageArguments
-from clipmap_hf.training.optimization import step_count, steps_or_share
+from clipmap_hf.training.optimization import ramp_length, step_count
 from clipmap_hf.training.stages.masking import MaskingStage
 
 
@@ -35,7 +35,7 @@ class MaskingTrainer(StageTrainer):
 
     Raises:
         ValueError: If a teacher preprocesses images or texts in another way than the source, or the source's weights
-            are packed.
+            are packed; when it trains, if the ramp is longer than the training.
     """
 
     name = "masking"
@@ -55,11 +55,11 @@ class MaskingTrainer(StageTrainer):
 
     def _make_stage(self) -> MaskingStage:
         arguments = self.args
-        ramp = steps_or_share(arguments.ramp_steps, step_count(arguments, self.context.pairs))
+        ramp = ramp_length(arguments.ramp_steps, step_count(arguments, self.context.pairs))
         return MaskingStage(
             freeze_tower(copy.deepcopy(self.source.model), arguments.freeze),
             student=self.student,
-            ramp_steps=max(1, round(ramp)),
+            ramp_steps=max(1, ramp),
             teachers=[teacher.model for teacher in self.teachers],
             losses=arguments.losses,
             logit_scale=arguments.logit_scale,
@@ -67,17 +67,18 @@ class MaskingTrainer(StageTrainer):
         )
 
     def _save(self, folder: Path, metrics: dict[str, float]) -> None:
-        model, results, source = self.model, self._results(metrics), self.source
+        model, results, source = self.model, self._results(metrics), self.source.source
+        write_student_folder(folder, model, self.processing_class)
         card = render_card(
             source.id,
-            str(CostReport(teacher=model_cost(source.model.config), student=model_cost(model.config))),
+            str(CostReport(teacher=model_cost(self.source.model.config), student=model_cost(model.config))),
             model_class=type(model).__name__,
             method="Its weights were selected from the teacher's by learned masks (TinyCLIP), and trained with them.",
             revision=source.revision,
             results=results,
             recipe=self.context.recipe,
         )
-        write_student_folder(folder, model, self.processing_class, card, results)
+        write_card(folder, card, results)
 
     def _config(self) -> dict[str, Any]:
         return {

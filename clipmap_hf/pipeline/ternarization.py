@@ -6,7 +6,7 @@ import torch
 from transformers.utils import logging
 
 from clipmap_hf.pipeline.distillation import DistillationTrainer
-from clipmap_hf.training.optimization import step_count, steps_or_share
+from clipmap_hf.training.optimization import ramp_length, step_count
 from clipmap_hf.training.stages.ternary import TernaryStage
 
 
@@ -29,9 +29,7 @@ class TernaryTrainer(DistillationTrainer):
 
     def _stage_options(self) -> dict[str, Any]:
         steps = step_count(self.args, self.context.pairs)
-        ramp_steps = round(steps_or_share(self.args.ramp_steps, steps))
-        if ramp_steps > steps:
-            raise ValueError(f"ramp_steps={ramp_steps} are more than the {steps} of the training; a share is below 1.")
+        ramp_steps = ramp_length(self.args.ramp_steps, steps)
         if not steps:
             logger.warning(
                 "Weights are made ternary without training; that leaves little of most models, so give steps."

@@ -43,7 +43,10 @@ class StageArguments:
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.2, metadata={"help": "Decoupled decay of matrices."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Linear warm-up: steps, or a share of all if below 1."})
+    warmup_steps: float = field(
+        default=0.1,
+        metadata={"help": "Linear warm-up: steps, or a share of all if below 1. Steps that do not fit are a tenth."},
+    )
     warmup_ratio: float | None = field(
         default=None,
         metadata={"help": "`warmup_steps` as a share of all, by the name that transformers 4 had for it."},

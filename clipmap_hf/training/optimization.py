@@ -1,5 +1,6 @@
 """AdamW: its number of steps, its learning rate at each step, and the parameters that it decays."""
 
+import logging
 import math
 import re
 from typing import Any
@@ -11,7 +12,19 @@ from clipmap_hf.distributed import process_count
 from clipmap_hf.training.arguments import StageArguments
 
 
-__all__ = ["adamw", "learning_rate_at", "parameter_groups", "step_count", "steps_or_share"]
+__all__ = [
+    "adamw",
+    "learning_rate_at",
+    "parameter_groups",
+    "ramp_length",
+    "step_count",
+    "steps_or_share",
+    "warn_of_warmup",
+]
+
+logger = logging.getLogger(__name__)
+
+_SHARE = 0.1  # of the steps, in which the rate of a run warms up whose warm-up does not fit
 
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -58,23 +71,54 @@ def adamw(module: torch.nn.Module, arguments: StageArguments) -> torch.optim.Ada
 
 def learning_rate_at(step: float, steps: int, peak: float, warmup: float) -> float:
     """
-    The rate of a step: linear warm-up from 0, then half a cosine to 0.
+    The rate of a step: linear warm-up from 0, then half a cosine to 0. Every run has a step at the peak, so that a
+    single step is taken at it.
 
     Args:
         step: Which, counted from 0; between two steps, if time runs faster than they do.
         steps: How many there are.
         peak: The highest rate.
-        warmup: Steps of warm-up, or a share of all if below 1.
+        warmup: Steps of warm-up, or a share of all if below 1. Steps that do not fit are a tenth of all.
     """
-    warmup = math.ceil(min(steps_or_share(warmup, steps), steps))
+    warmup = math.ceil(steps_or_share(warmup if _fits(warmup, steps) else _SHARE, steps))
+    warmup = min(warmup, steps - 1)
     if step < warmup:
         return peak * step / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
+def warn_of_warmup(arguments: StageArguments, steps: int) -> None:
+    """Logs a warning if the warm-up that `arguments` ask for does not fit a run of `steps`."""
+    if steps and not _fits(arguments.warmup_steps, steps):
+        logger.warning(
+            "warmup_steps=%g is not less than the run's steps, %d; the share %g of them is taken instead. Give fewer, "
+            "or a share below 1.",
+            arguments.warmup_steps,
+            steps,
+            _SHARE,
+        )
+
+
 def steps_or_share(number: float, steps: int) -> float:
     """Reads a number as steps, or below 1 as a share of `steps`; it is not rounded."""
     return number if number >= 1 else number * steps
+
+
+def ramp_length(ramp: float, steps: int) -> int:
+    """
+    The steps of a ramp.
+
+    Args:
+        ramp: The steps, or a share of all if below 1.
+        steps: How many the run has.
+
+    Raises:
+        ValueError: If the ramp would end after the run.
+    """
+    length = round(steps_or_share(ramp, steps))
+    if length > steps:
+        raise ValueError(f"ramp_steps={length} are more than the {steps} of the training; a share is below 1.")
+    return length
 
 
 def step_count(arguments: StageArguments, pairs: PairDataset | PairStream) -> int:
@@ -103,3 +147,8 @@ def step_count(arguments: StageArguments, pairs: PairDataset | PairStream) -> in
             "max_steps (--steps) instead."
         )
     return steps
+
+
+def _fits(warmup: float, steps: int) -> bool:
+    """Whether a warm-up leaves a step at the peak; a share always does."""
+    return warmup < 1 or math.ceil(warmup) < steps

@@ -22,7 +22,7 @@ from clipmap_hf.training.checkpoints import Checkpoints, Progress
 from clipmap_hf.training.events import Events
 from clipmap_hf.training.faults import count_skipped, usable_chunks
 from clipmap_hf.training.identity import run_identity, what_may_change
-from clipmap_hf.training.optimization import learning_rate_at, step_count
+from clipmap_hf.training.optimization import learning_rate_at, step_count, warn_of_warmup
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
 from clipmap_hf.training.result import TrainResult
 from clipmap_hf.training.run_arguments import RunArguments
@@ -98,6 +98,8 @@ class Trainer:
             ValueError: If too many rows are bad, or the checkpoints are those of a run with another configuration.
         """
         self.accelerator = self._accelerator()
+        if self.accelerator.is_main_process:
+            warn_of_warmup(self.arguments, self.steps)
         plan = self._plan()
         stage, optimizer = self._prepare(plan)
         checkpoints, self.progress = self._resume(plan)
