@@ -310,3 +310,9 @@ def test_a_student_survives_saving_and_reading(tmp_path, given):
     path = Path(tmp_path / "arguments.yaml")
     path.write_text(arguments_yaml(StudentArguments(student=given)))
     assert student(["--config", str(path)]) == given
+
+
+def test_no_is_a_word_where_it_is_a_choice(config):
+    options = config("output_dir: out\nmixed_precision: no\neval_strategy: no\ndisable_tqdm: no\n")
+    (run,) = parse_arguments(RunArguments, argv=options)
+    assert (run.mixed_precision, run.eval_strategy, run.disable_tqdm) == ("no", "no", False)

@@ -134,3 +134,26 @@ def test_source_files_do_not_depend_on_where_the_files_lie(pairs_tars, tmp_path)
 def test_the_source_of_a_hub_data_set_is_its_id():
     source = source_files(DataArguments("me/pairs", train_split="validation", image_column="jpg"))
     assert source == {"files": "me/pairs", "split": "validation", "image_column": "jpg"}
+
+
+def test_files_of_equal_names_in_different_folders_are_told_apart(tmp_path):
+    for folder, size in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "000.tar").write_bytes(b"x" * size)
+    before = source_files(DataArguments(str(tmp_path / "*" / "*.tar")))
+    assert before["files"] == {"a/000.tar": 1, "b/000.tar": 2}
+    (tmp_path / "a" / "000.tar").write_bytes(b"xxx")
+    assert source_files(DataArguments(str(tmp_path / "*" / "*.tar"))) != before
+
+
+@pytest.mark.parametrize(
+    ("columns", "sampling"),
+    [
+        ({}, "first"),
+        ({"caption_column": ["caption", "alt"]}, "random"),
+        ({"keyword_column": ["keywords"]}, "random"),
+        ({"keyword_column": ["keywords"], "caption_sampling": "first"}, "first"),
+    ],
+)
+def test_columns_that_are_named_are_used(columns, sampling):
+    assert DataArguments("pairs", **columns).caption_sampling == sampling

@@ -82,7 +82,10 @@ def weights(stage) -> torch.Tensor:
 DATA_CHANGES = {
     "crop scale": ({"crop_scale": [0.5, 1.0]}, r"crop_scale was \[0\.9, 1\.0\], is \[0\.5, 1\.0\]"),
     "flip": ({"flip": 0.5}, "flip was 0.0, is 0.5"),
-    "captions": ({"keyword_column": ["keywords"]}, r'keyword_column was \[\], is \["keywords"\]'),
+    "captions": (
+        {"keyword_column": ["keywords"], "caption_sampling": "first"},
+        r'keyword_column was \[\], is \["keywords"\]',
+    ),
     "learning rate": ({"learning_rate": 0.1}, "learning_rate was 0.001, is 0.1"),
     "seed": ({"seed": 1}, r"seed was \d+, is \d+"),
     "several": ({"flip": 0.5, "rotation": 2.0}, "flip was 0.0, is 0.5; rotation was 0.0, is 2.0"),

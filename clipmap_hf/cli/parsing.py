@@ -8,7 +8,7 @@ from dataclasses import field
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -167,11 +167,20 @@ def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
 def _option(of: dataclasses.Field, name: str, value: Any) -> list[str]:
     if value is None or value == []:
         return []
+    if value is False and "no" in _choices(of.type):
+        value = "no"  # which YAML reads as false
     if isinstance(value, dict) and of.type in (_NUMBERS, _NAME_OR_VALUES):
         value = _as_words(value)
     if isinstance(value, dict):
         raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
     return [f"--{name}", *(_word(item) for item in (value if isinstance(value, list) else [value]))]
+
+
+def _choices(kind: Any) -> tuple:
+    """The words that a `Literal` allows, or one in a union; none of other types."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(word for inner in get_args(kind) for word in _choices(inner))
 
 
 def _word(value: Any) -> str:

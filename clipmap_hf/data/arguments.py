@@ -39,11 +39,14 @@ class ReadingArguments:
     )
     keyword_column: list[str] = field(
         default_factory=list,
-        metadata={"help": "Columns of keyword lists. `random` sampling may make a caption of some of the keywords."},
+        metadata={"help": "Columns of keyword lists. A caption may then be made of some of the keywords."},
     )
-    caption_sampling: Literal["first", "random"] = field(
-        default="first",
-        metadata={"help": "Train on the first caption column, or on a random column of captions or keywords."},
+    caption_sampling: Literal["first", "random"] | None = field(
+        default=None,
+        metadata={
+            "help": "Train on the first caption column, or on a random column of captions or keywords; by default "
+            "`random` if there are several."
+        },
     )
     crop_scale: list[float] = field(
         default_factory=lambda: [0.9, 1.0],
@@ -70,6 +73,8 @@ class ReadingArguments:
     )
 
     def __post_init__(self):
+        if self.caption_sampling is None:
+            self.caption_sampling = "random" if len([*self.caption_column, *self.keyword_column]) > 1 else "first"
         check_ranges(self, at_least_0=("flip", "rotation", "color_jitter", "grayscale", "max_bad_fraction"))
         check_ranges(self, above_0=("shuffle_buffer",))
         if not 0 <= self.validation_fraction < 1:

@@ -3,7 +3,7 @@
 import glob
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,18 @@ def source_files(data: DataArguments) -> dict[str, Any]:
     is_path = isinstance(data.train_data, (str, os.PathLike))
     found = sorted(path.rglob("*") if path.is_dir() else map(Path, glob.glob(name, recursive=True))) if is_path else ()
     source = {
-        "files": {file.name: file.stat().st_size for file in found if file.is_file()} or name,
+        "files": _sizes(file for file in found if file.is_file()) or name,
         "split": data.train_split,
         "image_column": data.image_column,
     }
     return {**source, "validation_fraction": data.validation_fraction} if data.validation_fraction else source
+
+
+def _sizes(files: Iterable[Path]) -> dict[str, int]:
+    """Sizes by name, from the folder on that all files share: files of equal names may lie in different folders."""
+    files = list(files)
+    shared = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
+    return {file.relative_to(shared).as_posix(): file.stat().st_size for file in files}
 
 
 def stage_seed(name: str, seed: int) -> int:
