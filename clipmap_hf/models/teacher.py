@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from clipmap_hf.models.finite import check_finite
 from clipmap_hf.models.loading import check_float, load_model, load_processor
 from clipmap_hf.models.model_id import ModelId
 
@@ -26,12 +27,18 @@ class Teacher:
         processor: Its tokenizer and image processor.
         id: Hub id or folder.
         revision: Its branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
     id: str
     revision: str | None = None
+
+    def __post_init__(self):
+        check_finite(self.model.state_dict(), f"The teacher {self.id!r}")
 
     @classmethod
     def load(
@@ -55,7 +62,7 @@ class Teacher:
 
         Raises:
             OSError: If a file is missing or the Hub cannot be reached.
-            ValueError: If the weights do not fit the config.
+            ValueError: If the weights do not fit the config, or are not finite.
         """
         model = load_model(id, revision=revision, dtype=dtype, **kwargs)
         processor = load_processor(id, revision=revision, backend=backend, **kwargs)
@@ -117,7 +124,7 @@ class Teacher:
             kwargs: Passed to downloads of the processor.
 
         Raises:
-            ValueError: If the model has no `name_or_path`, or its weights are packed.
+            ValueError: If the model has no `name_or_path`, or its weights are packed or not finite.
             OSError: If the processor is not there.
         """
         check_float(model, "A teacher")
