@@ -34,6 +34,7 @@ from clipmap_hf import Budget, ClipMapCompressor, ClipMapConfig, TowerConfig
 from clipmap_hf.data.calibration_pairs import sampled_pairs
 from clipmap_hf.data.pairs import holds_pairs, load_pairs
 from clipmap_hf.distributed import calibration_device
+from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.shapes import choose_shape, kept_energy
 from clipmap_hf.starts import start_mapper
 
@@ -167,6 +168,19 @@ def test_a_student_that_does_not_fit_is_an_error_that_says_what_would(teacher_fo
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(OSError, match="no-such-model"):
         ClipMapCompressor.from_pretrained(tmp_path / "no-such-model", student=SMALL)
+
+
+@pytest.mark.parametrize("how", ["model", "teacher", "mapper"])
+def test_a_teacher_in_memory_that_is_not_finite_is_refused_by_name(teacher_folder, tiny_processor, how):
+    model = CLIPModel.from_pretrained(teacher_folder)
+    model.visual_projection.weight.data[0, 0] = torch.nan
+    start = {
+        "model": lambda: ClipMapCompressor.from_pretrained(model, SMALL),
+        "teacher": lambda: Teacher(model, tiny_processor, "me/teacher"),
+        "mapper": lambda: start_mapper(model, SMALL),
+    }[how]
+    with pytest.raises(ValueError, match=r"not finite.*'visual_projection\.weight'"):
+        start()
 
 
 def test_a_teacher_that_lacks_a_tensor_is_an_error_that_names_it(teacher_folder, tmp_path):
@@ -488,6 +502,15 @@ def test_map_weights_that_do_not_fit_are_an_error_that_names_them(folder, tamper
         ClipMapCompressor.from_pretrained(folder)
 
 
+def test_a_map_that_is_not_finite_is_an_error_that_names_its_tensor(folder):
+    path = folder / "map" / "clipmap.safetensors"
+    tensors = load_file(path)
+    tensors["operators.text_ffn.delta"][0, 0] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"not finite.*'operators\.text_ffn\.delta'"):
+        ClipMapCompressor.from_pretrained(folder)
+
+
 def rewrite(folder: Path, change) -> None:
     path = folder / "map" / "clipmap_config.json"
     content = json.loads(path.read_text())
@@ -750,6 +773,16 @@ def test_weights_are_saved_in_the_dtype_asked_for(shared_compressor, tmp_path):
     shared_compressor.save_pretrained(tmp_path, include_map=False, dtype=torch.float16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
     assert CLIPModel.from_pretrained(tmp_path).dtype == torch.float16
+
+
+def test_a_student_too_large_for_its_dtype_is_not_written_over_a_good_one(shared_compressor, tmp_path):
+    shared_compressor.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    compressor = copy.deepcopy(shared_compressor)
+    compressor.mapper.operators["vision_ffn"].delta.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"student.*not finite.*fc1.*torch\.float16"):
+        compressor.save_pretrained(tmp_path, dtype=torch.float16)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["device", "device_map"])

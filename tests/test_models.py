@@ -80,6 +80,25 @@ def test_all_problems_are_reported_at_once(folder, tensors):
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, tensors, value, dtype):
+    tensors["text_model.encoder.layers.1.mlp.fc1.bias"][3] = value
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(dtype)
+    tensors.write()
+    with pytest.raises(ValueError, match=r"not finite.*'text_model\.encoder\.layers\.1\.mlp\.fc1\.bias'"):
+        load_model(str(folder))
+
+
+def test_weights_too_large_for_the_dtype_asked_for_are_refused(folder, tensors):
+    tensors["visual_projection.weight"][0, 0] = 1e6
+    tensors.write()
+    assert load_model(str(folder)).visual_projection.weight[0, 0] == 1e6
+    with pytest.raises(ValueError, match=r"'visual_projection\.weight'.*torch\.float16.*torch\.float32"):
+        load_model(str(folder), dtype=torch.float16)
+
+
 def test_position_ids_of_old_checkpoints_are_no_extra_tensor(folder, tensors, tiny_teacher):
     tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
     tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]

@@ -135,6 +135,13 @@ def test_what_is_off_is_no_error(golden):
     read_open_clip_folder(str(golden))
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_teacher, tiny_processor, tmp_path):
+    tiny_teacher.visual_projection.weight.data[0, 0] = torch.nan
+    write_open_clip_folder(tmp_path, tiny_teacher, tiny_processor)
+    with pytest.raises(ValueError, match=r"not finite.*'visual_projection\.weight'"):
+        read_open_clip_folder(str(tmp_path))
+
+
 def test_missing_files_are_errors(golden, tmp_path):
     (golden / "tokenizer.json").unlink()
     with pytest.raises(OSError, match="holds no tokenizer; give `tokenizer=`"):

@@ -187,6 +187,12 @@ def test_calibration_leaves_no_gradients_and_the_model_as_it_is(tiny_teacher, sh
         assert torch.equal(tensor, shared_teacher.state_dict()[name]), name
 
 
+def test_activations_that_are_not_finite_are_an_error_that_names_the_tower(shared_teacher, pairs):
+    pairs["pixel_values"][3, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"vision tower.*not finite.*pixel_values"):
+        calibrate(shared_teacher, [pairs])
+
+
 def test_without_pairs_there_is_nothing_to_calibrate_with(shared_teacher):
     with pytest.raises(ValueError, match="no pairs to calibrate with"):
         calibrate(shared_teacher, [])

@@ -582,6 +582,18 @@ def test_strict_loading_takes_packed_folders(folder, packed, tiny_batch):
     torch.testing.assert_close(embeds(loaded, tiny_batch), embeds(packed, tiny_batch), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["text_model.final_layer_norm.bias", "text_model.encoder.layers.0.mlp.fc1.bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strict_loading_refuses_packed_folders_that_are_not_finite(tiny_teacher, tmp_path, dtype, name):
+    pack_model(tiny_teacher, TernaryConfig(), dtype=dtype).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name][0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"not finite.*'{name}'"):
+        load_model(str(tmp_path))
+
+
 def test_a_model_that_was_saved_can_be_dequantized(packed, tmp_path):
     packed.save_pretrained(tmp_path)  # which leaves the config's dtype a string
     assert packed.dequantize().dtype == torch.float32

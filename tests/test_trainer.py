@@ -498,12 +498,20 @@ def test_a_chunk_without_good_rows_is_left_out(trainer_of, pairs):
     assert trainer.train().pairs == 16
 
 
+def test_a_run_without_a_good_row_is_an_error_and_writes_nothing(trainer_of, pairs):
+    saved = []
+    trainer = trainer_of(
+        pairs=spoiled(pairs, 24), max_bad_fraction=1.0, max_steps=2, save=lambda folder, metrics: saved.append(folder)
+    )
+    with pytest.raises(FloatingPointError, match=r"None of the 2 steps .*0 pairs.*\{'no caption': 16\}"):
+        trainer.train()
+    assert not saved
+
+
 def test_steps_without_good_rows_are_skipped_and_counted(trainer_of, pairs):
-    trainer = trainer_of(pairs=spoiled(pairs, 24), max_bad_fraction=1.0, max_steps=2)
-    before = state(trainer.stage)
+    trainer = trainer_of(pairs=spoiled(pairs, 20), batch_size=2, max_bad_fraction=1.0, max_steps=12, max_skipped=12)
     result = trainer.train()
-    assert (result.steps, result.skipped, result.pairs) == (2, 2, 0) and result.bad_rows == {"no caption": 16}
-    assert not changed(before, trainer.stage)
+    assert 0 < result.skipped < 12 and result.pairs == 4 and result.bad_rows == {"no caption": 20}
 
 
 def test_too_many_steps_without_good_rows_end_the_run_and_say_why(trainer_of, pairs):
@@ -593,6 +601,30 @@ def test_a_model_that_is_not_finite_stops_the_run(trainer_of, stage_of):
     stage.trained.visual_projection.weight.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="1 steps in a row up to 1 had no finite loss and gradient"):
         trainer_of(stage, max_skipped=0).train()
+
+
+def test_a_run_whose_steps_were_all_skipped_is_an_error_and_writes_nothing(trainer_of, spoil_gradient):
+    spoil_gradient({1, 2, 3})
+    saved = []
+    with pytest.raises(FloatingPointError, match=r"None of the 3 steps"):
+        trainer_of(max_steps=3, save=lambda folder, metrics: saved.append(folder)).train()
+    assert not saved
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_student_that_is_not_finite_is_neither_evaluated_nor_written(trainer_of, stage_of, name):
+    """As after a step that was finite, but too large."""
+    stage, seen = stage_of(name), []
+    stage.after_step = lambda: next(stage.parameters()).data.fill_(torch.inf)
+    trainer = trainer_of(
+        stage,
+        max_steps=1,
+        evaluate=lambda model, watched: seen.append(model) or {},
+        save=lambda folder, metrics: seen.append(folder),
+    )
+    with pytest.raises(FloatingPointError, match=r"student.*step 1.*not finite"):
+        trainer.train()
+    assert not seen
 
 
 def test_skipped_steps_before_an_interruption_count(trainer_of, spoil_gradient):

@@ -16,6 +16,7 @@ from clipmap_hf.export.open_clip import (
     open_clip_tensors,
 )
 from clipmap_hf.files.atomic import atomic_files, read_json, write_json
+from clipmap_hf.models.finite import check_finite
 from clipmap_hf.models.loading import check_float
 
 
@@ -65,7 +66,7 @@ def read_open_clip_folder(
 
     Raises:
         OSError: If a file is missing or the Hub cannot be reached.
-        ValueError: If `CLIPModel` cannot express the model, or the weights do not fit the config.
+        ValueError: If `CLIPModel` cannot express the model, or the weights do not fit the config or are not finite.
     """
     if not os.path.isdir(source):
         patterns = [CONFIG, WEIGHTS, "*token*.json", "vocab.json", "merges.txt"]
@@ -84,6 +85,7 @@ def read_open_clip_folder(
         raise ValueError(
             f"In {source!r}, {len(wrong)} tensors do not have the shape that {CONFIG} gives: {wrong[:5]}."
         )
+    check_finite(tensors, f"The model in {source!r}")
     model = CLIPModel(config).to(tensors["logit_scale"].dtype)
     model.load_state_dict(tensors, strict=True)
     if tokenizer is None and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):

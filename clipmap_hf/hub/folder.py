@@ -11,6 +11,7 @@ from clipmap_hf.export.onnx import ONNX_FOLDER
 from clipmap_hf.files.atomic import atomic_files, write_atomically
 from clipmap_hf.hub.card import add_to_card
 from clipmap_hf.hub.results import EVAL_RESULTS_FOLDER, SetResults, benchmark_files
+from clipmap_hf.models.finite import check_finite
 
 
 __all__ = ["MAP_CONFIG", "MAP_FOLDER", "add_results", "write_card", "write_student_folder"]
@@ -34,7 +35,11 @@ def write_student_folder(
         student: The model.
         processor: The model's tokenizer and image processor.
         keep_map: Whether to keep `map/`.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite. Nothing is written then.
     """
+    check_finite(student.state_dict(), f"The student for {str(folder)!r}")
     folder = Path(folder)
     with atomic_files(folder) as temporary:
         student.save_pretrained(temporary)

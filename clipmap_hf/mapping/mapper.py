@@ -15,6 +15,7 @@ from clipmap_hf.families import TensorSpec
 from clipmap_hf.mapping.depth import one_hot_depth
 from clipmap_hf.mapping.operators import Operator, mix_depth, project_axes
 from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.models.finite import check_finite
 
 
 __all__ = ["WeightMapper"]
@@ -74,7 +75,8 @@ class WeightMapper(nn.Module):
             state: The operators, corrections and copied tensors.
 
         Raises:
-            ValueError: If a tensor of the state is missing, unknown or of another shape; the message names them.
+            ValueError: If a tensor of the state is missing, unknown, of another shape or not finite; the message names
+                them.
         """
         zeros = {name: torch.zeros(shape) for name, shape in plan.operator_shapes().items()}
         mapper = cls(plan, tensors, zeros, {tower: range(plan.depths(tower)[1]) for tower in plan.cut})
@@ -86,6 +88,7 @@ class WeightMapper(nn.Module):
         )
         if wrong:
             raise ValueError(f"tensors missing, unknown or of another shape: {wrong}.")
+        check_finite(state, "the map")
         mapper.load_state_dict(state, strict=True)
         return mapper
 

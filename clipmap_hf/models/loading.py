@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from clipmap_hf.models.finite import check_finite
 from clipmap_hf.models.options import DOWNLOAD_OPTIONS
 
 
@@ -74,7 +75,8 @@ def load_model(
     Raises:
         OSError: If a file is missing, there are only pickled weights, or the Hub cannot be reached.
         ValueError: If the checkpoint lacks a tensor, or holds unknown ones or some of another shape; if the config
-            describes a far larger model, or names code of its own.
+            describes a far larger model, or names code of its own; if a weight is NaN or infinite, in the file or in
+            `dtype`.
     """
     options = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if name in kwargs}
     config = load_config(source, revision=revision, **options)
@@ -98,6 +100,7 @@ def load_model(
     found = "; ".join(f"{what}: {names}" for what, names in problems.items() if names)
     if found:
         raise ValueError(f"The weights in {source!r} do not fit its config.json. Tensors {found}.")
+    check_finite(model.state_dict(), f"The model in {source!r}")
     return model.eval()
 
 

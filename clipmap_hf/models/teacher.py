@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from clipmap_hf.models.finite import check_finite
 from clipmap_hf.models.loading import check_float, load_model, load_processor
 from clipmap_hf.models.model_id import ModelId
 
@@ -19,16 +20,21 @@ __all__ = ["Teacher", "check_same_preprocessing"]
 @dataclass
 class Teacher:
     """
-    A frozen model that a student learns from or is made of.
+        A frozen model that a student learns from or is made of.
 
-    Args:
-        model: A `CLIPModel`.
-        processor: Its tokenizer and image processor.
-        id: Hub id or folder.
-        revision: Its branch, tag or commit on the Hub.
+        Args:
+            model: A `CLIPModel`.
+            processor: Its tokenizer and image processor.
+            id: Hub id or folder.
+            revision: Its branch, tag or commit on the Hub.
 
-    Attributes:
-        source: Where it is found again, from whatever folder.
+    <<<<<<< HEAD
+        Attributes:
+            source: Where it is found again, from whatever folder.
+    =======
+        Raises:
+            ValueError: If a weight is NaN or infinite.
+    >>>>>>> wip-starts
     """
 
     model: PreTrainedModel
@@ -40,6 +46,9 @@ class Teacher:
     def __post_init__(self):
         # Asked now: later, the folder may be gone.
         self.source = ModelId(os.path.abspath(self.id) if os.path.isdir(self.id) else self.id, self.revision)
+
+    def __post_init__(self):
+        check_finite(self.model.state_dict(), f"The teacher {self.id!r}")
 
     @classmethod
     def load(
@@ -63,7 +72,7 @@ class Teacher:
 
         Raises:
             OSError: If a file is missing or the Hub cannot be reached.
-            ValueError: If the weights do not fit the config.
+            ValueError: If the weights do not fit the config, or are not finite.
         """
         model = load_model(id, revision=revision, dtype=dtype, **kwargs)
         processor = load_processor(id, revision=revision, backend=backend, **kwargs)
@@ -125,7 +134,7 @@ class Teacher:
             kwargs: Passed to downloads of the processor.
 
         Raises:
-            ValueError: If the model has no `name_or_path`, or its weights are packed.
+            ValueError: If the model has no `name_or_path`, or its weights are packed or not finite.
             OSError: If the processor is not there.
         """
         check_float(model, "A teacher")

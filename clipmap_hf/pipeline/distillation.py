@@ -15,6 +15,7 @@ from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import render_card, shown_name
 from clipmap_hf.hub.folder import write_card, write_student_folder
 from clipmap_hf.models.fingerprints import config_values
+from clipmap_hf.models.finite import check_finite
 from clipmap_hf.models.loading import check_float, load_model
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher, check_same_preprocessing
@@ -81,6 +82,7 @@ class DistillationTrainer(StageTrainer):
         self.teachers = [context.taken(source) for source in (teacher if several else [teacher])]
         self.student = load_model(os.fspath(student)) if isinstance(student, (str, os.PathLike)) else student
         check_float(self.student, "Training")
+        check_finite(self.student.state_dict(), "The student")
         super().__init__(args, context, processing_class or self.teachers[0].processor)
         check_same_preprocessing(self.processing_class, self.teachers)
 

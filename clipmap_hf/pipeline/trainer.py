@@ -75,7 +75,8 @@ class StageTrainer:
 
         Raises:
             Preempted: After SIGTERM, when the step is finished and a checkpoint written.
-            FloatingPointError: If too many steps in a row had no finite gradient.
+            FloatingPointError: If too many steps in a row, or all, had no finite gradient; if the student's weights
+                are no longer finite.
             ValueError: If too many rows are bad, or the checkpoints are those of a run with another configuration.
         """
         context, stage = self.context, self.stage

@@ -11,6 +11,7 @@ from clipmap_hf.families import Family, family_for
 from clipmap_hf.mapping.depth import DEPTH_RULES
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.models.finite import check_finite
 from clipmap_hf.starts.calibrated.start import calibrated
 from clipmap_hf.starts.free import diagonal, kaiming, random, start_by, xavier
 from clipmap_hf.starts.selection.criteria import magnitude, manual, random_selection, taylor
@@ -72,8 +73,9 @@ def start_mapper(teacher: PreTrainedModel, config: ClipMapConfig, batches: Batch
     Raises:
         TypeError: If `batches` is an iterator.
         ValueError: If the start does not fit the family, the depth rule or the presence of batches; if there are no
-            pairs, or no images; if the sizes do not fit the teacher.
+            pairs, or no images; if the sizes do not fit the teacher, or a weight of it is NaN or infinite.
     """
+    check_finite(teacher.state_dict(), "The teacher")
     check_start(config, family_for(teacher.config), has_pairs=batches is not None)
     return start_of(config).make(teacher, make_plan(teacher, config), () if batches is None else batches)
 

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, send_to_device
 
 from clipmap_hf.distributed import gather
+from clipmap_hf.models.finite import not_finite
 from clipmap_hf.training.checkpoints import Progress
 from clipmap_hf.training.sharding import can_step
 
 
-__all__ = ["count_skipped", "usable_chunks"]
+__all__ = ["check_student", "check_trained", "count_skipped", "usable_chunks"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,4 +82,40 @@ def count_skipped(values: dict[str, float], progress: Progress, accelerator: Acc
             f"{progress.skipped_in_a_row} steps in a row up to {progress.step} had no finite loss and gradient, "
             f"or no usable rows ({progress.bad_rows}): more than max_skipped={allowed}. The last checkpoint is "
             "from before. Start anew in another output_dir with a lower learning rate, in fp32, or other data."
+        )
+
+
+def check_trained(progress: Progress) -> None:
+    """
+    Checks that a run has trained, if it was to.
+
+    Args:
+        progress: The run's, at its end.
+
+    Raises:
+        FloatingPointError: If there were steps, and all of them were skipped.
+    """
+    if progress.step and progress.skipped == progress.step:
+        raise FloatingPointError(
+            f"None of the {progress.step} steps changed the student: all were skipped, with {progress.pairs} pairs "
+            f"read and rows left out by reason: {progress.bad_rows}. The log says why. Mend the data, lower the "
+            "learning rate or train in fp32, and start anew with resume=never."
+        )
+
+
+def check_student(student: torch.nn.Module, step: int) -> None:
+    """
+    Checks that a student can be evaluated and written.
+
+    Args:
+        student: The model as it stands.
+        step: Steps that the run has taken.
+
+    Raises:
+        FloatingPointError: If a weight is NaN or infinite. The message names it.
+    """
+    if found := not_finite(student.state_dict()):
+        raise FloatingPointError(
+            f"The student has weights at step {step} that are {found} It is not written. What was written before "
+            "stays. Start anew in another output_dir with a lower learning rate, or in fp32."
         )

@@ -20,7 +20,7 @@ from clipmap_hf.training.best import BestState
 from clipmap_hf.training.callbacks import callback_arguments, callback_handler
 from clipmap_hf.training.checkpoints import Checkpoints, Progress
 from clipmap_hf.training.events import Events
-from clipmap_hf.training.faults import count_skipped, usable_chunks
+from clipmap_hf.training.faults import check_student, check_trained, count_skipped, usable_chunks
 from clipmap_hf.training.identity import run_identity, what_may_change
 from clipmap_hf.training.optimization import learning_rate_at, step_count, warn_of_warmup
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
@@ -94,7 +94,8 @@ class Trainer:
 
         Raises:
             Preempted: After SIGTERM, when the step is finished and a checkpoint written.
-            FloatingPointError: If more than `max_skipped` steps in a row had no finite gradient.
+            FloatingPointError: If more than `max_skipped` steps in a row, or all, had no finite gradient; if the
+                student's weights are no longer finite.
             ValueError: If too many rows are bad, or the checkpoints are those of a run with another configuration.
         """
         self.accelerator = self._accelerator()
@@ -114,6 +115,7 @@ class Trainer:
         self.events.call("on_train_begin")
         with watch_sigterm() as terminated:
             self._steps(stage, optimizer, plan, checkpoints, terminated)
+            check_trained(progress)
             if self.evaluated != progress.step:
                 self._evaluate_and_save()
             if self._any_process(terminated.is_set())[0]:  # or a stage that follows would run on until it is killed
@@ -253,8 +255,10 @@ class Trainer:
     def _evaluate_and_save(self) -> None:
         progress, is_main = self.progress, self.accelerator.is_main_process
         update_whole(self.stage, self.trained)
+        student = self.stage.student()
+        check_student(student, progress.step)
         if self.evaluate is not None:
-            self.metrics = self.evaluate(self.stage.student(), self.events.watched)
+            self.metrics = self.evaluate(student, self.events.watched)
             metrics = {f"eval_{name}": value for name, value in self.metrics.items()}
             self._log(metrics)
             self.events.call("on_evaluate", metrics=metrics)

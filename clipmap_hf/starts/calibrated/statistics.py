@@ -67,7 +67,7 @@ def calibrate(
         The statistics by tower.
 
     Raises:
-        ValueError: If there are no batches.
+        ValueError: If there are no batches, or an embedding is not finite.
     """
     sums = {name: _TowerSums(Tower(model, name), neuron_covariance) for name in towers}
     for batch in batches:
@@ -132,6 +132,11 @@ class _TowerSums:
         sum_over_processes([self.cosines])
         if not self.read[-1].weight > 0:
             raise ValueError("There are no pairs to calibrate with.")
+        if not self.embeds.input_input.isfinite().all():
+            raise ValueError(
+                f"What the teacher's {self.tower.name} tower computes on the calibration pairs is not finite. Look "
+                "for NaN and infinity in their pixel_values, and compute in fp32."
+            )
         layers, heads = self.tower.layers, self.tower.config.num_attention_heads
         head_energy = [
             _head_energy(layer.self_attn.out_proj.weight, moments.covariance, heads)
