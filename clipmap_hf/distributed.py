@@ -1,6 +1,8 @@
 """What several processes exchange: rows of embeddings with their gradient, and means of gradients."""
 
+import atexit
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
@@ -25,14 +27,18 @@ __all__ = [
 
 def join_processes() -> PartialState:
     """
-    Joins the processes that a launcher started, if that is not done yet; to be called before they do anything.
+    Joins the processes that a launcher started, if that is not done yet; to be called before they do anything. A
+    process leaves the group that it joined here when it ends without an error.
 
     Raises:
         ValueError: If there are several processes, but nothing they could talk by: each would train for itself, and
             they would overwrite each other's files.
     """
+    has_group = _has_group()
     # Long, because a process may wait for others to make a teacher cache. Launchers end all if one fails.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=12))
+    if _has_group() and not has_group:
+        atexit.register(_leave)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != started:
         raise ValueError(
@@ -40,6 +46,18 @@ def join_processes() -> PartialState:
             "set ACCELERATE_USE_CPU=true."
         )
     return state
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _leave() -> None:
+    # Torch's destructors may come too late, and abort a process whose work is done. NCCL may wait here for all others,
+    # of which one that fails may not come: it goes at once, and its launcher ends the rest.
+    is_failing = hasattr(sys, "last_type")  # set by an exception that nobody caught
+    if _has_group() and not is_failing:
+        dist.destroy_process_group()
 
 
 def calibration_device() -> torch.device:
@@ -50,7 +68,7 @@ def calibration_device() -> torch.device:
 
 def process_count() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _has_group() else 1
 
 
 def process_index() -> int:

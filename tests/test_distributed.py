@@ -299,6 +299,65 @@ def test_a_run_is_gone_on_with_by_another_number_of_processes(workshop, tmp_path
     assert again[:2] == log[:2] and again[2:] != log[2:]  # down to the seconds
 
 
+# How processes end
+
+ENDS = """
+import atexit, os, sys
+import torch.distributed as dist
+
+def say():
+    sys.stdout.write(f"group at the end of {os.environ['RANK']}: {dist.is_initialized()}\\n")  # at once
+
+atexit.register(say)  # called after what is registered later
+if sys.argv[1] == "own group":
+    dist.init_process_group("gloo")
+from clipmap_hf.distributed import gather, join_processes
+
+join_processes(), join_processes()
+import torch
+
+gather(torch.ones(1))
+if sys.argv[1] == "error" and os.environ["RANK"] == "1":
+    raise RuntimeError("one of two")
+sys.exit(0 if sys.argv[1] != "exit code" else 75)
+"""
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """A function that lets two processes end in a way; their exit code, and whether each had a group to the end."""
+
+    def run(way: str) -> tuple[int, list[str], str]:
+        (tmp_path / "ends.py").write_text(ENDS)
+        argv = command(tmp_path / "ends.py", way, processes=2)
+        result = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120)
+        return result.returncode, sorted(re.findall(r"group at the end of (\d: \w+)", result.stdout)), result.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["success", "exit code"])
+def test_processes_leave_the_group_that_they_joined(ended, way):
+    """What torch leaves to its destructors may abort a process whose work is done."""
+    code, groups, errors = ended(way)
+    assert (code == 0) == (way == "success"), errors
+    if way == "success":
+        assert groups == ["0: False", "1: False"]
+    else:  # the launcher kills the other
+        assert groups and set(groups) <= {"0: False", "1: False"}
+
+
+def test_a_group_that_the_caller_made_is_the_callers(ended):
+    code, groups, errors = ended("own group")
+    assert code == 0 and groups == ["0: True", "1: True"], errors
+
+
+def test_a_process_that_fails_waits_for_no_other(ended):
+    """To leave a group of NCCL may need all; the launcher ends those that are left."""
+    code, groups, errors = ended("error")
+    assert code != 0 and "1: True" in groups and "one of two" in errors
+
+
 # What goes wrong
 
 
