@@ -46,8 +46,6 @@ class Teacher:
     def __post_init__(self):
         # Asked now: later, the folder may be gone.
         self.source = ModelId(os.path.abspath(self.id) if os.path.isdir(self.id) else self.id, self.revision)
-
-    def __post_init__(self):
         check_finite(self.model.state_dict(), f"The teacher {self.id!r}")
 
     @classmethod
