@@ -138,6 +138,18 @@ def test_the_patience_of_early_stopping_survives_an_interruption(train):
     assert loop.result.steps == 5  # 0.4, 0.3, made up for; 0.2, 0.1
 
 
+def test_an_evaluation_that_is_made_up_for_may_stop_the_run(train):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "steps": 9}
+
+    def interrupted():
+        yield 0.5
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train([EarlyStoppingCallback(1)], recalls=interrupted(), **options)
+    assert train([EarlyStoppingCallback(1)], recalls=[0.4], **options).result.steps == 4
+
+
 def test_a_callback_may_ask_for_logs_evaluations_and_checkpoints(train, tmp_path):
     class Ask(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

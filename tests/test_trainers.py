@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -290,6 +291,47 @@ def test_an_index_of_the_teacher_is_measured_too(distiller, pairs, teacher):
     assert result.teacher_metrics["index_mean_recall"] == result.teacher_metrics["mean_recall"]
 
 
+def test_what_does_not_decide_the_result_may_change(distiller, tmp_path):
+    distiller().train()
+    changed = {"logging_steps": 1, "save_total_limit": 5, "disable_tqdm": True, "run_name": "other"}
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert distiller(output_dir=str(tmp_path / "moved"), **changed).train().steps == 3
+
+
+def test_the_best_metrics_are_those_of_the_best_weights(distiller, pairs):
+    def run(recalls: list[float], **values):
+        trainer = distiller(eval_steps=2, load_best_model_at_end=True, eval_dataset=pairs, **values)
+        trainer.__dict__["_evaluate"] = None
+        _ = trainer.stage
+        found = iter(recalls)
+        trainer.__dict__["_evaluate"] = lambda model, watched=iter: {"mean_recall": next(found)}
+        return trainer.train()
+
+    assert run([0.3, 0.9], max_steps=3).metrics == {"mean_recall": 0.9}
+    assert run([0.1, 0.2, 0.1], max_steps=5).metrics == {"mean_recall": 0.9}
+
+
+def test_the_best_of_a_run_that_kept_none_is_one_of_the_rest(distiller, pairs):
+    distiller(eval_steps=2, eval_dataset=pairs).train()
+    result = distiller(eval_steps=2, eval_dataset=pairs, load_best_model_at_end=True).train()
+    assert 0 <= result.metrics["mean_recall"] <= 1
+
+
+def test_what_cannot_be_done_is_refused_before_training(distiller, teacher, pairs, tmp_path):
+    with pytest.raises(TypeError, match="resume_from_checkpoint='checkpoint-2' must be true or false"):
+        distiller().train(resume_from_checkpoint="checkpoint-2")
+    with pytest.raises(ValueError, match="load_best_model_at_end needs evaluation pairs"):
+        distiller(eval_strategy="epoch", load_best_model_at_end=True).train()
+    args = PretrainingArguments(str(tmp_path), push_to_hub=True, **NUMBERS)
+    with pytest.raises(ValueError, match="leave push_to_hub out"):
+        PretrainingTrainer(teacher.model, args, pairs, processing_class=teacher.processor)
+
+
+def test_a_column_may_be_named_alone_and_a_stream_is_known_as_one(distiller, pairs):
+    stream = pairs.to_iterable_dataset(num_shards=2)
+    assert distiller(train_dataset=stream, caption_column="caption").train().pairs == 24
+
+
 # Losses and transforms of one's own
 
 
@@ -342,6 +384,16 @@ def test_a_transform_of_the_wrong_kind_is_refused(distiller, tmp_path):
         distiller(transform=lambda image: image.resize((5, 5))).train(resume_from_checkpoint=False)
     with pytest.raises(ValueError, match="A transform of your own and a teacher_cache do not go together"):
         distiller(transform=lambda image: image, teacher_cache=str(tmp_path / "cache"))
+
+
+def test_a_transform_that_fails_leaves_the_generators_as_they_were(distiller):
+    def fail(image):
+        raise RuntimeError("broken")
+
+    before = random.getstate()
+    with pytest.raises(RuntimeError, match="broken"):
+        distiller(transform=fail).train()
+    assert random.getstate() == before
 
 
 # The other stages

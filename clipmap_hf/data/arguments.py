@@ -73,6 +73,9 @@ class ReadingArguments:
     )
 
     def __post_init__(self):
+        for name in ("caption_column", "keyword_column"):
+            if isinstance(column := getattr(self, name), str):
+                setattr(self, name, [column])
         if self.caption_sampling is None:
             self.caption_sampling = "random" if len([*self.caption_column, *self.keyword_column]) > 1 else "first"
         check_ranges(self, at_least_0=("flip", "rotation", "color_jitter", "grayscale", "max_bad_fraction"))

@@ -101,10 +101,12 @@ class SeededTransform:
             ValueError: If it has another size.
         """
         seed, states = rng.getrandbits(32), (random.getstate(), np.random.get_state())
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed), np.random.seed(seed), torch.random.default_generator.manual_seed(seed)
-            found = self.transform(image)
-        random.setstate(states[0]), np.random.set_state(states[1])
+        try:
+            with torch.random.fork_rng(devices=[]):
+                random.seed(seed), np.random.seed(seed), torch.random.default_generator.manual_seed(seed)
+                found = self.transform(image)
+        finally:
+            random.setstate(states[0]), np.random.set_state(states[1])
         if not isinstance(found, (Image.Image, torch.Tensor)):
             raise TypeError(f"transform must return an image or a tensor, got a {type(found).__name__}.")
         shape = tuple(found.shape) if isinstance(found, torch.Tensor) else (3, *found.size)

@@ -16,7 +16,7 @@ __all__ = ["push_folder"]
 _RUN_FILES = (
     *("checkpoints/*", "*/checkpoints/*", ".*.tmp/*", "*/.*.tmp/*"),
     *("start/*", "mapped/*", "masked/*", "[0-9]/*"),
-    *("best/*", "*.tfevents.*", "arguments.yaml", "metrics.jsonl", "choice.json", "origin.json"),
+    *("best/*", "*.tfevents.*", "arguments.yaml", "metrics.jsonl", "choice.json", "origin.json", "made_from.json"),
 )
 # Files that belong to other weights if the repository has them and the folder does not.
 _WEIGHT_FILES = ("model*.safetensors*", "onnx/*", ".eval_results/*")

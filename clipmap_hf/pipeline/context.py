@@ -97,6 +97,7 @@ class RunContext:
             for name, source in (("train_data", train_dataset), ("eval_data", eval_dataset))
         }
         reading = json_values(part(args, ReadingArguments))
+        reading["streaming"] |= isinstance(sources["train_data"], IterableDataset)
         has_cache = hasattr(args, "teacher_cache")
         named = {name: described(source) for name, source in sources.items() if source is not None}
         return cls(

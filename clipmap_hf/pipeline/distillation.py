@@ -60,7 +60,7 @@ class DistillationTrainer(StageTrainer):
             are packed.
     """
 
-    name = "distillation"
+    name, numbers = "distillation", DistillationStageArguments
     make_stage: Callable[..., DistillationStage] = DistillationStage
 
     def __init__(

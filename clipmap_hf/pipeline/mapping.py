@@ -44,7 +44,7 @@ class MappingTrainer(StageTrainer):
         TypeError: If pairs are given in another form.
     """
 
-    name = "mapping"
+    name, numbers = "mapping", MappingStageArguments
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class MaskingTrainer(StageTrainer):
             are packed; when it trains, if the ramp is longer than the training.
     """
 
-    name = "masking"
+    name, numbers = "masking", MaskingStageArguments
 
     def __init__(
         self,

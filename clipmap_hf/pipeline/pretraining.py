@@ -36,6 +36,7 @@ class PretrainingTrainer(StageTrainer):
 
     Raises:
         TypeError: If pairs are given in another form.
+        ValueError: If the model is to be pushed.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class PretrainingTrainer(StageTrainer):
     ):
         if context is None:
             context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
+        if context.run.push_to_hub:
+            raise ValueError("Pretraining writes no card, without which nothing is pushed; leave push_to_hub out.")
         super().__init__(args, context, processing_class)
         self.trained, self.name = model, name
 

@@ -8,6 +8,7 @@ from transformers.utils import logging
 from clipmap_hf.pipeline.distillation import DistillationTrainer
 from clipmap_hf.training.optimization import ramp_length, step_count
 from clipmap_hf.training.stages.ternary import TernaryStage
+from clipmap_hf.training.ternary_arguments import TernaryStageArguments
 
 
 __all__ = ["TernaryTrainer"]
@@ -25,7 +26,7 @@ class TernaryTrainer(DistillationTrainer):
         ValueError: If the ramp is longer than the training, or as in `DistillationTrainer`.
     """
 
-    make_stage = TernaryStage
+    make_stage, numbers = TernaryStage, TernaryStageArguments
 
     def _stage_options(self) -> dict[str, Any]:
         steps = step_count(self.args, self.context.pairs)

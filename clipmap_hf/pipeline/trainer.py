@@ -20,6 +20,7 @@ from clipmap_hf.hub.card import hub_dataset
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
 from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.pipeline.arguments import part
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.teacher_cache.lookup import TeacherCache
 from clipmap_hf.training.arguments import StageArguments
@@ -46,6 +47,7 @@ class StageTrainer:
     """
 
     name: str  # of the stage, in logs; decides its seed together with the run's
+    numbers: type[StageArguments] = StageArguments  # which of the arguments are the stage's
 
     def __init__(self, args: StageArguments, context: RunContext, processing_class: ProcessorMixin):
         self.args, self.context, self.processing_class = args, context, processing_class
@@ -77,8 +79,17 @@ class StageTrainer:
             Preempted: After SIGTERM, when the step is finished and a checkpoint written.
             FloatingPointError: If too many steps in a row, or all, had no finite gradient; if the student's weights
                 are no longer finite.
-            ValueError: If too many rows are bad, or the checkpoints are those of a run with another configuration.
+            TypeError: If `resume_from_checkpoint` is neither true nor false.
+            ValueError: If too many rows are bad, the best model is asked for without evaluation pairs, or the
+                checkpoints are those of a run with another configuration.
         """
+        if resume_from_checkpoint not in (None, True, False):
+            raise TypeError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} must be true or false: a run goes on from the "
+                "last checkpoint in its own output_dir."
+            )
+        if self.context.run.load_best_model_at_end and self._evaluate is None:
+            raise ValueError("load_best_model_at_end needs evaluation pairs; give an eval_dataset (eval_data).")
         context, stage = self.context, self.stage
         run = dataclasses.replace(context.run, seed=stage_seed(self.name, context.run.seed))
         if resume_from_checkpoint is not None:
@@ -89,7 +100,7 @@ class StageTrainer:
         decisive = {name: value for name, value in context.data_values().items() if name not in _MAY_CHANGE}
         loop = Trainer(
             stage=stage,
-            arguments=self.args,
+            arguments=part(self.args, self.numbers),
             run=run,
             pairs=context.pairs,
             collator=collator,

@@ -1,8 +1,10 @@
 """Says which evaluated state of a run is the best, keeps it, and puts it back at the end."""
 
+import json
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
@@ -47,6 +49,8 @@ class BestState:
         name = self.run.metric_for_best_model.removeprefix("eval_")
         if name not in metrics:
             raise ValueError(f"metric_for_best_model={name!r} was not measured; there are {sorted(metrics)}.")
+        if self.run.load_best_model_at_end and not self.file.exists():
+            progress.best = None  # of a part of the run that kept no state
         value, before = metrics[name], None if progress.best is None else progress.best[name]
         if before is not None and not (value > before if self.run.rises else value < before):
             return False
@@ -55,17 +59,18 @@ class BestState:
         state.best_model_checkpoint = str(self.file.parents[1] / "best")
         return True
 
-    def keep(self, stage: Stage) -> None:
-        """Writes a state, if the run ends with the best."""
+    def keep(self, stage: Stage, metrics: dict[str, float]) -> None:
+        """Writes a state with its metrics, if the run ends with the best."""
         if self.run.load_best_model_at_end and self.accelerator.is_main_process:
             weights = {name: value.detach().cpu().clone().contiguous() for name, value in stage.state_dict().items()}
             with atomic_files(self.file.parent) as temporary:
-                save_file(weights, temporary / _NAME)
+                save_file(weights, temporary / _NAME, {"metrics": json.dumps(metrics)})
 
-    def restore(self, stage: Stage, progress: Progress) -> bool:
-        """Puts the best state back, if the run ends with it, and returns whether it did."""
+    def restore(self, stage: Stage, progress: Progress) -> dict[str, float] | None:
+        """Puts the best state back, if the run ends with it, and returns its metrics; `None` if it does not."""
         if not self.run.load_best_model_at_end or progress.best is None:
-            return False
+            return None
         self.accelerator.wait_for_everyone()  # until it is written
         stage.load_state_dict(load_file(self.file))
-        return True
+        with safe_open(self.file, "pt") as file:
+            return json.loads(file.metadata()["metrics"])

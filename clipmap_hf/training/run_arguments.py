@@ -55,7 +55,7 @@ class RunArguments:
     )
     load_best_model_at_end: bool = field(
         default=False,
-        metadata={"help": "Write the best evaluated model to `output_dir`, not the last; `best/` has it anyway."},
+        metadata={"help": "Write the best evaluated model to `output_dir`, not the last."},
     )
     metric_for_best_model: str = field(
         default="mean_recall", metadata={"help": "The metric of an evaluation that says which model is best."}

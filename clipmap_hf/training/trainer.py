@@ -120,8 +120,8 @@ class Trainer:
                 self._evaluate_and_save()
             if self._any_process(terminated.is_set())[0]:  # or a stage that follows would run on until it is killed
                 raise Preempted
-        if self.best.restore(self.stage, progress):
-            self.metrics = progress.best
+        if best := self.best.restore(self.stage, progress):
+            self.metrics = best
             if self.save is not None and self.accelerator.is_main_process:
                 self.save(self.output_dir, self.metrics)
         self.events.call("on_train_end")
@@ -135,7 +135,7 @@ class Trainer:
         due = not self._is_over()  # without which no batch is looked for
         chunks_of_steps = self.pairs.steps(plan, self.collator, progress.step) if due else iter(())
         if due and progress.evaluation_due:
-            self._evaluate_and_save()
+            self._evaluate_on_the_way(checkpoints)
         while not self._is_over():
             self.events.begin_step(progress.step, progress.step == first)
             start = time.perf_counter()
@@ -158,10 +158,14 @@ class Trainer:
                 logger.warning("Stopped by SIGTERM at step %d; resume=auto goes on from there.", progress.step)
                 raise Preempted
             if evaluate and not is_last:
-                self._evaluate_and_save()
-                if self._any_process(self.events.control.should_training_stop)[0]:
-                    progress.stopped = self.steps
-                    self._save_checkpoint(checkpoints)
+                self._evaluate_on_the_way(checkpoints)
+
+    def _evaluate_on_the_way(self, checkpoints: Checkpoints) -> None:
+        """Evaluates before the end, which a callback may bring about by that."""
+        self._evaluate_and_save()
+        if self._any_process(self.events.control.should_training_stop)[0]:
+            self.progress.stopped = self.steps
+            self._save_checkpoint(checkpoints)
 
     def _save_checkpoint(self, checkpoints: Checkpoints, evaluation_due: bool = False) -> None:
         progress = self.progress
@@ -265,7 +269,7 @@ class Trainer:
         self.evaluated, progress.evaluation_due = progress.step, False
         improved = self.best.note(self.metrics, progress, self.events.state)
         if improved:
-            self.best.keep(self.stage)
+            self.best.keep(self.stage, self.metrics)
         if self.save is not None and is_main:
             self.save(self.output_dir, self.metrics)
             if improved:
