@@ -144,6 +144,55 @@ def test_images_are_turned_upright(extension, orientation):
     assert decoded.tobytes() == expected.tobytes()
 
 
+def tiff_block(*tags: tuple[int, int, int, bytes], order: str = "<") -> bytes:
+    """EXIF data of these tags: number, type, count, and four bytes of value."""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags))
+    return b"Exif\0\0" + head + b"".join(struct.pack(f"{order}HHI", *tag[:3]) + tag[3] for tag in tags) + bytes(4)
+
+
+def with_exif(extension: str, exif: bytes) -> bytes:
+    image = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
+    return encoded(image, extension, exif=exif, **({"lossless": True} if extension == "WEBP" else {}))
+
+
+ORIENTATION = (0x0112, 3, 1, struct.pack("<HH", 6, 0))  # to be turned by 90 degrees
+MALFORMED = {
+    "text in place of a number": (0x0128, 2, 2, b"2\0\0\0"),
+    "a fraction of nothing": (0x011A, 5, 1, struct.pack("<I", 10**6)),
+    "two numbers in place of one": (0x0128, 3, 2, struct.pack("<HH", 2, 2)),
+    "an unknown type": (0x0128, 99, 1, bytes(4)),
+    "a count without end": (0x010F, 2, 0xFFFFFFFF, bytes(4)),
+    "a folder of tags elsewhere": (0x8769, 4, 1, struct.pack("<I", 10**6)),
+    "bytes in place of a folder": (0x8769, 7, 4, b"\xff" * 4),
+}
+
+
+@pytest.mark.parametrize("extension", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("name", MALFORMED)
+def test_of_malformed_exif_data_the_orientation_is_read(extension, name):
+    tags = sorted((ORIENTATION, MALFORMED[name]))
+    content = with_exif(extension, tiff_block(*tags))
+    expected = Image.open(io.BytesIO(content)).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    assert decode_image(content).size == (16, 24) and decode_image(content).tobytes() == expected.tobytes()
+
+
+UNREADABLE = {
+    "no tags": b"Exif\0\0",
+    "no header": b"Exif\0\0nothing of the kind",
+    "cut off": tiff_block(ORIENTATION)[:20],
+    "no number": tiff_block((0x0112, 2, 2, b"6\0\0\0")),
+    "no such orientation": tiff_block((0x0112, 3, 1, struct.pack("<HH", 60, 0))),
+    "elsewhere": tiff_block((0x0112, 4, 7, struct.pack("<I", 10**6))),
+}
+
+
+@pytest.mark.parametrize("extension", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_image_whose_orientation_cannot_be_read_is_taken_as_it_is(extension, name):
+    content = with_exif(extension, UNREADABLE[name])
+    assert decode_image(content).tobytes() == Image.open(io.BytesIO(content)).convert("RGB").tobytes()
+
+
 # Bad files
 
 PNG, JPEG = encoded(photo()), encoded(photo(), "JPEG")
@@ -156,8 +205,18 @@ BAD_FILES = {
     "truncated webp": encoded(photo(), "WEBP")[:800],
     "header only": PNG[:30],
     "not an image": b"<html>404 Not Found</html>",
+    "icon that is nothing but a mask": b"icns" + struct.pack(">I4sI", 272, b"s8mk", 264) + bytes(256),
     "unknown pixel format": b"DDS |\x00\x00\x00" + bytes(200),
 }
+
+
+@pytest.mark.parametrize("error", [AssertionError, MemoryError, struct.error, IndexError, EOFError, RecursionError])
+def test_whatever_a_decoder_raises_is_a_bad_row(monkeypatch, error):
+    def fail(*_):
+        raise error("of a decoder")
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert reason_of(decode_image, PNG) == "undecodable image"
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -221,6 +280,8 @@ def test_the_bytes_of_a_cell_are_taken_before_its_path(tmp_path):
         ({"bytes": b"", "path": None}, "empty image"),
         ({"bytes": None, "path": "/no/such/file.png"}, "unreadable image"),
         ({"bytes": None, "path": "/"}, "unreadable image"),
+        ({"bytes": None, "path": "a\0b.png"}, "unreadable image"),
+        ({"bytes": "text", "path": None}, "no image"),
     ],
     ids=repr,
 )

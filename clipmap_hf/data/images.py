@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 
 __all__ = ["BadRowError", "decode_image", "image_bytes"]
 
-# Pillow's errors for broken files. OSError, ValueError and SyntaxError are documented. A RuntimeError is raised for
-# AVIF files and for unknown pixel formats.
-_UNDECODABLE = (OSError, ValueError, SyntaxError, RuntimeError)
+# What turns an image of each EXIF orientation upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadRowError(ValueError):
@@ -42,8 +49,10 @@ def image_bytes(image: dict[str, Any] | None) -> bytes:
         content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
     except (KeyError, TypeError) as error:  # no dict, no bytes and no path
         raise BadRowError("no image", repr(image)[:200]) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError of a path that no file can have
         raise BadRowError("unreadable image", error) from error
+    if not isinstance(content, bytes):
+        raise BadRowError("no image", repr(image)[:200])
     if not content:
         raise BadRowError("empty image", image.get("path") or "")
     return content
@@ -52,7 +61,8 @@ def image_bytes(image: dict[str, Any] | None) -> bytes:
 def decode_image(content: bytes) -> Image.Image:
     """
     Decodes an image file to RGB. The image is turned upright as its EXIF data says, and transparent pixels are laid on
-    white. Of an animation, the first frame is taken. Values of more than 8 bits are scaled to 8 bits.
+    white. Of an animation, the first frame is taken. Values of more than 8 bits are scaled to 8 bits. Of EXIF data,
+    only the orientation is read. If it cannot be read, the image is taken as it is stored.
 
     Args:
         content: Content of the file.
@@ -66,13 +76,14 @@ def decode_image(content: bytes) -> Image.Image:
             return _rgb(content)
     except Image.DecompressionBombError as error:
         raise BadRowError("decompression bomb", error) from error
-    except _UNDECODABLE as error:
+    except Exception as error:  # Pillow documents three kinds; decoders raise more, even a MemoryError
         raise BadRowError("undecodable image", error) from error
 
 
 def _rgb(content: bytes) -> Image.Image:
     with Image.open(io.BytesIO(content)) as image:
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()  # before its EXIF data is read: some formats have that at the end
+        image = _turned_upright(image)
         if image.mode.startswith("I;16"):  # Pillow would clip values to 255, which turns nearly all pixels white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
@@ -82,6 +93,15 @@ def _rgb(content: bytes) -> Image.Image:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    """`ImageOps.exif_transpose` would write the other tags anew, and so fail if one of them is malformed."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as many kinds as there are malformed headers; the pixels are good, which have been decoded
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _scale_to_8_bits(values: np.ndarray) -> Image.Image:
