@@ -15,6 +15,7 @@ from PIL import Image
 
 from clipmap_hf.data.augment import Augmentation, SeededTransform
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
+from clipmap_hf.data.preprocess import preprocessed
 
 
 __all__ = ["PairCollator", "caption_text", "content_key", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
@@ -222,7 +223,7 @@ class PairCollator:
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         if self.augmentation is None:
-            return {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"]}
+            return {"pixel_values": preprocessed(self.image_processor, images)}
         if isinstance(images[0], torch.Tensor):  # of a caller's transform, which has normalized them
             return {"pixel_values": torch.stack(images).float()}
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (images, size, size, 3)

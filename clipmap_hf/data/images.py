@@ -76,7 +76,7 @@ def decode_image(content: bytes) -> Image.Image:
             return _rgb(content)
     except Image.DecompressionBombError as error:
         raise BadRowError("decompression bomb", error) from error
-    except Exception as error:  # Pillow documents three kinds; decoders have raised a dozen, such as a MemoryError
+    except Exception as error:  # Pillow documents three kinds; decoders raise more, even a MemoryError
         raise BadRowError("undecodable image", error) from error
 
 

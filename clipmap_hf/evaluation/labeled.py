@@ -8,6 +8,7 @@ from datasets import ClassLabel, Dataset
 
 from clipmap_hf.data.collate import decoded
 from clipmap_hf.data.images import BadRowError
+from clipmap_hf.data.preprocess import preprocessed
 
 
 __all__ = ["class_names", "labeled_batches"]
@@ -56,5 +57,4 @@ def labeled_batches(
         if None in labels:
             raise BadRowError("no label", f"row {start + list(labels).index(None)}")
         labels = [label if isinstance(label, int) else number[label] for label in labels]
-        pixels = image_processor(images, return_tensors="pt")["pixel_values"]
-        yield {"pixel_values": pixels, "labels": torch.tensor(labels)}
+        yield {"pixel_values": preprocessed(image_processor, images), "labels": torch.tensor(labels)}

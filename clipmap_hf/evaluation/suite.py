@@ -20,6 +20,7 @@ from transformers import CLIPProcessor, PreTrainedModel
 import clipmap_hf
 from clipmap_hf.data.collate import PairCollator, decoded
 from clipmap_hf.data.loader import start_worker
+from clipmap_hf.data.preprocess import preprocessed
 from clipmap_hf.distributed import join_processes, process_count, process_index
 from clipmap_hf.evaluation.average_precision import mean_average_precision
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
@@ -203,7 +204,7 @@ class _LabeledCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         images = [decoded(row)[1] for row in rows]
-        pixels = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        pixels = preprocessed(self.image_processor, images)
         return {"pixel_values": pixels, "labels": torch.tensor([row["label"] for row in rows])}
 
 
