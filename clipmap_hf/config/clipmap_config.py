@@ -93,7 +93,7 @@ class ClipMapConfig:
             calibration data (`STARTS[name].reads_pairs`). By default `calibrated` with such data, `diagonal` without.
         refit: Whether `calibrated` solves the student's layers one after another (`refit`).
         refit_steps: Steps of gradient descent on each layer after it was solved, and as many on each tower: most of
-            the time of a start.
+            the time of a start. Steps that make the error on the calibration pairs larger are taken back.
         depth: Which teacher layers the depth operators start from: a key of `DEPTH_RULES`; `similarity` with
             `calibrated` or `importance`, which takes the layers that change the residual stream most; or `score` with
             a selection, which takes the layers that its criterion scores highest.
