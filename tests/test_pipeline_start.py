@@ -190,3 +190,9 @@ def test_without_calibration_a_shape_is_chosen_without_data(teacher_folder, data
     chosen = choose_student(source, BUDGET, context, calibration=None)
     assert chosen.budget is None and "literature" in capsys.readouterr().out
     assert choose_student(source, chosen, context, calibration=None) is chosen
+
+
+def test_calibration_data_of_the_same_name_is_the_training_data(data, tmp_path):
+    context = RunContext(RunArguments(str(tmp_path)), data)
+    same = CalibrationArguments("".join([*data.train_data]))  # an equal string, not the same object
+    assert context._calibration_rows(same) is context.pairs.pairs

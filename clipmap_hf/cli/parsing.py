@@ -125,8 +125,8 @@ def arguments_yaml(*arguments: Any, **stages: Any) -> str:
 
 def optional(stage: type) -> type:
     """The dataclass of a stage that is left out unless its epochs or steps are given."""
-    help = "Passes over the training data; by default none."
-    none = field(default=0.0, metadata={"aliases": "--epochs", "help": help})
+    said = {"aliases": "--epochs", "help": "Passes over the training data; by default none."}
+    none = field(default=0.0, metadata=said)
     return dataclasses.make_dataclass(f"Optional{stage.__name__}", [("num_train_epochs", float, none)], bases=(stage,))
 
 

@@ -3,7 +3,7 @@
 import glob
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
 from clipmap_hf.data.validation import validation_part
 
 
-_SAMPLE = 16  # rows of a data set that tell it from another
-
 __all__ = ["described", "evaluation_batches", "source_files", "stage_seed", "training_collator", "training_pairs"]
+
+_SAMPLE = 16  # rows of a data set that tell it from another
 
 
 def training_pairs(data: DataArguments) -> PairDataset | PairStream:
@@ -66,16 +66,12 @@ def training_collator(
         seed: Seed of all that is random.
         transform: Takes the place of the augmentation, as in `SeededTransform`.
     """
-    augmentation = (
-        SeededTransform(transform)
-        if transform is not None
-        else Augmentation(
-            scale=tuple(data.crop_scale),
-            flip=data.flip,
-            rotation=data.rotation,
-            color_jitter=data.color_jitter,
-            grayscale=data.grayscale,
-        )
+    augmentation = Augmentation(
+        scale=tuple(data.crop_scale),
+        flip=data.flip,
+        rotation=data.rotation,
+        color_jitter=data.color_jitter,
+        grayscale=data.grayscale,
     )
     return PairCollator(
         processor.tokenizer,
@@ -83,7 +79,7 @@ def training_collator(
         data.caption_column,
         data.keyword_column,
         data.caption_sampling,
-        augmentation,
+        augmentation if transform is None else SeededTransform(transform),
         seed,
     )
 
@@ -125,21 +121,22 @@ def source_files(data: DataArguments) -> dict[str, Any]:
     Describes the source of the training pairs, so that a change can be noticed: names and sizes of its files, or its
     Hub id, and the split, the image column and the share that is held out.
     """
-    name = described(data.train_data)
-    path = Path(name)
     is_path = isinstance(data.train_data, (str, os.PathLike))
-    found = sorted(path.rglob("*") if path.is_dir() else map(Path, glob.glob(name, recursive=True))) if is_path else ()
     source = {
-        "files": _sizes(file for file in found if file.is_file()) or name,
+        "files": (is_path and _sizes(os.fspath(data.train_data))) or described(data.train_data),
         "split": data.train_split,
         "image_column": data.image_column,
     }
     return {**source, "validation_fraction": data.validation_fraction} if data.validation_fraction else source
 
 
-def _sizes(files: Iterable[Path]) -> dict[str, int]:
-    """Sizes by name, from the folder on that all files share: files of equal names may lie in different folders."""
-    files = list(files)
+def _sizes(name: str) -> dict[str, int]:
+    """
+    The sizes of the files of a folder, path or glob, by their names from the folder on that all share: files of equal
+    names may lie in different folders.
+    """
+    found = Path(name).rglob("*") if Path(name).is_dir() else map(Path, glob.glob(name, recursive=True))
+    files = sorted(file for file in found if file.is_file())
     shared = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
     return {file.relative_to(shared).as_posix(): file.stat().st_size for file in files}
 

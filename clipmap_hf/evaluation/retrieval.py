@@ -13,7 +13,14 @@ from clipmap_hf.distributed import gather, process_index
 from clipmap_hf.models.features import Towers, evaluating
 
 
-__all__ = ["embed_pairs", "evaluate_retrieval", "evaluate_towers", "recall_at_k", "recall_columns"]
+__all__ = [
+    "embed_pairs",
+    "evaluate_beside_index",
+    "evaluate_retrieval",
+    "evaluate_towers",
+    "recall_at_k",
+    "recall_columns",
+]
 
 
 def recall_at_k(
@@ -147,7 +154,26 @@ def evaluate_towers(
 ) -> dict[str, float]:
     """Computes the result of `evaluate_retrieval` for towers that any runtime may run."""
     (own, *others), image_of_text = _embed([towers] if index is None else [towers, index], batches)
-    recall = recall_at_k(*own, image_of_text, ks=ks, index=others[0] if others else None)
+    return _with_mean(recall_at_k(*own, image_of_text, ks=ks, index=others[0] if others else None))
+
+
+def evaluate_beside_index(model: nn.Module, batches: Iterable[Mapping], index_model: nn.Module) -> dict[str, float]:
+    """
+    Computes the results of `evaluate_retrieval` without and with an index model, from one reading of the batches. The
+    names of the latter begin with `index_`.
+
+    Args:
+        model: A `CLIPModel`.
+        batches: Batches of a `PairCollator`.
+        index_model: As in `evaluate_retrieval`.
+    """
+    with evaluating(model), evaluating(index_model):
+        (own, index), image_of_text = _embed([Towers.of_model(model), Towers.of_model(index_model)], batches)
+    found = _with_mean(recall_at_k(*own, image_of_text, index=index))
+    return _with_mean(recall_at_k(*own, image_of_text)) | {f"index_{name}": value for name, value in found.items()}
+
+
+def _with_mean(recall: dict[str, float]) -> dict[str, float]:
     return {**recall, "mean_recall": sum(recall.values()) / len(recall)}
 
 

@@ -22,6 +22,10 @@ class ModelId(NamedTuple):
     id: str
     revision: str | None = None
 
+    def absolute(self) -> "ModelId":
+        """The same model, found from whatever folder."""
+        return ModelId(os.path.abspath(self.id) if os.path.isdir(self.id) else self.id, self.revision)
+
 
 def names_folder(id: str) -> bool:
     """Whether an id is a folder, and not on the Hub. A folder that is gone is one if no Hub id looks like it."""

@@ -20,21 +20,19 @@ __all__ = ["Teacher", "check_same_preprocessing"]
 @dataclass
 class Teacher:
     """
-        A frozen model that a student learns from or is made of.
+    A frozen model that a student learns from or is made of.
 
-        Args:
-            model: A `CLIPModel`.
-            processor: Its tokenizer and image processor.
-            id: Hub id or folder.
-            revision: Its branch, tag or commit on the Hub.
+    Args:
+        model: A `CLIPModel`.
+        processor: Its tokenizer and image processor.
+        id: Hub id or folder.
+        revision: Its branch, tag or commit on the Hub.
 
-    <<<<<<< HEAD
-        Attributes:
-            source: Where it is found again, from whatever folder.
-    =======
-        Raises:
-            ValueError: If a weight is NaN or infinite.
-    >>>>>>> wip-starts
+    Attributes:
+        source: Where it is found again, from whatever folder.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite.
     """
 
     model: PreTrainedModel
@@ -45,7 +43,7 @@ class Teacher:
 
     def __post_init__(self):
         # Asked now: later, the folder may be gone.
-        self.source = ModelId(os.path.abspath(self.id) if os.path.isdir(self.id) else self.id, self.revision)
+        self.source = ModelId(self.id, self.revision).absolute()
         check_finite(self.model.state_dict(), f"The teacher {self.id!r}")
 
     @classmethod

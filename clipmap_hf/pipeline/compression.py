@@ -18,8 +18,8 @@ from clipmap_hf.distributed import join_processes
 from clipmap_hf.models.loading import load_model
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.pipeline.arguments import DistillationArguments
-from clipmap_hf.pipeline.context import RunContext
-from clipmap_hf.pipeline.distillation import DistillationTrainer, GivenTeacher
+from clipmap_hf.pipeline.context import GivenTeacher, RunContext
+from clipmap_hf.pipeline.distillation import DistillationTrainer
 from clipmap_hf.pipeline.mapping import MappingTrainer
 from clipmap_hf.pipeline.masking import MaskingTrainer
 from clipmap_hf.pipeline.record import made_by, mark_as_made
@@ -101,8 +101,7 @@ def compress(
             asked for with what selects or maps by itself; or as in `DistillationTrainer`.
     """
     context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
-    several = isinstance(teacher, (list, tuple)) and not isinstance(teacher, ModelId)
-    teachers = [context.taken(source).source for source in (teacher if several else [teacher])]
+    teachers = [taken.source for taken in context.given_teachers(teacher)]
     config = requested_config(student, initializer, has_data=None)
     given = {name: stage for name, stage in (("masking", masking), ("mapping", mapping)) if stage is not None}
     calibration = CalibrationArguments(calibration_data, calibration_pairs)

@@ -25,7 +25,9 @@ from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.training.run_arguments import RunArguments
 
 
-__all__ = ["RunContext"]
+__all__ = ["GivenTeacher", "RunContext"]
+
+GivenTeacher = Teacher | ModelId | str | os.PathLike | PreTrainedModel
 
 
 @dataclass
@@ -147,7 +149,7 @@ class RunContext:
 
     def teacher(self, source: ModelId) -> Teacher:
         """The model of this id and revision, loaded when it is first asked for."""
-        wanted = ModelId(os.path.abspath(source.id) if os.path.isdir(source.id) else source.id, source.revision)
+        wanted = source.absolute()
         if wanted not in self.loaded.teachers:
             teacher = Teacher.load(*source, backend=self.data.image_backend)
             self.loaded.teachers |= {wanted: teacher, teacher.source: teacher}
@@ -157,8 +159,12 @@ class RunContext:
         """The models of these ids and revisions."""
         return [self.teacher(ModelId(*source)) for source in sources]
 
-    def taken(self, source: Teacher | ModelId | str | os.PathLike | PreTrainedModel) -> Teacher:
-        """What is given as a teacher, loaded if need be; it is then known by its id."""
+    def given_teachers(self, given: GivenTeacher | Sequence[GivenTeacher]) -> list[Teacher]:
+        """What is given as one teacher or as several, loaded if need be; they are then known by their ids."""
+        several = isinstance(given, (list, tuple)) and not isinstance(given, ModelId)
+        return [self._taken(source) for source in (given if several else [given])]
+
+    def _taken(self, source: GivenTeacher) -> Teacher:
         if isinstance(source, ModelId):
             return self.teacher(source)
         if isinstance(source, (str, os.PathLike)):
@@ -197,7 +203,7 @@ class RunContext:
     def _calibration_rows(self, calibration: CalibrationArguments) -> Dataset | IterableDataset:
         """Rows with the column `image` and that of the captions."""
         data = self.data
-        if calibration.calibration_data is None or calibration.calibration_data is data.train_data:
+        if calibration.calibration_data in (None, data.train_data):
             return self.pairs.pairs
         return load_pairs(
             calibration.calibration_data,

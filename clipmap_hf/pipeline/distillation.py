@@ -17,10 +17,9 @@ from clipmap_hf.hub.folder import write_card, write_student_folder
 from clipmap_hf.models.fingerprints import config_values
 from clipmap_hf.models.finite import check_finite
 from clipmap_hf.models.loading import check_float, load_model
-from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher, check_same_preprocessing
 from clipmap_hf.pipeline.arguments import DistillationArguments, TernaryArguments
-from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.context import GivenTeacher, RunContext
 from clipmap_hf.pipeline.trainer import StageTrainer
 from clipmap_hf.teacher_cache.lookup import TeacherCache
 from clipmap_hf.teacher_cache.make import make_teacher_cache
@@ -28,9 +27,7 @@ from clipmap_hf.training.arguments import DistillationStageArguments
 from clipmap_hf.training.stages.distillation import DistillationStage
 
 
-__all__ = ["DistillationTrainer", "GivenTeacher", "freeze_tower"]
-
-GivenTeacher = Teacher | ModelId | str | os.PathLike | PreTrainedModel
+__all__ = ["DistillationTrainer", "freeze_tower"]
 
 
 class DistillationTrainer(StageTrainer):
@@ -78,8 +75,7 @@ class DistillationTrainer(StageTrainer):
     ):
         if context is None:
             context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
-        several = isinstance(teacher, (list, tuple)) and not isinstance(teacher, ModelId)
-        self.teachers = [context.taken(source) for source in (teacher if several else [teacher])]
+        self.teachers = context.given_teachers(teacher)
         self.student = load_model(os.fspath(student)) if isinstance(student, (str, os.PathLike)) else student
         check_float(self.student, "Training")
         check_finite(self.student.state_dict(), "The student")

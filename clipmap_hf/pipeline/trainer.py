@@ -15,7 +15,7 @@ from clipmap_hf.data.evaluation_pairs import evaluation_pairs
 from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.data.sources import described, evaluation_batches, stage_seed, training_collator
 from clipmap_hf.distributed import join_processes
-from clipmap_hf.evaluation.retrieval import evaluate_retrieval
+from clipmap_hf.evaluation.retrieval import evaluate_beside_index, evaluate_retrieval
 from clipmap_hf.hub.card import hub_dataset
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
@@ -230,14 +230,11 @@ class StageTrainer:
     def _measured(
         self, model: torch.nn.Module, batches: Iterable, watched: Callable[[Iterable], Iterable] = iter
     ) -> dict[str, float]:
-        metrics = evaluate_retrieval(model, watched(batches))
         if not self.context.data.teacher_index:
-            return metrics
+            return evaluate_retrieval(model, watched(batches))
         if self._index_teacher is None:
             raise ValueError(f"teacher_index searches a teacher's embeddings, and the stage {self.name!r} has none.")
-        index = self._index_teacher.model.to(join_processes().device)
-        others = evaluate_retrieval(model, watched(batches), index_model=index)
-        return metrics | {f"index_{name}": value for name, value in others.items()}
+        return evaluate_beside_index(model, watched(batches), self._index_teacher.model.to(join_processes().device))
 
     def _results(self, student: Mapping[str, float], teacher: Mapping[str, float] | None = None) -> list[SetResults]:
         """What an evaluation gave a student, and perhaps its teacher, for the card; empty if there was none."""

@@ -1,7 +1,6 @@
 """Counts what of a run cannot be used, rows and steps, and stops it when that is too much."""
 
 import logging
-import math
 from collections import Counter
 from typing import Any
 
@@ -57,12 +56,15 @@ def usable_chunks(
     return send_to_device(chunks, accelerator.device, non_blocking=True)
 
 
-def count_skipped(values: dict[str, float], progress: Progress, accelerator: Accelerator, max_skipped: int) -> None:
+def count_skipped(
+    finite: bool, values: dict[str, float], progress: Progress, accelerator: Accelerator, max_skipped: int
+) -> None:
     """
     Counts a step in `progress`, if it was skipped.
 
     Args:
-        values: The step's `loss` and `grad_norm`.
+        finite: Whether the step's loss and gradient were; else it was skipped.
+        values: What the step logs.
         progress: Counts skipped steps.
         accelerator: Knows the backend.
         max_skipped: How many may be skipped in a row.
@@ -70,7 +72,6 @@ def count_skipped(values: dict[str, float], progress: Progress, accelerator: Acc
     Raises:
         FloatingPointError: If more were.
     """
-    finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
     progress.skipped += not finite
     progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
     if not finite:

@@ -245,7 +245,7 @@ class Trainer:
         optimizer.zero_grad()
         self.trained.after_step()
         progress.step += 1
-        count_skipped(values, progress, accelerator, self.run.max_skipped)
+        count_skipped(finite, values, progress, accelerator, self.run.max_skipped)
         return values
 
     def _any_process(self, *flags: bool) -> list[bool]:
