@@ -2,8 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from clipmap_hf.data.arguments import DataArguments
@@ -68,3 +70,16 @@ def test_report_writes_one_table_in_three_forms(report):
     assert 0 <= results["student"]["image_to_text_recall@1"] <= results["student"]["image_to_text_recall@10"] <= 1
     assert f"{100 * results['student']['image_to_text_recall@10']:.1f}" in table.splitlines()[-1]
     assert "data:image/png;base64," in files["index.html"]
+
+
+def test_a_report_of_pairs_that_repeat_an_image_counts_it_once(tiny_teacher, tiny_processor, tiny_pairs, tmp_path):
+    rows = [*tiny_pairs[:8], {**tiny_pairs[0], "caption": "another"}]
+    columns = {name: [row[name] for row in rows] for name in ("image", "caption")}
+    path = str(tmp_path / "pairs.parquet")
+    Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(path)
+    write_report(tmp_path, {"teacher": Contestant(tiny_teacher)}, DataArguments(path, eval_data=path), tiny_processor)
+    results = json.loads((tmp_path / "results.json").read_text())["teacher"]
+    expected = evaluate_retrieval(tiny_teacher, path, processor=tiny_processor)
+    assert {name: results[name] for name in expected if name != "mean_recall"} == {
+        name: value for name, value in expected.items() if name != "mean_recall"
+    }

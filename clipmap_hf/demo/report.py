@@ -55,7 +55,8 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
     """
     loader = evaluation_batches(data, processor)
     batches, pairs = list(loader), loader.dataset
-    embeddings = {name: embed_pairs(contestant.model, batches)[:2] for name, contestant in contestants.items()}
+    embeddings = {name: embed_pairs(contestant.model, batches) for name, contestant in contestants.items()}
+    shown = {name: (images[owners], texts) for name, (images, texts, owners) in list(embeddings.items())[:2]}
     results = {name: _measure(contestant, *embeddings[name]) for name, contestant in contestants.items()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     columns = _columns(results)
@@ -66,17 +67,17 @@ def write_report(folder: Path, contestants: Mapping[str, Contestant], data: Data
         columns,
         [decode_image(image_bytes(image)) for image in pairs["image"]],
         pairs[data.caption_column[0]],
-        dict(list(embeddings.items())[:2]),
+        shown,
         picks=range(0, len(pairs), -(-len(pairs) // SHOWN_PAIRS)),
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
     return table
 
 
-def _measure(contestant: Contestant, image_embeds, text_embeds) -> dict[str, float | int | None]:
+def _measure(contestant: Contestant, image_embeds, text_embeds, image_of_text) -> dict[str, float | int | None]:
     cost = model_cost(contestant.model.config)
     return {
-        **recall_at_k(image_embeds, text_embeds),
+        **recall_at_k(image_embeds, text_embeds, image_of_text),
         "parameters": cost.parameters,
         "parameters_without_token_embedding": cost.parameters_without_token_embedding,
         "vision_macs": cost.vision_macs,
