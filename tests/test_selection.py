@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from calibrated_starts import TOWERS, random_pairs, split
+from torch.nn import functional as F
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig, student_config
 from clipmap_hf.evaluation.retrieval import recall_at_k
@@ -146,6 +147,118 @@ def test_taylor_scores_are_weights_times_gradients(shared_teacher, batches):
     read = (mlp.fc2.weight * mlp.fc2.weight.grad).sum(dim=0)
     scores = taylor(shared_teacher, batches, 0).text.neurons[1]
     torch.testing.assert_close(scores.float(), written.abs() + read.abs(), atol=1e-5, rtol=1e-3)
+
+
+# What the starts read that look at pairs of images and texts
+
+each_of_pairs = pytest.mark.parametrize("name", ["mope", "taylor"])
+
+
+def scores_of(name: str, teacher, batches) -> list[torch.Tensor]:
+    scores = CRITERIA[name](teacher, batches, 0)
+    return [
+        tensor for tower in (scores.vision, scores.text) for tensor in (tower.channels, tower.heads, tower.neurons)
+    ]
+
+
+def with_captions(batches: list[dict]) -> list[dict]:
+    """Two captions of each image: the one of the batch, then that of the image before."""
+    return [
+        {
+            "pixel_values": batch["pixel_values"],
+            "input_ids": torch.stack([batch["input_ids"], batch["input_ids"].roll(1, 0)], dim=1).flatten(0, 1),
+            "attention_mask": batch["attention_mask"].repeat_interleave(2, dim=0),
+            "image_of_text": torch.arange(len(batch["pixel_values"])).repeat_interleave(2),
+        }
+        for batch in batches
+    ]
+
+
+@each_of_pairs
+@pytest.mark.parametrize("given", [[], ()])
+def test_no_pairs_are_an_error_and_not_the_front_slice(shared_teacher, name, given):
+    with pytest.raises(ValueError, match="no pairs to score parts by"):
+        selected(shared_teacher, NARROW, name, given)
+
+
+@each_of_pairs
+def test_batches_of_one_pair_each_are_an_error_for_they_have_no_gradient(shared_teacher, batches, name):
+    single = split(batches[0], 1)
+    with pytest.raises(ValueError, match="no gradient.*at least two"):
+        selected(shared_teacher, NARROW, name, single)
+
+
+@each_of_pairs
+def test_pairs_that_are_not_finite_are_an_error(shared_teacher, batches, name):
+    spoiled = batches[0] | {"pixel_values": batches[0]["pixel_values"] * torch.nan}
+    with pytest.raises(ValueError, match="not finite.*pixel_values"):
+        selected(shared_teacher, NARROW, name, [spoiled])
+
+
+@each_of_pairs
+@pytest.mark.parametrize("missing", ["pixel_values", "input_ids"])
+def test_batches_without_images_or_captions_are_an_error_that_says_what_needs_none(
+    shared_teacher, batches, name, missing
+):
+    rest = [{key: tensor for key, tensor in batch.items() if key != missing} for batch in batches]
+    with pytest.raises(ValueError, match=rf"needs .*{missing}.*'calibrated' or 'importance'"):
+        selected(shared_teacher, NARROW, name, rest)
+
+
+@each_of_pairs
+def test_a_batch_without_a_mask_has_texts_of_all_their_tokens(shared_teacher, batches, name):
+    bare = [{key: batch[key] for key in ("pixel_values", "input_ids")} for batch in batches]
+    for given, expected in zip(*(scores_of(name, shared_teacher, one) for one in (bare, batches)), strict=True):
+        torch.testing.assert_close(given, expected, atol=1e-6, rtol=1e-4)
+
+
+@each_of_pairs
+def test_an_iterator_is_refused(shared_teacher, batches, name):
+    with pytest.raises(TypeError, match="several times; give a list or a DataLoader"):
+        selected(shared_teacher, NARROW, name, iter(batches))
+
+
+@pytest.mark.parametrize("name", [name for name, start in STARTS.items() if start.reads_pairs])
+def test_images_may_have_several_captions(shared_teacher, batches, name):
+    student = selected(shared_teacher, dataclasses.replace(NARROW, refit_steps=2), name, with_captions(batches))
+    assert all(tensor.isfinite().all() for tensor in student.export().state_dict().values())
+
+
+def test_taylor_reads_the_first_caption_of_each_image(shared_teacher, batches):
+    several = with_captions(batches)
+    for given, expected in zip(*(scores_of("taylor", shared_teacher, one) for one in (several, batches)), strict=True):
+        torch.testing.assert_close(given, expected, atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_pruning_errors_count_all_captions_of_an_image(shared_teacher, batches):
+    several = with_captions(batches)
+    neurons = {name: getattr(taylor(shared_teacher, several, 0), name).neurons for name in TOWERS}
+    errors = pruning_errors(shared_teacher, several, neurons)
+
+    def recall(model) -> float:
+        images = torch.cat([model.get_image_features(one["pixel_values"]).pooler_output for one in several])
+        texts = torch.cat([model.get_text_features(one["input_ids"]).pooler_output for one in several])
+        both = (F.normalize(one, dim=-1) for one in (images, texts))
+        values = recall_at_k(*both, torch.arange(24).repeat_interleave(2)).values()
+        return sum(values) / len(values)
+
+    model = copy.deepcopy(shared_teacher)
+    layer = model.vision_model.encoder.layers[1]
+    for writer in (layer.self_attn.out_proj, layer.mlp.fc2):
+        writer.weight[:], writer.bias[:] = 0, 0
+    assert errors["vision"].layers[1] == pytest.approx(recall(shared_teacher) - recall(model), abs=1e-6)
+
+
+@each_of_pairs
+@pytest.mark.parametrize("owners", [None, [0, 0, 1, 1] + [2] * 20, [0] * 23 + [12]], ids=["none", "not all", "beyond"])
+def test_texts_that_do_not_say_whose_they_are_are_an_error(shared_teacher, batches, name, owners):
+    (several,) = with_captions(batches[:1])
+    del several["image_of_text"]
+    if owners is not None:
+        several["image_of_text"] = torch.tensor(owners)
+    with pytest.raises(ValueError, match="image_of_text must name"):
+        selected(shared_teacher, NARROW, name, [several])
 
 
 @torch.no_grad()

@@ -67,8 +67,9 @@ def start_mapper(teacher: PreTrainedModel, config: ClipMapConfig, batches: Batch
     Args:
         teacher: The model to compress; what a start computes, it computes where the teacher lies.
         config: The student's size and how the operators start, `diagonal` by default.
-        batches: Of `pixel_values`, `input_ids` and, for selections, `attention_mask`, for the starts that read pairs;
-            gone through several times. Of several processes, each has its own.
+        batches: Of `pixel_values`, `input_ids` and, for selections, `attention_mask` and `image_of_text` (see
+            `pair_batches`), for the starts that read pairs; gone through several times. Of several processes, each has
+            its own.
 
     Raises:
         TypeError: If `batches` is an iterator.

@@ -12,6 +12,7 @@ from clipmap_hf.distributed import sum_over_processes
 from clipmap_hf.families import family_for
 from clipmap_hf.losses import contrastive_loss
 from clipmap_hf.models.features import ClipFeatures
+from clipmap_hf.starts.selection.pairs import first_texts, pair_batches
 from clipmap_hf.starts.selection.scores import Scores, TowerScores
 
 
@@ -45,25 +46,49 @@ def taylor(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Sco
 
     Args:
         teacher: The model, on the device to compute on.
-        batches: Of `pixel_values`, `input_ids` and `attention_mask`; the gradient is that of the sum of their losses.
-            Of several processes, each has its own.
+        batches: As `pair_batches` takes them; the gradient is that of the sum of their losses. Of several texts of an
+            image, the first is its pair. Of several processes, each has its own.
         seed: Not used.
+
+    Raises:
+        TypeError: If `batches` is an iterator.
+        ValueError: If there are no pairs, or they give no gradient or none that is finite; as in `pair_batches`.
     """
     model = teacher.eval()
     # Detached, because the parameters of a teacher may not ask for gradients.
     weights = {name: parameter.detach().requires_grad_() for name, parameter in model.named_parameters()}
     gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for batch in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    pairs = torch.zeros((), device=model.device)
+    for batch in pair_batches(batches):
+        first = first_texts(batch.pop("image_of_text"))
+        inputs = {name: tensor if name == "pixel_values" else tensor[first] for name, tensor in batch.items()}
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        pairs += len(first)
         with torch.enable_grad():
-            inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
             output = functional_call(model, weights, args=(), kwargs=inputs)
             loss = contrastive_loss(ClipFeatures.from_output(output, weights["logit_scale"]))
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for name, gradient in zip(gradients, found, strict=True):
             gradients[name] += 0 if gradient is None else gradient
-    sum_over_processes(gradients.values())
+    sum_over_processes([pairs, *gradients.values()])
+    _check_gradients(int(pairs), gradients)
     return part_sums(teacher, {name: tensor.double() * gradients[name] for name, tensor in model.named_parameters()})
+
+
+def _check_gradients(pairs: int, gradients: Mapping[str, torch.Tensor]) -> None:
+    """Raises a `ValueError` if gradients do not say which parts count."""
+    if not pairs:
+        raise ValueError("There are no pairs to score parts by.")
+    if not all(gradient.isfinite().all() for gradient in gradients.values()):
+        raise ValueError(
+            f"The gradient of the loss of {pairs} pairs is not finite. Look for NaN and infinity in their "
+            "pixel_values, and compute in fp32."
+        )
+    if not any(gradient.any() for gradient in gradients.values()):
+        raise ValueError(
+            f"The contrastive loss of {pairs} pairs has no gradient, so all parts would count the same. A batch needs "
+            "at least two pairs, which are compared with each other."
+        )
 
 
 def part_sums(teacher: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> Scores:

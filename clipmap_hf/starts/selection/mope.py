@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from clipmap_hf.distributed import gather
+from clipmap_hf.distributed import gather, process_index
 from clipmap_hf.evaluation.retrieval import recall_at_k
 from clipmap_hf.models.towers import Tower
 from clipmap_hf.starts.selection.criteria import taylor
+from clipmap_hf.starts.selection.pairs import pair_batches
 from clipmap_hf.starts.selection.scores import Scores, TowerScores
 
 
@@ -47,7 +48,7 @@ def mope(teacher: PreTrainedModel, batches: Iterable[Batch], seed: int) -> Score
         batches: As for `taylor`, gone through several times.
         seed: Not used.
     """
-    errors, estimates = mope_errors(teacher, list(batches))
+    errors, estimates = mope_errors(teacher, list(pair_batches(batches)))
     return Scores(*(_scores(errors[name], getattr(estimates, name)) for name in errors), embed=estimates.embed)
 
 
@@ -89,20 +90,21 @@ def pruning_errors(
 
     Args:
         teacher: The model.
-        batches: Of `pixel_values` and `input_ids`, pair `i` of each; of several processes, each has its own.
+        batches: As `pair_batches` takes them. All texts of an image count. Of several processes, each has its own.
         neurons: Importance of the neurons of each tower, `(layers, intermediate_size)`, by which they are grouped.
 
     Returns:
         The errors of `vision` and of `text`.
     """
-    batches = [{name: tensor.to(teacher.device) for name, tensor in batch.items()} for batch in batches]
+    batches = [{name: tensor.to(teacher.device) for name, tensor in batch.items()} for batch in pair_batches(batches)]
+    owners = _joined_owners(batches)
     towers = {name: _PrunedTower(Tower(teacher.eval(), name), batches) for name in neurons}
     embeds = {name: tower.embeds(tower.streams, 0) for name, tower in towers.items()}
-    whole, found = _recall(embeds), {}
+    whole, found = _recall(embeds, owners), {}
     for name, tower in towers.items():
         groups = neuron_groups(neurons[name], GROUPS)
         rows = [
-            [whole - _recall({**embeds, name: without}) for without in tower.without_each(groups[index])]
+            [whole - _recall({**embeds, name: without}, owners) for without in tower.without_each(groups[index])]
             for index in range(len(groups))
         ]
         heads = tower.tower.config.num_attention_heads
@@ -148,8 +150,17 @@ class _PrunedTower:
         return gather(torch.cat(embeds))
 
 
-def _recall(embeds: Mapping[str, torch.Tensor]) -> float:
-    recalls = recall_at_k(embeds["vision"], embeds["text"])
+def _joined_owners(batches: Sequence[Batch]) -> torch.Tensor:
+    """The image of each text of all batches and processes, `(texts,)`."""
+    counts = torch.tensor([len(batch["pixel_values"]) for batch in batches])
+    firsts = (counts.cumsum(0) - counts).tolist()
+    owners = torch.cat([batch["image_of_text"] + first for batch, first in zip(batches, firsts, strict=True)])
+    images = gather(counts.sum().reshape(1).to(owners.device))  # (processes,)
+    return gather(owners + images[: process_index()].sum())
+
+
+def _recall(embeds: Mapping[str, torch.Tensor], owners: torch.Tensor) -> float:
+    recalls = recall_at_k(embeds["vision"], embeds["text"], owners)
     return sum(recalls.values()) / len(recalls)
 
 
