@@ -48,4 +48,5 @@ def pair_batches(batches: Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
 
 def first_texts(image_of_text: torch.Tensor) -> torch.Tensor:
     """Returns the index of the first text of each image, `(images,)`. Every image must have a text."""
-    return image_of_text.sort(stable=True).indices[image_of_text.bincount().cumsum(0) - image_of_text.bincount()]
+    counts = image_of_text.bincount()
+    return image_of_text.argsort(stable=True)[counts.cumsum(0) - counts]
