@@ -12,7 +12,7 @@ from clipmap_hf.config import student_config
 from clipmap_hf.costs.cost import model_cost
 from clipmap_hf.models.towers import Tower
 from clipmap_hf.shapes import choice as choice_module
-from clipmap_hf.shapes import choose_shape, kept_energy, latency
+from clipmap_hf.shapes import choose_shape, kept_energy, latency, search_shape
 from clipmap_hf.shapes.energy import tower_kept_energy
 from clipmap_hf.shapes.grid import COUNTED, Shape, TowerGrid, counted_costs, extend_to_depths, grid_of, with_shape
 from clipmap_hf.shapes.latency import latency_costs, measured_latency
@@ -269,3 +269,15 @@ def test_latencies_are_measured_on_random_models(teacher, monkeypatch):
     times = measured_latency(teacher, Budget(latency_ms=1, batch_size=2))
     assert list(times) == ["vision", "text"] and all(0 < one < 1e4 for one in times.values())
     assert list(measured_latency(teacher, Budget(latency_ms=1), ["text"])) == ["text"]
+
+
+@pytest.mark.parametrize("family", ["siglip", "chinese_clip"])
+def test_kept_energy_of_a_family_that_it_cannot_read_says_what_to_do(family, request, tiny_batch):
+    model = request.getfixturevalue(family)
+    with pytest.raises(ValueError, match=rf"'{family}'.*widths and depths.*choose_shape\(teacher\.config, config\)"):
+        kept_energy(model, [tiny_batch])
+    cost = model_cost(model.config).parameters
+    config = ClipMapConfig(initializer="taylor", budget=Budget(params=cost // 2))
+    with pytest.raises(ValueError, match="an initializer that reads none, such as 'diagonal'"):
+        search_shape(model, config, [tiny_batch])
+    assert choose_shape(model.config, config).candidates  # as the message says

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from clipmap_hf.families import family_for
+from clipmap_hf.families import FAMILIES, family_for
 
 
 __all__ = ["Tower", "ends_at_largest_id", "pooled"]
@@ -27,7 +27,11 @@ class Tower:
 
     def __init__(self, model: PreTrainedModel, name: str):
         if not family_for(model.config).layerwise:
-            raise ValueError(f"Models of type {model.config.model_type!r} cannot be gone through layer by layer.")
+            able = sorted(name for name, family in FAMILIES.items() if family.layerwise)
+            raise ValueError(
+                f"Models of type {model.config.model_type!r} cannot be gone through layer by layer; those of type "
+                f"{able} can."
+            )
         self.config = getattr(model.config, f"{name}_config")
         self.model, self.name = getattr(model, f"{name}_model"), name
         self.layers: nn.ModuleList = self.model.encoder.layers

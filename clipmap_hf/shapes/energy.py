@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from clipmap_hf.distributed import broadcast
+from clipmap_hf.families import family_for
 from clipmap_hf.models.towers import Tower
 from clipmap_hf.starts.calibrated.axes import stream_moment
 from clipmap_hf.starts.calibrated.batches import CalibrationBatches
@@ -45,8 +46,15 @@ def kept_energy(teacher: PreTrainedModel, batches: Iterable[Mapping[str, torch.T
 
     Raises:
         TypeError: If `batches` is an iterator.
-        ValueError: If there are no pairs, or no images.
+        ValueError: If there are no pairs, or no images; if the teacher's layers cannot be run one by one.
     """
+    if not family_for(teacher.config).layerwise:
+        raise ValueError(
+            "What a student keeps is measured layer by layer, which is not written for models of type "
+            f"{teacher.config.model_type!r}. Give the student's widths and depths instead of a budget. Or choose the "
+            "shape without calibration data: by an initializer that reads none, such as 'diagonal', or by "
+            "choose_shape(teacher.config, config)."
+        )
     model = copy.deepcopy(teacher).float().eval()
     tower_statistics = calibrate(model, CalibrationBatches(batches, model.config))
     kept = {

@@ -1,10 +1,11 @@
 """Makes transformers load and save packed models, by a quantizer for the method `clipmap_ternary`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -16,6 +17,8 @@ from clipmap_hf.ternary.layers import TERNARY, TernaryModule
 __all__ = ["TernaryQuantizer", "as_float_config", "configs", "mark_as_packed", "named", "register", "swap"]
 
 _TOWERS = ("vision_config", "text_config")
+_KINDS = ("weight", "weight_scale")  # tensors that a ternary module cannot be without
+_MISSING = "is missing in the file; the file is corrupt or belongs to another model."
 # Modules of a whole model. A model that is a single tower lacks some of them.
 _PLACES = ("vision_model", "text_model", "visual_projection", "text_projection")
 
@@ -29,19 +32,21 @@ class TernaryQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs
+    ) -> None:
         with torch.device("meta"):
-            swap(model, self.quantization_config)
+            places = swap(model, self.quantization_config)
+        if checkpoint_files:
+            _check_complete(places, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         dtype = model.requires_grad_(False).dtype  # trits cannot be trained, and `int8` has no gradient
         for name, module in model.named_modules():
             if isinstance(module, TernaryModule):
-                for kind in ("weight", "weight_scale"):  # transformers would only warn, and use uninitialized memory
+                for kind in _KINDS:  # transformers would only warn, and use uninitialized memory
                     if not getattr(getattr(module, kind), "_is_hf_initialized", False):
-                        raise ValueError(
-                            f"{name}.{kind} is missing in the file; the file is corrupt or belongs to another model."
-                        )
+                        raise ValueError(f"{name}.{kind} {_MISSING}")
                 with named(name):
                     module.ready(dtype)
         return model
@@ -79,7 +84,7 @@ def named(module: str) -> Iterator[None]:
         raise ValueError(f"{module}: {error}") from error
 
 
-def swap(model: nn.Module, config: TernaryConfig) -> None:
+def swap(model: nn.Module, config: TernaryConfig) -> dict[str, str]:
     """
     Replaces the modules that `config.modules` names by ternary modules. If the model is a single tower, only its own
     modules are replaced.
@@ -88,12 +93,15 @@ def swap(model: nn.Module, config: TernaryConfig) -> None:
         model: The model, which is changed in place.
         config: The options.
 
+    Returns:
+        The names of the modules that were replaced, in `config.modules`, and what the model calls them.
+
     Raises:
         ValueError: If the model does not have a module, or the module cannot be ternary.
     """
     if not config.modules:
         raise ValueError("The quantization_config names no modules; it must be that of a packed folder.")
-    children = {name for name, _ in model.named_children()}
+    children, places = {name for name, _ in model.named_children()}, {}
     for name in config.modules:
         tower, _, inner = name.partition(".")
         is_tower = tower not in children and model.config.model_type.endswith(tower)  # the model is that tower
@@ -109,6 +117,30 @@ def swap(model: nn.Module, config: TernaryConfig) -> None:
         if type(module) not in TERNARY:
             raise ValueError(f"{name} is a {type(module).__name__}, which cannot be ternary.")
         model.set_submodule(place, TERNARY[type(module)](module, config))
+        places[name] = place
+    return places
+
+
+def _check_complete(places: Mapping[str, str], files: Sequence[str]) -> None:
+    """
+    Checks that files hold all packed tensors. transformers would draw random weights for missing ones, and fail with a
+    message about bytes.
+
+    Args:
+        places: What `swap` returns.
+        files: The model's safetensors files.
+
+    Raises:
+        ValueError: If a tensor is missing.
+    """
+    found = set()
+    for path in files:
+        with safe_open(path, "pt") as opened:
+            found.update(opened.keys())
+    for name, place in places.items():
+        for kind in _KINDS:
+            if not {f"{name}.{kind}", f"{place}.{kind}"} & found:
+                raise ValueError(f"{name}.{kind} {_MISSING}")
 
 
 def mark_as_packed(model: nn.Module, quantizer: TernaryQuantizer) -> None:
