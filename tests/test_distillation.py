@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTo
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.families import CLIP
-from clipmap_hf.models.teacher import Teacher
+from clipmap_hf.models.teacher import Teacher, check_same_preprocessing
 from clipmap_hf.pipeline import distillation
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import DistillationTrainer
@@ -119,6 +119,11 @@ def with_processor(teacher: Teacher, **changes) -> Teacher:
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
         ({"image_std": [0.5, 0.5, 0.5]}, "image_std"),
         ({"size": {"height": 64, "width": 64}}, "size"),
+        ({"resample": 2}, "resample"),
+        ({"rescale_factor": 1 / 128}, "rescale_factor"),
+        ({"do_normalize": False}, "do_normalize, image_mean, image_std"),
+        ({"do_rescale": False}, "do_rescale, rescale_factor"),
+        ({"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}, "do_center_crop, crop_size"),
         ({"model_max_length": 8}, "model_max_length"),
         ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "image_mean, image_std"),
     ],
@@ -137,6 +142,34 @@ def test_a_teacher_of_another_vocabulary_is_refused_by_name(distill, teacher, ti
     other = CLIPProcessor(image_processor=tiny_processor.image_processor, tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"'me/other' and the student preprocess .* \(vocabulary\)"):
         distill([dataclasses.replace(teacher, processor=other, id="me/other")])
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 4}], ids=str)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_of_a_processor_that_scales_in_another_way_learns_the_same(distill, teacher, tmp_path, options, cached):
+    """Bytes less 255 times the mean, over 255 times the standard deviation, are the usual pixels."""
+    images = teacher.processor.image_processor
+    mean, std = ([255 * value for value in values] for values in (images.image_mean, images.image_std))
+    runs = []
+    for changes in ({}, {"do_rescale": False, "image_mean": mean, "image_std": std}):
+        other = with_processor(teacher, **changes)
+        cache = TeacherCacheArguments(str(tmp_path / f"cache{len(runs)}"), 2) if cached else None
+        runs.append(losses(distill([other], processor=other.processor, cache=cache, max_steps=2, **options)[1]))
+    torch.testing.assert_close(*map(torch.tensor, runs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"do_convert_rgb": False}, {"crop_size": {"height": 7, "width": 7}}, {"pad_size": 7}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_setting_without_effect_may_differ(distill, teacher, changes):
+    assert distill([with_processor(teacher, **changes)], max_steps=1)[0].steps == 1
+
+
+def test_a_mean_of_all_channels_is_a_mean_of_each(teacher):
+    student = with_processor(teacher, image_mean=[0.5, 0.5, 0.5])
+    check_same_preprocessing(student.processor, [with_processor(teacher, image_mean=0.5)])
 
 
 def test_a_teacher_whose_processor_is_as_good_as_the_students_teaches(distill, teacher, teacher_folder):

@@ -218,6 +218,17 @@ def test_a_manifest_survives_json_and_tokenizing(collator, teachers):
         manifest_of(replace(collator, augmentation=None), teachers)
 
 
+def test_a_manifest_names_only_what_is_unusual_of_an_image_processor(collator, teachers):
+    """So a cache that was built before there were these names is still good."""
+    usual = collator.image_processor
+    expected = {"size": 32, "mean": list(usual.image_mean), "std": list(usual.image_std)}
+    assert manifest_of(collator, teachers)["image_processor"] == expected
+
+
+def changed_images(**changes) -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(**{"size": {"height": 32, "width": 32}, "do_center_crop": False} | changes)
+
+
 def smaller_images() -> CLIPImageProcessorPil:
     size = {"height": 16, "width": 16}
     return CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=[0.0] * 3, image_std=[1.0] * 3)
@@ -244,6 +255,17 @@ def smaller_images() -> CLIPImageProcessorPil:
                 "[0.0, 0.0, 0.0] is asked",
                 "image_processor.std is [",
             ],
+        ),
+        (
+            {"image_processor": changed_images(do_normalize=False)},
+            ["[0.0, 0.0, 0.0] is asked", "[1.0, 1.0, 1.0] is asked"],
+        ),
+        ({"image_processor": changed_images(do_rescale=False)}, ["divisor is nothing in the cache, 1.0 is asked"]),
+        ({"image_processor": changed_images(rescale_factor=1 / 128)}, ["divisor is nothing in the cache, 128.0 is"]),
+        ({"image_processor": changed_images(resample=2)}, ['resample is nothing in the cache, "BILINEAR" is asked']),
+        (
+            {"image_processor": changed_images(size={"height": 64, "width": 32})},
+            ["image_processor.size is 32 in the cache, [64, 32] is asked"],
         ),
         (
             {"tokenizer": train_clip_tokenizer(["red circle"], vocab_size=520)},

@@ -15,18 +15,24 @@ __all__ = ["Augmentation", "SeededTransform", "random_resized_crop"]
 
 
 def random_resized_crop(
-    image: Image.Image, size: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
+    image: Image.Image,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: random.Random,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
     """
-    Crops a random box and resizes it bicubically, in one step. Up to ten boxes are drawn until one of them fits into
+    Crops a random box and resizes it, in one step. Up to ten boxes are drawn until one of them fits into
     the image. If none fits, the last box is clipped to the image.
 
     Args:
         image: The image.
-        size: Side of the resulting square, in pixels.
+        size: Height and width of the result, in pixels.
         scale: Smallest and largest area of the box, as fractions of the image's area.
         ratio: Smallest and largest aspect ratio of the box, width over height. It is drawn log-uniformly.
         rng: Random generator.
+        resample: Filter that resizes the box.
     """
     width, height = image.size
     for _ in range(10):
@@ -38,7 +44,7 @@ def random_resized_crop(
     box_width, box_height = min(box_width, width), min(box_height, height)
     left, top = rng.uniform(0, width - box_width), rng.uniform(0, height - box_height)
     box = (left, top, left + box_width, top + box_height)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return image.resize(size[::-1], resample, box=box)
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,18 @@ class Augmentation:
     color_jitter: float = 0.0
     grayscale: float = 0.0
 
-    def __call__(self, image: Image.Image, size: int, rng: random.Random) -> Image.Image:
-        """Returns an RGB image of `(size, size)` pixels. Equal states of `rng` give equal pixels."""
+    def __call__(
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        rng: random.Random,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+    ) -> Image.Image:
+        """Returns an RGB image whose height and width are `size`. Equal states of `rng` give equal pixels."""
         if self.rotation:
             angle = rng.uniform(-self.rotation, self.rotation)
             image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255))
-        image = random_resized_crop(image, size, self.scale, self.ratio, rng)
+        image = random_resized_crop(image, size, self.scale, self.ratio, rng, resample)
         if rng.random() < self.flip:
             image = ImageOps.mirror(image)
         if self.color_jitter:
@@ -87,17 +99,20 @@ class SeededTransform:
 
     Args:
         transform: Takes an RGB image. Returns such an image, of the model's input size, or a float tensor
-            `(3, size, size)` that is normalized already, as torchvision's transforms do.
+            `(3, height, width)` that is normalized already, as torchvision's transforms do.
     """
 
     transform: Callable[[Image.Image], Any]
 
-    def __call__(self, image: Image.Image, size: int, rng: random.Random) -> Image.Image | torch.Tensor:
+    def __call__(
+        self, image: Image.Image, size: tuple[int, int], rng: random.Random, resample: Image.Resampling | None = None
+    ) -> Image.Image | torch.Tensor:
         """
-        Returns what the transform makes of an image.
+        Returns what the transform makes of an image. Its height and width must be `size`. Whether the filter
+        `resample` made it so is the transform's business.
 
         Raises:
-            TypeError: If it is neither an image nor a tensor.
+            TypeError: If it is neither an image nor a tensor of floats.
             ValueError: If it has another size.
         """
         seed, states = rng.getrandbits(32), (random.getstate(), np.random.get_state())
@@ -109,7 +124,12 @@ class SeededTransform:
             random.setstate(states[0]), np.random.set_state(states[1])
         if not isinstance(found, (Image.Image, torch.Tensor)):
             raise TypeError(f"transform must return an image or a tensor, got a {type(found).__name__}.")
-        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else (3, *found.size)
-        if shape != (3, size, size):
-            raise ValueError(f"transform must return images of the shape {(3, size, size)}, got {shape}.")
+        if isinstance(found, torch.Tensor) and not found.is_floating_point():
+            raise TypeError(
+                "transform must return an image, or a tensor of floats, which is normalized already; got one of "
+                f"{found.dtype}."
+            )
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else (3, *found.size[::-1])
+        if shape != (3, *size):
+            raise ValueError(f"transform must return images of the shape {(3, *size)}, got {shape}.")
         return found if isinstance(found, torch.Tensor) else found.convert("RGB")

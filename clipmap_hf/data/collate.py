@@ -6,7 +6,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 from clipmap_hf.data.augment import Augmentation, SeededTransform
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 from clipmap_hf.data.preprocess import preprocessed
+from clipmap_hf.data.training_pixels import USUAL_DIVISOR, TrainingPixels, training_pixels
 
 
 __all__ = ["PairCollator", "caption_text", "content_key", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
@@ -88,7 +89,7 @@ def tokenized(tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
 
 def normalized_pixels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """
-    Returns the `pixel_values` of a batch, `(images, 3, size, size)`, as the model takes them. Training batches hold
+    Returns the `pixel_values` of a batch, `(images, 3, height, width)`, as the model takes them. Training batches hold
     bytes, which are normalized here. Other batches are normalized already.
     """
     pixels = batch["pixel_values"]
@@ -96,7 +97,7 @@ def normalized_pixels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return pixels
     # Works in place: a new tensor of this size for each operation would take three times as long.
     mean, std = (batch[name][:, None, None] for name in ("image_mean", "image_std"))
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    return pixels.float().div_(batch.get("image_divisor", USUAL_DIVISOR)).sub_(mean).div_(std)
 
 
 def decoded(row: Mapping[str, Any]) -> tuple[bytes, Image.Image]:
@@ -124,7 +125,7 @@ class PairCollator:
     """
     Turns rows into a batch with the entries
 
-    - `pixel_values`, `(images, 3, size, size)`; in training, these are bytes for `normalized_pixels`,
+    - `pixel_values`, `(images, 3, height, width)`; in training, these are bytes for `normalized_pixels`,
     - `input_ids` and `attention_mask`, `(texts, length)`, and `image_of_text`, `(texts,)`, if there are captions,
     - `bad_rows`, the number of rows left out, by reason. If no row is left, there is no other entry.
 
@@ -138,7 +139,7 @@ class PairCollator:
     Args:
         tokenizer: The model's tokenizer. Captions are truncated to its `model_max_length`.
         image_processor: The model's image processor. Without an augmentation, it does all preprocessing. With an
-            augmentation, only its size, mean and standard deviation are used.
+            augmentation, which resizes and crops, the size, the filter and the normalization are the processor's.
         caption_columns: Columns of the captions: strings, or lists of strings, each a caption. Without columns, the
             batch has no texts.
         keyword_columns: Columns of keyword lists. A caption made of keywords joins a random number of them in random
@@ -149,6 +150,9 @@ class PairCollator:
         seed: Seed of all random choices.
         views: Number of different examples of a row before they repeat; unlimited by default.
         teacher_cache: A `TeacherCache` that adds `teacher_embeds`, its teachers' embeddings of the same views.
+
+    Raises:
+        ValueError: If there is an augmentation, and training cannot do what the image processor does.
     """
 
     tokenizer: Any
@@ -160,6 +164,11 @@ class PairCollator:
     seed: int = 0
     views: int | None = None
     teacher_cache: Any = None
+    pixels: TrainingPixels | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        if self.augmentation is not None:
+            self.pixels = training_pixels(self.image_processor)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         examples, bad = [], Counter()
@@ -193,14 +202,9 @@ class PairCollator:
         """Makes a training example of a row, whose image file `content` was decoded to `image`."""
         key = content_key(content)
         rng = random.Random(f"{self.seed}-{key}-{view}")
-        image = self.augmentation(image, self.size, rng)  # before the caption: equal images get equal crops
+        # Before the caption is drawn: equal images get equal crops.
+        image = self.augmentation(image, self.pixels.size, rng, self.pixels.resample)
         return _Example(image, self._texts(row, rng), key, view)
-
-    @property
-    def size(self) -> int:
-        """Side of the square crop, in pixels."""
-        size = self.image_processor.crop_size if self.image_processor.do_center_crop else self.image_processor.size
-        return size["height"] if "height" in size else size["shortest_edge"]
 
     def _example(self, row: Mapping[str, Any]) -> _Example:
         content, image = decoded(row)
@@ -226,12 +230,15 @@ class PairCollator:
             return {"pixel_values": preprocessed(self.image_processor, images)}
         if isinstance(images[0], torch.Tensor):  # of a caller's transform, which has normalized them
             return {"pixel_values": torch.stack(images).float()}
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (images, size, size, 3)
-        return {
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (images, height, width, 3)
+        batch = {
             "pixel_values": pixels.permute(0, 3, 1, 2).contiguous(),
-            "image_mean": torch.tensor(self.image_processor.image_mean),
-            "image_std": torch.tensor(self.image_processor.image_std),
+            "image_mean": torch.tensor(self.pixels.mean, dtype=torch.float32),
+            "image_std": torch.tensor(self.pixels.std, dtype=torch.float32),
         }
+        # The usual one is a plain number: by a tensor on the device, GPUs divide in another way, to other last bits.
+        unusual = self.pixels.divisor != USUAL_DIVISOR
+        return batch | ({"image_divisor": torch.tensor(self.pixels.divisor)} if unusual else {})
 
 
 def _draw_text(caption: str | list[str], rng: random.Random) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from clipmap_hf.models.finite import check_finite
+from clipmap_hf.models.image_settings import image_settings
 from clipmap_hf.models.loading import check_float, load_model, load_processor
 from clipmap_hf.models.model_id import ModelId
 
@@ -154,11 +155,9 @@ def check_same_preprocessing(processor: ProcessorMixin, teachers: Sequence[Teach
     """
 
     def what(processor: ProcessorMixin) -> dict[str, Any]:
-        images, tokenizer = processor.image_processor, processor.tokenizer
+        tokenizer = processor.tokenizer
         return {
-            "image_mean": list(images.image_mean),
-            "image_std": list(images.image_std),
-            "size": dict(images.size),
+            **image_settings(processor.image_processor),
             "vocabulary": tokenizer.get_vocab(),
             "model_max_length": tokenizer.model_max_length,
         }
@@ -166,7 +165,7 @@ def check_same_preprocessing(processor: ProcessorMixin, teachers: Sequence[Teach
     ours = what(processor)
     for teacher in teachers:
         theirs = what(teacher.processor)
-        different = [name for name in ours if ours[name] != theirs[name]]
+        different = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if different:
             raise ValueError(
                 f"The teacher {teacher.id!r} and the student preprocess in different ways ({', '.join(different)}), "

@@ -5,7 +5,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from PIL import Image
+
 from clipmap_hf.data.collate import PairCollator
+from clipmap_hf.data.training_pixels import USUAL_DIVISOR, TrainingPixels
 from clipmap_hf.models.fingerprints import tokenizer_fingerprint
 
 
@@ -34,11 +37,7 @@ def cache_manifest(
     manifest = {
         "format": _FORMAT,
         "teachers": list(teachers),
-        "image_processor": {
-            "size": collator.size,
-            "mean": collator.image_processor.image_mean,
-            "std": collator.image_processor.image_std,
-        },
+        "image_processor": _pixel_values(collator.pixels),
         "tokenizer": {
             "hash": tokenizer_fingerprint(collator.tokenizer),
             "model_max_length": collator.tokenizer.model_max_length,
@@ -54,3 +53,11 @@ def cache_manifest(
         "data": data,
     }
     return json.loads(json.dumps(manifest))
+
+
+def _pixel_values(pixels: TrainingPixels) -> dict[str, Any]:
+    """What is usual is not named: the manifests of caches that were built before do not name it."""
+    height, width = pixels.size
+    values = {"size": height if height == width else [height, width], "mean": pixels.mean, "std": pixels.std}
+    values |= {"divisor": pixels.divisor} if pixels.divisor != USUAL_DIVISOR else {}
+    return values | ({"resample": pixels.resample.name} if pixels.resample != Image.Resampling.BICUBIC else {})
