@@ -312,7 +312,17 @@ def test_a_student_survives_saving_and_reading(tmp_path, given):
     assert student(["--config", str(path)]) == given
 
 
-def test_no_is_a_word_where_it_is_a_choice(config):
-    options = config("output_dir: out\nmixed_precision: no\neval_strategy: no\ndisable_tqdm: no\n")
-    (run,) = parse_arguments(RunArguments, argv=options)
-    assert (run.mixed_precision, run.eval_strategy, run.disable_tqdm) == ("no", "no", False)
+@pytest.mark.parametrize("word", ["no", "off", "on", "yes", "y"])
+def test_a_word_of_a_file_is_what_it_is_on_the_command_line(config, word):
+    assert parse(config(f"name: {word}\nwords: [{word}, a]\n")) == Simple(word, words=[word, "a"])
+
+
+@pytest.mark.parametrize("option", ["mixed_precision", "eval_strategy", "save_strategy"])
+def test_no_is_a_choice_in_a_file_too(config, option):
+    (run,) = parse_arguments(RunArguments, argv=config(f"output_dir: out\n{option}: no\n"))
+    assert getattr(run, option) == "no"
+
+
+@pytest.mark.parametrize(("word", "value"), [("yes", True), ("No", False), ("TRUE", True), ("false", False)])
+def test_a_switch_of_a_file_is_turned_by_any_word_for_it(config, word, value):
+    assert parse(config(f"name: x\nfast: {word}\n")).fast is value

@@ -146,6 +146,11 @@ def test_files_of_equal_names_in_different_folders_are_told_apart(tmp_path):
     assert source_files(DataArguments(str(tmp_path / "*" / "*.tar"))) != before
 
 
+def test_a_file_whose_name_looks_like_a_glob_has_its_size(tmp_path):
+    (tmp_path / "pairs[1].tar").write_bytes(b"xx")
+    assert source_files(DataArguments(str(tmp_path / "pairs[1].tar")))["files"] == {"pairs[1].tar": 2}
+
+
 @pytest.mark.parametrize(
     ("columns", "sampling"),
     [

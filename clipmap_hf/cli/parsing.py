@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 
@@ -24,6 +25,18 @@ _NUMBERS, _NAME_OR_VALUES = dict[str, float | Callable], str | dict[str, str] | 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the lines of a recipe's examples as they are."""
+
+
+class _WordsLoader(yaml.SafeLoader):
+    """Reads `true` and `false` as booleans, and `no`, `yes`, `on` and `off` as words, as YAML 1.2 does."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_WordsLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?i:true|false)$"), list("tTfF"))
 
 
 def parse_arguments(
@@ -138,7 +151,7 @@ def _yaml_options(
     own: dict[str, type],
 ) -> list[str]:
     """The file's values as command-line options, so that both are converted and checked by one parser."""
-    content = yaml.safe_load(path.read_text()) or {}
+    content = yaml.load(path.read_text(), _WordsLoader) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
     options = []
@@ -167,20 +180,11 @@ def _check_known(path: Path, keys: Any, allowed: set[str], where: str) -> None:
 def _option(of: dataclasses.Field, name: str, value: Any) -> list[str]:
     if value is None or value == []:
         return []
-    if value is False and "no" in _choices(of.type):
-        value = "no"  # which YAML reads as false
     if isinstance(value, dict) and of.type in (_NUMBERS, _NAME_OR_VALUES):
         value = _as_words(value)
     if isinstance(value, dict):
         raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
     return [f"--{name}", *(_word(item) for item in (value if isinstance(value, list) else [value]))]
-
-
-def _choices(kind: Any) -> tuple:
-    """The words that a `Literal` allows, or one in a union; none of other types."""
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    return tuple(word for inner in get_args(kind) for word in _choices(inner))
 
 
 def _word(value: Any) -> str:

@@ -135,7 +135,13 @@ def _sizes(name: str) -> dict[str, int]:
     The sizes of the files of a folder, path or glob, by their names from the folder on that all share: files of equal
     names may lie in different folders.
     """
-    found = Path(name).rglob("*") if Path(name).is_dir() else map(Path, glob.glob(name, recursive=True))
+    path = Path(name)
+    if path.is_dir():
+        found = path.rglob("*")
+    elif path.exists():  # its name may look like a glob
+        found = [path]
+    else:
+        found = map(Path, glob.glob(name, recursive=True))
     files = sorted(file for file in found if file.is_file())
     shared = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
     return {file.relative_to(shared).as_posix(): file.stat().st_size for file in files}
