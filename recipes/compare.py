@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from clipmap_hf.cli.parsing import parse_arguments
+from clipmap_hf.files.extras import require
 
 
 @dataclass
@@ -35,14 +36,18 @@ class CompareArguments:
     rounds: int = field(default=5, metadata={"help": "Measurements of each time."})
     output_dir: str = field(default="comparison", metadata={"help": "Folder for the results."})
 
+    def __post_init__(self):
+        require("plots", "matplotlib")
+        if self.runtimes != ["transformers"]:
+            require("onnx", "onnxruntime")
+
 
 def main() -> None:
     argv = sys.argv[1:]
     models = list(takewhile(lambda word: not word.startswith("-"), argv))
-    argv = (["--models", *models] if models else []) + argv[len(models) :]
-    (arguments,) = parse_arguments(CompareArguments, description=__doc__, argv=argv)
-    import matplotlib  # noqa: F401 - a missing one is to be said before anything is measured
-
+    if models:
+        sys.argv[1:] = ["--models", *models, *argv[len(models) :]]
+    (arguments,) = parse_arguments(CompareArguments, description=__doc__)
     from clipmap_hf.costs.compare import contenders, measure
     from clipmap_hf.costs.compare_report import write_comparison
     from clipmap_hf.data.evaluation_pairs import evaluation_pairs

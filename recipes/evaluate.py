@@ -42,6 +42,10 @@ class EvaluateArguments:
         metadata={"help": "Search this model's embeddings by the model's queries: an index that exists stays in use."},
     )
     label_column: str | None = field(default=None, metadata={"help": "Classify by this column instead of retrieving."})
+    classnames: str | None = field(
+        default=None,
+        metadata={"help": "Text file with a class name a line, in the order of the class numbers in `label_column`."},
+    )
     templates: list[str] = field(
         default_factory=list, metadata={"help": "Prompts with {} for the class name; eight of OpenAI's by default."}
     )
@@ -56,6 +60,8 @@ class EvaluateArguments:
             raise ValueError("Give either eval_data, or sets or a suite.")
         if by_sets and (self.output is None or self.label_column is not None or self.templates):
             raise ValueError("Sets need an output folder, and have labels and templates of their own.")
+        if self.classnames is not None and self.label_column is None:
+            raise ValueError("classnames name the classes of label_column; give that too, or leave them out.")
         if self.index_model is not None and (by_sets or self.label_column is not None):
             raise ValueError("index_model is for retrieval on eval_data; leave it out, or the sets or label_column.")
 
@@ -110,11 +116,13 @@ def retrieval(arguments: EvaluateArguments, model, processor) -> dict[str, float
 def classification(arguments: EvaluateArguments, model, processor) -> dict[str, float]:
     from clipmap_hf.evaluation.zero_shot import DEFAULT_TEMPLATES, evaluate_zero_shot
 
+    names = arguments.classnames and Path(arguments.classnames).read_text(encoding="utf-8").splitlines()
     return evaluate_zero_shot(
         model,
         arguments.eval_data,
         processor=processor,
         label_column=arguments.label_column,
+        classnames=names,
         image_column=arguments.image_column,
         split=arguments.eval_split,
         templates=arguments.templates or DEFAULT_TEMPLATES,

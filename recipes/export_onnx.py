@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipmap_hf.cli.parsing import parse_arguments
+from clipmap_hf.files.extras import require
 
 
 @dataclass
@@ -18,6 +19,7 @@ class ExportArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Where `onnx/` goes; into `model` by default."})
 
     def __post_init__(self):
+        require("onnx", "onnx", "onnxruntime", "onnxscript")
         if self.output_dir is None and not Path(self.model).is_dir():
             raise ValueError(f"{self.model!r} is no folder that could be written to; name one by --output_dir.")
 

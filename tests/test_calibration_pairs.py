@@ -89,13 +89,13 @@ def test_other_columns_are_not_read_and_decoded_images_are_taken(tiny_pairs, tin
 
 
 def test_data_without_images_is_an_error_that_names_its_columns(rows, tiny_processor):
-    with pytest.raises(ValueError, match=r"calibration data' has no column \['image'\]; it has \['caption'\]"):
+    with pytest.raises(ValueError, match=r"The calibration data has no column \['image'\]; it has \['caption'\]"):
         CalibrationPairs(rows.remove_columns("image"), tiny_processor, 10)
 
 
 def test_a_stream_of_unknown_columns_is_an_error(tiny_processor):
     unknown = IterableDataset.from_generator(lambda: iter([{"image": None}]))
-    with pytest.raises(ValueError, match="columns of 'The calibration data' are unknown"):
+    with pytest.raises(ValueError, match="columns of The calibration data are unknown"):
         CalibrationPairs(unknown, tiny_processor, 10)
 
 

@@ -54,7 +54,15 @@ def texts(collator: PairCollator, batch: dict) -> list[str]:
 # Captions
 
 
-@pytest.mark.parametrize("caption", ["", "  \n", None, [], ["", None], 7], ids=repr)
+@pytest.mark.parametrize(
+    ("caption", "kind"), [(7, "int"), (float("nan"), "float"), ([1.5, None, 2], "float and int"), ({"a": 1}, "dict")]
+)
+def test_a_caption_of_another_type_is_a_bad_row_that_names_it(caption, kind):
+    with pytest.raises(BadRowError, match=f"^caption of type {kind}: "):
+        caption_text(caption, random.Random(0))
+
+
+@pytest.mark.parametrize("caption", ["", "  \n", None, [], ["", None]], ids=repr)
 def test_no_text_is_a_bad_row(caption):
     with pytest.raises(BadRowError, match="no caption"):
         caption_text(caption, random.Random(0))
@@ -153,7 +161,7 @@ BAD_ROWS = {
     "empty caption": ({"caption": ""}, "no caption"),
     "blank caption": ({"caption": " \n"}, "no caption"),
     "null caption": ({"caption": None}, "no caption"),
-    "number": ({"caption": 7}, "no caption"),
+    "number": ({"caption": 7}, "caption of type int"),
     "list of blanks": ({"caption": ["", None, " "]}, "no caption"),
     "empty list": ({"caption": []}, "no caption"),
     "reader": ({"image": None, "caption": None, "error": "truncated shard"}, "truncated shard"),

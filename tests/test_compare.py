@@ -47,7 +47,7 @@ def test_what_cannot_be_run_is_said_before_anything_is_measured(teacher_folder, 
         contenders([str(with_export)], ["transformers", "onnx_int8"])
     with pytest.raises(ValueError, match=r"holds no weights that can be run; looked for .*onnx/text_model.onnx"):
         contenders([str(teacher_folder)], ["onnx"])
-    with pytest.raises(OSError, match="There is no folder '/nowhere'"):
+    with pytest.raises(OSError, match="There is no file or folder '/nowhere'"):
         contenders(["/nowhere"])
 
 

@@ -695,7 +695,7 @@ def test_a_map_whose_teacher_has_moved_says_so(saved_folder, tmp_path):
 
 
 def test_a_path_that_is_no_folder_is_not_taken_for_a_hub_id(tmp_path):
-    with pytest.raises(OSError, match="There is no folder"):
+    with pytest.raises(OSError, match="There is no file or folder"):
         ClipMapCompressor.from_pretrained(tmp_path / "nothing", student="tiny")
 
 

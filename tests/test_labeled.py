@@ -37,7 +37,7 @@ def test_class_labels_have_their_own_names_and_order(labeled):
 
 
 def test_numbers_without_names_are_an_error(labeled):
-    with pytest.raises(ValueError, match="Column 'label' holds int64; class names need a ClassLabel or strings"):
+    with pytest.raises(ValueError, match="Column 'label' holds int64. Class numbers say nothing to a text tower"):
         class_names(labeled([1, 0], Value("int64")), "label")
 
 
@@ -72,3 +72,28 @@ def test_pairs_as_they_are_loaded_can_be_classified(pairs_parquet, tiny_processo
     names = class_names(dataset, "caption")
     (batch,) = labeled_batches(dataset, tiny_processor.image_processor, "caption", names)
     assert len(names) == 24 and sorted(batch["labels"].tolist()) == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [(["3", "0 "], Value("string")), ([0, 1], ClassLabel(names=["0", "1"]))],
+    ids=["cls", "names"],
+)
+def test_class_numbers_are_no_class_names(labeled, labels, feature):
+    with pytest.raises(ValueError, match=r"holds class numbers such as '0 ?'\. .* Name the classes .* `classnames`"):
+        class_names(labeled(labels, feature), "label")
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"), [([1, 0], "int64"), (["1", "0\n"], "string"), (["pie", "bar"], "string")], ids=str
+)
+def test_named_classes_may_be_numbered_in_any_form(labeled, labels, kind, tiny_processor):
+    (batch,) = labeled_batches(labeled(labels, Value(kind)), tiny_processor.image_processor, "label", ["bar", "pie"])
+    assert batch["labels"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("label", [2, -1, "2", "cake"])
+def test_a_label_that_no_class_has_is_an_error(labeled, label, tiny_processor):
+    rows = labeled([label], Value("string" if isinstance(label, str) else "int64"))
+    with pytest.raises(ValueError, match=f"label {label!r} is neither among the 2 class names, .* from 0 to 1"):
+        list(labeled_batches(rows, tiny_processor.image_processor, "label", ["bar", "pie"]))

@@ -140,6 +140,17 @@ def test_labeled_images_are_read_from_a_path_or_a_data_set(tiny_teacher, tiny_pr
         assert given == pytest.approx(expected)
 
 
+def test_numbered_classes_are_named_in_order(tiny_teacher, tiny_processor, pairs_parquet):
+    rows = Dataset.from_parquet(str(pairs_parquet))
+    names = sorted(set(rows["caption"]))
+    numbered = rows.add_column("cls", [names.index(caption) for caption in rows["caption"]])
+    reading = {"processor": tiny_processor, "label_column": "cls"}
+    given = evaluate_zero_shot(tiny_teacher, numbered, classnames=names, **reading)
+    assert given == evaluate_zero_shot(tiny_teacher, rows, processor=tiny_processor, label_column="caption")
+    with pytest.raises(ValueError, match="Column 'cls' holds int64"):
+        evaluate_zero_shot(tiny_teacher, numbered, **reading)
+
+
 def test_images_need_a_processor_and_batches_a_classifier(tiny_teacher, pairs_parquet):
     with pytest.raises(TypeError, match="need processor="):
         evaluate_zero_shot(tiny_teacher, pairs_parquet, label_column="caption")

@@ -64,6 +64,7 @@ def parse_arguments(
     Raises:
         ValueError: If the YAML file has a key that no dataclass knows, or a value is not allowed. On a real command
             line (`argv` is `None`), the process ends with one line that says so instead, and exit code 2.
+        ImportError: If a dataclass misses a package that its recipe needs; on a real command line likewise.
         SystemExit: If an option is unknown, missing or of the wrong type.
     """
     reading = partial(_read, dataclass_types, stages or {}, others, other_stages or {}, description)
@@ -71,7 +72,7 @@ def parse_arguments(
         return reading(argv)
     try:
         return reading(sys.argv[1:])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         raise SystemExit(2) from error
 

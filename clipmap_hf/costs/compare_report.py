@@ -16,6 +16,7 @@ from clipmap_hf.costs.compare import TOWERS, Measured
 from clipmap_hf.costs.cost import cost_columns
 from clipmap_hf.costs.latency import Spread, speedups, spread
 from clipmap_hf.evaluation.retrieval import recall_columns
+from clipmap_hf.files.extras import require
 from clipmap_hf.files.tables import html_page, html_table, inline_png, markdown_table, scaled_column
 
 
@@ -66,6 +67,7 @@ def quality_plot(rows: Rows) -> bytes:
     Returns:
         The plot as PNG.
     """
+    require("plots", "matplotlib")
     from matplotlib.figure import Figure  # optional, from the extra `plots`
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from clipmap_hf.files.extras import require
 from clipmap_hf.models.features import Towers
 from clipmap_hf.models.loading import load_model
 
@@ -40,6 +41,7 @@ def _load_transformers(folder: Path, device: str) -> Towers:
 
 def _load_onnx(folder: Path, device: str, suffix: str) -> Towers:
     """Loads the towers of an export. Raises a `ValueError` on any device but the CPU."""
+    require("onnx", "onnxruntime")
     import onnxruntime  # optional, from the extra `onnx`
 
     if device != "cpu":

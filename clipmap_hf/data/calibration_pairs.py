@@ -1,5 +1,6 @@
 """Batches of calibration pairs: a sample of a data set, without augmentation and the same in every iteration."""
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +10,16 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, undecoded
+from clipmap_hf.data.columns import MissingColumnError, undecoded
+from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
 from clipmap_hf.data.tally import RowTally
+from clipmap_hf.data.tar_shards import IMAGE_EXTENSIONS
 from clipmap_hf.distributed import process_count, process_index
 
 
-__all__ = ["CalibrationPairs", "sampled_pairs"]
+__all__ = ["CalibrationPairs", "calibration_rows", "sampled_pairs"]
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 64
 
@@ -75,6 +80,32 @@ class CalibrationPairs:
             tally.add(len(batch.get("pixel_values", ())) + sum(bad.values()), bad)
             if batch:
                 yield batch
+
+
+def calibration_rows(
+    source: PairSource, *, image_column: str, caption_column: str, **reading: Any
+) -> Dataset | IterableDataset:
+    """
+    Loads pairs to calibrate on, or images alone where a source has nothing else, such as a folder of images without
+    captions. Then there is no column of captions, texts are made up, and a warning says so.
+
+    Args:
+        source: What `load_pairs` reads.
+        image_column: Column of the images.
+        caption_column: Column of the captions.
+        reading: Further arguments of `load_pairs`.
+
+    Raises:
+        ValueError: If a column is missing, and the source has others that may hold texts.
+    """
+    columns = {"image_column": image_column, **reading}
+    try:
+        return load_pairs(source, caption_columns=[caption_column], **columns)
+    except MissingColumnError as error:
+        if not set(error.there) <= {image_column, "label", *IMAGE_EXTENSIONS}:
+            raise
+    logger.warning("The calibration data has images alone; texts of random tokens take the place of captions.")
+    return load_pairs(source, caption_columns=[], **columns)
 
 
 def sampled_pairs(

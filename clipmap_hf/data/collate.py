@@ -63,12 +63,19 @@ def caption_text(caption: str | list[str] | None, rng: random.Random | None = No
     """
     words = filled_texts(caption)
     if not words:
-        raise BadRowError("no caption", repr(caption))
+        raise BadRowError(_without_text(caption), repr(caption))
     if isinstance(_listed(caption), str):
         return caption
     if rng is not None:
         words = rng.sample(words, k=rng.randint(1, len(words)))
     return ", ".join(words)
+
+
+def _without_text(caption: Any) -> str:
+    """Says why a caption has no text: it is missing or blank, or it is of another type."""
+    values = caption if isinstance(caption, list) else [caption]
+    kinds = {type(value).__name__ for value in values if value is not None and not isinstance(value, str)}
+    return f"caption of type {' and '.join(sorted(kinds))}" if kinds else "no caption"
 
 
 def tokenized(tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -241,6 +248,7 @@ class PairCollator:
         return batch | ({"image_divisor": torch.tensor(self.pixels.divisor)} if unusual else {})
 
 
-def _draw_text(caption: str | list[str], rng: random.Random) -> str | None:
+def _draw_text(caption: Any, rng: random.Random) -> Any:
+    """One of the texts of a caption; a caption without any as it is, so that `caption_text` says what it is."""
     texts = filled_texts(caption)
-    return rng.choice(texts) if texts else None
+    return rng.choice(texts) if texts else caption

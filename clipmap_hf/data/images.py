@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 from PIL import ExifTags, Image
 
@@ -40,22 +41,32 @@ class BadRowError(ValueError):
 def image_bytes(image: dict[str, Any] | None) -> bytes:
     """
     Returns the content of an undecoded `datasets` image (`{"bytes", "path"}`). If only the path is given, the file is
-    read.
+    read, also one in an archive (`zip://a.png::pairs.zip`) or on the Hub (`hf://datasets/…`).
 
     Raises:
         BadRowError: If there is no image, or it is empty or unreadable.
     """
     try:
-        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        content = image["bytes"] if image["bytes"] is not None else _file_content(image["path"])
     except (KeyError, TypeError) as error:  # no dict, no bytes and no path
         raise BadRowError("no image", repr(image)[:200]) from error
-    except (OSError, ValueError) as error:  # a ValueError of a path that no file can have
-        raise BadRowError("unreadable image", error) from error
     if not isinstance(content, bytes):
         raise BadRowError("no image", repr(image)[:200])
     if not content:
         raise BadRowError("empty image", image.get("path") or "")
     return content
+
+
+def _file_content(path: str) -> bytes:
+    if path is None:
+        raise TypeError("an image has neither bytes nor a path")
+    try:
+        if "://" not in path:
+            return Path(path).read_bytes()
+        with fsspec.open(path) as file:
+            return file.read()
+    except Exception as error:  # file systems and archives raise errors of many kinds
+        raise BadRowError("unreadable image", error) from error
 
 
 def decode_image(content: bytes) -> Image.Image:

@@ -6,28 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    IterableDataset,
-    IterableDatasetDict,
-    List,
-    Value,
-    load_dataset,
-)
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, List, Value
 
+from clipmap_hf.data.builders import parquet_pairs
+from clipmap_hf.data.columns import undecoded
+from clipmap_hf.data.folders import TAR_FILES, folder_pairs, named_pairs
 from clipmap_hf.data.tar_shards import tar_pairs
+from clipmap_hf.files.hub_ids import check_hub_id
 
 
-__all__ = ["Datasets", "PairSource", "given_pairs", "holds_pairs", "load_pairs", "undecoded"]
+__all__ = ["Datasets", "PairSource", "given_pairs", "holds_pairs", "load_pairs"]
 
 Datasets = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 PairSource = str | os.PathLike | Datasets | Sequence[tuple[Any, Any]]
 
-_TARS = (".tar", ".tar.gz", ".tgz")
-_FILES = (".parquet", *_TARS)
+_FILES = (".parquet", *TAR_FILES)
 
 
 def load_pairs(
@@ -43,12 +36,14 @@ def load_pairs(
     the column `error`: the reason why a row could not be read, otherwise `None`.
 
     Args:
-        source: A folder of images (with captions in `metadata.jsonl` or `metadata.csv`), a path or glob of `.parquet`
-            files or webdataset tars (`.tar`, `.tar.gz`, `.tgz`), the id of a data set on the Hub, or whatever
-            `given_pairs` takes.
-        split: Split to read, or a slice of it such as `train[:90%]`. Local files have only `train`, unless an image
-            folder holds other splits.
-        image_column: Column of the images; in tars, the extension of the image files.
+        source: A folder of images (with captions in `metadata.jsonl` or `metadata.csv`); a folder that holds a data
+            set, such as a clone of one on the Hub or what `save_to_disk` wrote; a path or glob of `.parquet` files or
+            webdataset tars (`.tar`, `.tar.gz`, `.tgz`); the id of a data set on the Hub; or whatever `given_pairs`
+            takes. If a data set has several configurations, the name of one follows: `owner/name:config`.
+        split: Split to read, or a slice of it such as `train[:90%]`. Files that are named have only `train`; folders
+            and data sets may have others.
+        image_column: Column of the images. In tars, the extension of the image files, or `image` for all that images
+            have.
         caption_columns: Columns of the captions, each a string or a list of strings; in tars, the extensions of the
             text files.
         streaming: Whether to return an `IterableDataset` that reads the source in order, with the same rows, instead
@@ -56,31 +51,40 @@ def load_pairs(
 
     Raises:
         TypeError: If `source` is none of these.
-        ValueError: If nothing is found at `source`, or a column is missing.
+        ValueError: If nothing is found at `source`, a column is missing, or one of several configurations must be
+            named.
+        FileNotFoundError: If `source` is neither a path nor a data set on the Hub.
     """
     if not isinstance(source, (str, os.PathLike)):
         return undecoded(given_pairs(source), "The data", image_column, caption_columns)
     source = os.fspath(source)
-    path = Path(source)
-    if path.is_dir():
-        for suffix in _FILES:
-            if any(path.glob(f"*{suffix}")):
-                raise ValueError(f"{source!r} is a folder of {suffix} files; name them by a glob: '{path}/*{suffix}'.")
-        pairs = load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
-    elif source.endswith(_FILES):
+    columns = {"image_column": image_column, "caption_columns": caption_columns, "streaming": streaming}
+    if source.endswith(_FILES) and not os.path.isdir(source):
         files = _matching_files(source)
         if not split.startswith("train"):
             raise ValueError(f"split={split!r}: plain files such as {source!r} have only the split 'train'.")
-        if split != "train" and (streaming or source.endswith(_TARS)):
+        if split != "train" and (streaming or source.endswith(TAR_FILES)):
             raise ValueError(f"split={split!r}: tars and streams are read as a whole; take split='train'.")
-        if source.endswith(_TARS):
-            return tar_pairs(files, image_column, caption_columns, streaming)
-        pairs = load_dataset("parquet", data_files=files, split=split, streaming=streaming)
-    elif path.exists():
+        if source.endswith(TAR_FILES):
+            return tar_pairs(files, **columns)
+        pairs = parquet_pairs(files, split, **columns)
+    elif os.path.isdir(source):
+        pairs = folder_pairs(source, split, **columns)
+    elif os.path.exists(source):
         raise ValueError(f"{source!r} is neither a folder nor one of {list(_FILES)} files.")
     else:
-        pairs = load_dataset(source, split=split, streaming=streaming)
-    return undecoded(pairs, source, image_column, caption_columns)
+        name, _, config = source.rpartition(":") if _names_a_config(source) else (source, "", None)
+        if not os.path.isdir(name):
+            check_hub_id(name, "dataset")
+        pairs = named_pairs(name, split, **columns, config=config)
+    of_tars = "error" in (pairs.column_names or ())  # their columns are selected
+    return pairs if of_tars else undecoded(pairs, repr(source), image_column, caption_columns)
+
+
+def _names_a_config(source: str) -> bool:
+    """Whether `:config` follows a folder or a Hub id; a drive's letter stands before a backslash."""
+    name, colon, config = source.rpartition(":")
+    return bool(colon and name) and not {"/", "\\"} & set(config)
 
 
 def holds_pairs(data: Any) -> bool:
@@ -131,29 +135,3 @@ def _matching_files(source: str) -> list[str]:
     if not files:
         raise ValueError(f"No file matches {source!r}.")
     return files
-
-
-def undecoded(
-    pairs: Dataset | IterableDataset, source: str, image_column: str, caption_columns: Sequence[str]
-) -> Dataset | IterableDataset:
-    """
-    Selects the columns of pairs that will be read. The image column is renamed to `image` and left undecoded.
-
-    Args:
-        pairs: The pairs.
-        source: Name of the pairs in error messages.
-        image_column: Column of the images.
-        caption_columns: Other columns to keep.
-
-    Raises:
-        ValueError: If a column is missing.
-    """
-    if pairs.features is None:
-        raise ValueError(f"The columns of {source!r} are unknown until it is read; load it with streaming=False.")
-    missing = [column for column in (image_column, *caption_columns) if column not in pairs.column_names]
-    if missing:
-        raise ValueError(f"{source!r} has no column {missing}; it has {pairs.column_names}.")
-    pairs = pairs.select_columns([image_column, *caption_columns])
-    if image_column != "image":
-        pairs = pairs.rename_column(image_column, "image")
-    return pairs.cast_column("image", Image(decode=False))

@@ -10,12 +10,15 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
+from clipmap_hf.data.columns import MissingColumnError
 
-__all__ = ["StrictHeader", "member_key", "shard_rows", "tar_pairs"]
+
+__all__ = ["IMAGE_EXTENSIONS", "StrictHeader", "member_key", "shard_rows", "tar_pairs"]
 
 logger = logging.getLogger(__name__)
 
 _ROWS_SEEN_FOR_COLUMNS = 100
+IMAGE_EXTENSIONS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 _BLOCK = 1 << 16  # bytes per read: smaller blocks need more calls, larger blocks more copying of their rest
 # Errors of broken tars: a broken header of gzip raises a TypeError; overwritten numbers raise a ValueError or an
 # OverflowError.
@@ -43,14 +46,14 @@ def shard_rows(
     Args:
         files: Path, size and modification time of every tar. Only the path is used here. With the others, `datasets`
             notices that a file has changed since it was cached.
-        image_column: Extension of the images.
+        image_column: Extension of the images. `image` stands for all that images have; a row's first is taken.
         caption_columns: Extensions of the captions.
     """
-    wanted = {image_column.lower(), *(column.lower() for column in caption_columns)}
+    images, captions = _image_extensions(image_column), {column.lower() for column in caption_columns}
     for path, _, _ in files:
         error = "empty shard"
         try:
-            for key, group in _groups(path, wanted):
+            for key, group in _groups(path, images, captions):
                 error = None
                 yield _row(f"{path}::{key}", group, image_column, caption_columns, None)
         except _BROKEN as reason:
@@ -68,7 +71,7 @@ def tar_pairs(
 
     Args:
         files: Paths of the tars.
-        image_column: Extension of the images.
+        image_column: Extension of the images, as in `shard_rows`.
         caption_columns: Extensions of the captions.
         streaming: Whether to read the tars in every pass, with a shard per file, instead of copying them to the cache.
 
@@ -99,13 +102,20 @@ def _check_columns(files: Sequence[str], columns: Sequence[str]) -> None:
         except _BROKEN as reason:
             logger.debug("%s: %s", path, reason)  # shard_rows will log a warning
         if found:
-            missing = [column for column in columns if column.lower() not in found]
+            image, *captions = columns
+            missing = [] if found & set(_image_extensions(image)) else [image]
+            missing += [column for column in captions if column.lower() not in found]
             if missing:
-                raise ValueError(f"{path!r} has no column {missing}; it has {sorted(found)}.")
+                raise MissingColumnError(repr(path), missing, sorted(found))
             return
     raise ValueError(
         f"None of the {len(files)} tars holds a file such as 000.{columns[0]}; the first is {files[0]!r}."
     )
+
+
+def _image_extensions(image_column: str) -> tuple[str, ...]:
+    column = image_column.lower()
+    return IMAGE_EXTENSIONS if column == "image" else (column,)
 
 
 def _caption(content: bytes) -> str:
@@ -118,7 +128,8 @@ def _caption(content: bytes) -> str:
 def _row(
     path: str, group: dict[str, bytes], image_column: str, caption_columns: Sequence[str], error: str | None
 ) -> dict[str, Any]:
-    image = group.get(image_column.lower())
+    extensions = _image_extensions(image_column)
+    image = next((content for column, content in group.items() if column in extensions), None)
     texts = {column: group.get(column.lower()) for column in caption_columns}
     captions = {column: None if text is None else _caption(text) for column, text in texts.items()}
     return {
@@ -128,8 +139,10 @@ def _row(
     }
 
 
-def _groups(path: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yields the key and the wanted files of each row. Complete rows come at once: what follows may be broken."""
+def _groups(path: str, images: Sequence[str], captions: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """
+    Yields the key, an image and the captions of each row. Complete rows come at once: what follows may be broken.
+    """
     key, group, pending = None, {}, False
     for name, read in _members(path):
         stem, column = member_key(name)
@@ -137,9 +150,9 @@ def _groups(path: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]
             if pending:
                 yield key, group
             key, group, pending = stem, {}, True
-        if column in wanted:
+        if column in captions or (column in images and group.keys() <= captions):
             group[column] = read()
-            if len(group) == len(wanted):
+            if len(group) == len(captions) + 1:
                 yield key, group
                 pending = False
     if pending:

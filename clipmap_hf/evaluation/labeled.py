@@ -1,6 +1,6 @@
 """Makes batches of labeled images for zero-shot classification."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from clipmap_hf.data.preprocess import preprocessed
 
 __all__ = ["class_names", "labeled_batches"]
 
+_NAMES_ARE_NEEDED = (
+    "Class numbers say nothing to a text tower. Name the classes in the order of their numbers, in `classnames`, or "
+    "give a column of strings or of a ClassLabel."
+)
+
 
 def class_names(dataset: Dataset, label_column: str) -> list[str]:
     """
@@ -23,14 +28,23 @@ def class_names(dataset: Dataset, label_column: str) -> list[str]:
         label_column: Column of the labels.
 
     Raises:
-        ValueError: If the column holds neither class labels nor strings.
+        ValueError: If the column holds neither class labels nor strings, or nothing but numbers, which say nothing
+            to a text tower.
     """
     feature = dataset.features[label_column]
     if isinstance(feature, ClassLabel):
-        return feature.names
-    if feature.dtype != "string":
-        raise ValueError(f"Column {label_column!r} holds {feature.dtype}; class names need a ClassLabel or strings.")
-    return sorted({label for label in dataset[label_column] if label is not None})
+        names = feature.names
+    elif feature.dtype in ("string", "large_string"):
+        names = sorted({label for label in dataset[label_column] if label is not None})
+    else:
+        raise ValueError(f"Column {label_column!r} holds {feature.dtype}. {_NAMES_ARE_NEEDED}")
+    if names and all(_is_number(name) for name in names):
+        raise ValueError(f"Column {label_column!r} holds class numbers such as {names[0]!r}. {_NAMES_ARE_NEEDED}")
+    return names
+
+
+def _is_number(label: Any) -> bool:
+    return isinstance(label, int) or label.strip().isdecimal()
 
 
 def labeled_batches(
@@ -42,11 +56,12 @@ def labeled_batches(
     Args:
         dataset: A data set as `load_pairs` returns it, with undecoded images in `image` and labels in `label_column`.
         image_processor: The model's image processor.
-        label_column: Column of the labels: class numbers, or strings that are among `names`.
+        label_column: Column of the labels: class numbers, as integers or in strings, or strings among `names`.
         names: Names of the classes, in the order of the class numbers.
         batch_size: Images per batch.
 
     Raises:
+        ValueError: If a label is neither one of `names` nor the number of one.
         BadRowError: If an image cannot be decoded or has no label. An evaluation leaves no row out.
     """
     number = {name: index for index, name in enumerate(names)}
@@ -56,5 +71,16 @@ def labeled_batches(
         labels = rows[label_column]
         if None in labels:
             raise BadRowError("no label", f"row {start + list(labels).index(None)}")
-        labels = [label if isinstance(label, int) else number[label] for label in labels]
-        yield {"pixel_values": preprocessed(image_processor, images), "labels": torch.tensor(labels)}
+        labels = torch.tensor([_class_number(label, number) for label in labels])  # (batch,)
+        yield {"pixel_values": preprocessed(image_processor, images), "labels": labels}
+
+
+def _class_number(label: int | str, number: Mapping[str, int]) -> int:
+    if label in number:
+        return number[label]
+    if _is_number(label) and 0 <= int(label) < len(number):
+        return int(label)
+    raise ValueError(
+        f"The label {label!r} is neither among the {len(number)} class names, such as {next(iter(number))!r}, nor a "
+        f"number from 0 to {len(number) - 1}."
+    )

@@ -143,6 +143,7 @@ def evaluate_zero_shot(
     *,
     processor: Any = None,
     label_column: str = "label",
+    classnames: Sequence[str] | None = None,
     image_column: str = "image",
     split: str = "train",
     templates: Sequence[str] = DEFAULT_TEMPLATES,
@@ -159,7 +160,8 @@ def evaluate_zero_shot(
         classifier: Class embeddings of `zero_shot_classifier`; made of the names of the labels, if images are no
             batches.
         processor: The model's processor, for images that are no batches.
-        label_column: Column of the labels: a `ClassLabel`, or strings.
+        label_column: Column of the labels: a `ClassLabel`, strings, or class numbers if there are `classnames`.
+        classnames: Names of the classes in the order of their numbers, in place of those that the labels have.
         image_column: Column of the images.
         split: Split of the data set. Plain files have only `train`.
         templates: Prompts with `{}` in place of the class name.
@@ -176,7 +178,7 @@ def evaluate_zero_shot(
     if processor is None or classifier is not None:
         raise TypeError("Images that are no batches need processor=, and a classifier is made of their labels.")
     rows = load_pairs(images, split=split, image_column=image_column, caption_columns=[label_column])
-    names = class_names(rows, label_column)
+    names = class_names(rows, label_column) if classnames is None else list(classnames)
     classifier = zero_shot_classifier(model, processor.tokenizer, names, templates)
     rows = rows.shard(process_count(), process_index(), contiguous=True)
     batches = labeled_batches(rows, processor.image_processor, label_column, names, batch_size)

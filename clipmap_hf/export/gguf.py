@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from clipmap_hf.files.atomic import atomic_files
+from clipmap_hf.files.extras import require
 from clipmap_hf.ternary.layers import TernaryModule
 
 
@@ -37,6 +38,7 @@ def write_gguf(model: nn.Module, path: str | Path, gguf_type: str = "TQ1_0") -> 
         ImportError: If the package `gguf` is missing.
         OSError: If the file cannot be written. An existing file is then unchanged.
     """
+    require("gguf", "gguf")
     import gguf
 
     modules = {name: module for name, module in model.named_modules() if isinstance(module, TernaryModule)}

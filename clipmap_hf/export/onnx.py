@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import CLIPProcessor, PreTrainedModel
 
 from clipmap_hf.files.atomic import atomic_files
+from clipmap_hf.files.extras import require
 from clipmap_hf.models.features import ClipFeatures, project_images, project_texts
 from clipmap_hf.models.loading import check_float
 
@@ -73,6 +74,7 @@ def write_onnx(folder: str | Path, model: PreTrainedModel, processor: CLIPProces
         ImportError: If the packages of the extra `onnx` are not installed.
         ValueError: If the model's weights are packed.
     """
+    require("onnx", "onnx", "onnxruntime", "onnxscript")
     check_float(model, "The export to ONNX")
     from transformers.exporters import OnnxExporter
 

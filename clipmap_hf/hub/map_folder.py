@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from clipmap_hf.config import PRESETS, ClipMapConfig
 from clipmap_hf.files.atomic import atomic_folder
+from clipmap_hf.files.hub_ids import check_hub_id
 from clipmap_hf.hub.folder import MAP_CONFIG, MAP_FOLDER
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.models.model_id import ModelId
@@ -59,6 +60,7 @@ def map_file(source: str, name: str, revision: str | None, kwargs: dict[str, Any
     if os.path.isdir(source):
         path = Path(source, MAP_FOLDER, name)
         return path if path.exists() else None
+    check_hub_id(source, "model", kwargs.get("token"))
     try:
         return Path(hf_hub_download(source, f"{MAP_FOLDER}/{name}", revision=revision, **kwargs))
     except LocalEntryNotFoundError as error:

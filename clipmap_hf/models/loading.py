@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from clipmap_hf.files.hub_ids import check_hub_id
 from clipmap_hf.models.finite import check_finite
 from clipmap_hf.models.options import DOWNLOAD_OPTIONS
 
@@ -47,7 +48,8 @@ def load_config(source: str, *, revision: str | None = None, **kwargs) -> Pretra
         OSError: If it is missing or the Hub cannot be reached.
         ValueError: If its values are of the wrong kind, or it names code of its own, which is never run.
     """
-    _check_folder(source)
+    if not os.path.isdir(source):
+        check_hub_id(source, "model", kwargs.get("token"))
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **kwargs)
     except StrictDataclassError as error:
@@ -132,7 +134,6 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
         OSError: If a file is missing or the Hub cannot be reached.
         ValueError: If `backend` cannot be had.
     """
-    _check_folder(source)
     options = {"revision": revision, "trust_remote_code": False, **kwargs}
     config = load_config(source, revision=revision, **kwargs)
     # Loaded apart: the tokenizer has a `backend` of its own, and would take the image processor's for it.
@@ -152,12 +153,6 @@ def load_processor(source: str, *, revision: str | None = None, backend: str = "
             "install torchvision, or choose backend='pil'."
         )
     return processor
-
-
-def _check_folder(source: str) -> None:
-    """A path that is no folder would otherwise be taken for a Hub id."""
-    if (os.path.isabs(source) or source.startswith((".", "~"))) and not os.path.isdir(source):
-        raise OSError(f"There is no folder {source!r}.")
 
 
 def _weight_files(source: str, revision: str | None, options: dict[str, Any]) -> list[Path]:

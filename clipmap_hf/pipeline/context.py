@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, ReadingArguments
-from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.calibration_pairs import CalibrationPairs, calibration_rows
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
+from clipmap_hf.data.pairs import PairSource, given_pairs
 from clipmap_hf.data.sources import described, training_pairs
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
@@ -185,13 +185,15 @@ class RunContext:
         source = calibration.calibration_data and described(calibration.calibration_data)
         key = (teacher.source, self.run.seed, source, calibration.calibration_pairs)
         if key not in self.loaded.calibration:
+            rows = self._calibration_rows(calibration)
+            caption = self.data.caption_column[0]
             pairs = CalibrationPairs(
-                self._calibration_rows(calibration),
+                rows,
                 teacher.processor,
                 calibration.calibration_pairs,
                 self.data.max_bad_fraction,
                 self.run.seed,
-                caption_column=self.data.caption_column[0],
+                caption_column=caption if caption in rows.column_names else None,
             )
             self.loaded.calibration[key] = HeldBatches(pairs)
         return self.loaded.calibration[key]
@@ -201,14 +203,14 @@ class RunContext:
         self.loaded.calibration.clear()
 
     def _calibration_rows(self, calibration: CalibrationArguments) -> Dataset | IterableDataset:
-        """Rows with the column `image` and that of the captions."""
+        """Rows with the column `image` and that of the captions, if there is anything but images."""
         data = self.data
         if calibration.calibration_data in (None, data.train_data):
             return self.pairs.pairs
-        return load_pairs(
+        return calibration_rows(
             calibration.calibration_data,
             split=data.train_split,
             image_column=data.image_column,
-            caption_columns=[data.caption_column[0]],
+            caption_column=data.caption_column[0],
             streaming=data.streaming,
         )

@@ -1,0 +1,152 @@
+"""Reads parquet files and image folders by the builders of `datasets`, of the columns that are needed alone."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetBuilder, Features, Image, IterableDataset, List, Value
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.parquet.parquet import Parquet
+
+from clipmap_hf.data.columns import check_columns
+
+
+__all__ = ["image_folder_pairs", "parquet_pairs"]
+
+logger = logging.getLogger(__name__)
+
+
+def parquet_pairs(
+    files: Sequence[str], split: str, image_column: str, caption_columns: Sequence[str], streaming: bool
+) -> Dataset | IterableDataset:
+    """
+    Reads pairs from parquet files. The files may differ in other columns, in how they store images, and in whether a
+    caption is a string or a list of strings; then it is a list in all of them.
+
+    Args:
+        files: Paths of the files.
+        split: Name of the split that they are, or a slice of it.
+        image_column: Column of the images.
+        caption_columns: Other columns to read.
+        streaming: Whether to read the files in every pass.
+
+    Raises:
+        ValueError: If a file is not parquet, or lacks a column.
+    """
+    found = [_parquet_features(file, image_column, caption_columns) for file in files]
+    features = {column: found[0][column] for column in dict.fromkeys(caption_columns)}
+    for column in features:
+        kinds = [one[column] for one in found]
+        if any(isinstance(kind, List) for kind in kinds) and any(kind == Value("string") for kind in kinds):
+            features[column] = List(Value("string"))
+    features = Features({**features, image_column: Image(decode=False)})
+    stats = [(path, os.stat(path)) for path in map(os.path.abspath, files)]
+    listed = DataFilesList(  # by hand, since a pattern would read [1] in a name as a choice of letters
+        [path for path, _ in stats], [(str(stat.st_size), str(stat.st_mtime_ns)) for _, stat in stats]
+    )
+    name = split.partition("[")[0]
+    return _built(
+        _MixedParquet(
+            hash=_MixedParquet.__name__,
+            data_files=DataFilesDict({name: listed}),
+            columns=list(features),
+            features=features,
+        ),
+        split,
+        streaming,
+    )
+
+
+def _parquet_features(file: str, image_column: str, caption_columns: Sequence[str]) -> Features:
+    try:
+        features = Features.from_arrow_schema(pq.read_schema(file))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file!r} is no parquet file, or is cut off: {error}") from error
+    check_columns(features, repr(file), image_column, caption_columns)
+    return Features({name: _plain(kind) for name, kind in features.items()})
+
+
+def _plain(kind: object) -> object:
+    """Strings of either length are one kind."""
+    return Value("string") if kind == Value("large_string") else kind
+
+
+class _MixedParquet(Parquet):
+    """Makes a list of a caption that is a string, where other files have lists."""
+
+    def _cast_table(self, pa_table: pa.Table) -> pa.Table:
+        for index, name in enumerate(pa_table.column_names):
+            column = pa_table.column(index)
+            if isinstance(self.info.features[name], List) and pa.types.is_string(column.type):
+                chunks = [_each_in_a_list(chunk) for chunk in column.chunks]
+                pa_table = pa_table.set_column(index, name, pa.chunked_array(chunks, pa.list_(pa.string())))
+        return super()._cast_table(pa_table)
+
+
+def _each_in_a_list(texts: pa.Array) -> pa.Array:
+    """A list of one for each text; none for what is missing."""
+    present = pc.cast(pc.is_valid(texts), pa.int32())
+    ends = pc.cumulative_sum(present)  # (texts,)
+    offsets = pa.concat_arrays([pa.array([0], pa.int32()), ends])  # (texts + 1,)
+    return pa.ListArray.from_arrays(offsets, texts.drop_null())
+
+
+def image_folder_pairs(folder: str, files: DataFilesDict, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """
+    Reads a folder of images, as `load_dataset("imagefolder")` does, with two differences: all that stands in a
+    `metadata.csv` is text, words such as None, NA and nan too; and images that the metadata do not name are counted,
+    and said.
+
+    Args:
+        folder: The folder, for messages.
+        files: Its files by split.
+        split: Split, or a slice of it.
+        streaming: Whether to read the files in every pass.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    builder = _TextImageFolder(hash=_TextImageFolder.__name__, data_files=files)
+    name = split.partition("[")[0]
+    unnamed, images = builder.unnamed_images(files.get(name, ()))
+    if unnamed:
+        logger.warning(
+            "%d of the %d images in %s are not named in its metadata, and left out.", unnamed, images, folder
+        )
+    return _built(builder, split, streaming)
+
+
+class _TextImageFolder(ImageFolder):
+    """Reads the cells of a `metadata.csv` as the text that they are."""
+
+    def _read_metadata(self, metadata_file: str, metadata_ext: str = "") -> Iterator[pa.Table]:
+        if metadata_ext != ".csv":
+            yield from super()._read_metadata(metadata_file, metadata_ext=metadata_ext)
+            return
+        for frame in pd.read_csv(metadata_file, dtype=str, keep_default_na=False, chunksize=10_000):
+            yield pa.Table.from_pandas(frame, preserve_index=False)
+
+    def unnamed_images(self, files: Sequence[str]) -> tuple[int, int]:
+        """How many images no metadata name, and how many images there are. Archives are not looked into."""
+        images, metadata, _ = self._split_files_and_metadata_and_archives(files)
+        if not metadata:
+            return 0, len(images)
+        named = set()
+        for file in metadata:
+            for table in self._read_metadata(file, metadata_ext=os.path.splitext(file)[1]):
+                for column in [name for name in table.column_names if name.endswith("file_name")]:
+                    named |= {os.path.normpath(Path(file).parent / name) for name in table[column].to_pylist() if name}
+        return len({os.path.normpath(image) for image in images} - named), len(images)
+
+
+def _built(builder: DatasetBuilder, split: str, streaming: bool) -> Dataset | IterableDataset:
+    if streaming:
+        return builder.as_streaming_dataset(split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split)
