@@ -164,6 +164,8 @@ def test_parquet_files_can_be_sliced_and_tars_and_streams_cannot(pairs_parquet, 
     parts = [load_pairs(str(pairs_parquet), split=part)["caption"] for part in ("train[:75%]", "train[75%:]")]
     assert [len(part) for part in parts] == [18, 6]
     assert [*parts[0], *parts[1]] == load_pairs(str(pairs_parquet))["caption"][:]
+    sum_of_slices = load_pairs(str(pairs_parquet), split="train[:2]+train[-1:]")["caption"][:]
+    assert sum_of_slices == [*parts[0][:2], parts[1][-1]]
     for source, streaming in ((pairs_tar, False), (pairs_parquet, True)):
         with pytest.raises(ValueError, match="are read as a whole; take split='train'"):
             load_pairs(str(source), split="train[:75%]", streaming=streaming)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def parquet_pairs(
     listed = DataFilesList(  # by hand, since a pattern would read [1] in a name as a choice of letters
         [path for path, _ in stats], [(str(stat.st_size), str(stat.st_mtime_ns)) for _, stat in stats]
     )
-    name = split.partition("[")[0]
+    name = re.match(r"\w*", split)[0]  # of the first part, such as train of train[:5]+train[9:]
     return _built(
         _MixedParquet(
             hash=_MixedParquet.__name__,
