@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from clipmap_hf.cli.shipped import config_file
 from clipmap_hf.config.json_values import json_values
 
 
@@ -64,6 +65,8 @@ def parse_arguments(
     Raises:
         ValueError: If the YAML file has a key that no dataclass knows, or a value is not allowed. On a real command
             line (`argv` is `None`), the process ends with one line that says so instead, and exit code 2.
+        FileNotFoundError: If `--config` is neither a file nor the name of a shipped one; on a real command line as
+            above.
         SystemExit: If an option is unknown, missing or of the wrong type.
     """
     reading = partial(_read, dataclass_types, stages or {}, others, other_stages or {}, description)
@@ -71,7 +74,7 @@ def parse_arguments(
         return reading(argv)
     try:
         return reading(sys.argv[1:])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         raise SystemExit(2) from error
 
@@ -95,14 +98,16 @@ def _read(
     asked = [*(("", kind) for kind in dataclass_types), *((f"{name}_", stage) for name, stage in stages.items())]
     as_options = [_as_options(prefix, kind) for prefix, kind in asked]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path, help="YAML file with values for these options; the command line wins")
+    said = "YAML file with values for these options, or the name of a shipped one (small); the command line wins"
+    finder.add_argument("--config", type=Path, help=said)
     config, argv = finder.parse_known_args(argv)
     if config.config is not None:
         known = {f"{prefix}{name}": f for prefix, kind in asked for name, f in _keys(kind).items()}
         ignored = {name for kind in others for name in _keys(kind)} - known.keys()
-        argv = _yaml_options(config.config, known, ignored, {**stages, **other_stages}, stages) + argv
+        argv = _yaml_options(config_file(config.config), known, ignored, {**stages, **other_stages}, stages) + argv
     parser = Parser(
         as_options,
+        prog=Path(sys.argv[0]).name,
         usage="%(prog)s [--config FILE] [--option value …]",
         description=description,
         parents=[finder],
@@ -151,7 +156,7 @@ def _yaml_options(
     own: dict[str, type],
 ) -> list[str]:
     """The file's values as command-line options, so that both are converted and checked by one parser."""
-    content = yaml.load(path.read_text(), _WordsLoader) or {}
+    content = yaml.load(path.read_text(encoding="utf-8"), _WordsLoader) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
     options = []
