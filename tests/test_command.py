@@ -19,9 +19,11 @@ import clipmap_hf
 from clipmap_hf.cli import environment as environment_module
 from clipmap_hf.cli.main import main
 from clipmap_hf.cli.parsing import parse_arguments
-from clipmap_hf.cli.shipped import config_file, load_recipe, recipe_summaries, recipes_folder
+from clipmap_hf.cli.shipped import load_recipe, recipe_summaries, recipes_folder, shipped_configs
 from clipmap_hf.cli.student import map_config
+from clipmap_hf.cli.yaml_file import read_yaml, yaml_path
 from clipmap_hf.config import PRESETS
+from clipmap_hf.demo import TEACHER, TEST_PAIRS
 
 
 NAMES = sorted(path.stem for path in RECIPES.glob("[a-z]*.py"))
@@ -142,28 +144,28 @@ def test_a_shipped_configuration_is_found_by_its_name(tmp_path, monkeypatch):
     configs = RECIPES / "configs"
     for path in configs.rglob("*.yaml"):
         name = path.relative_to(configs).with_suffix("").as_posix()
-        assert config_file(Path(name)) == path
-    assert config_file(Path("paper/small")) != config_file(Path("small"))
+        assert yaml_path(Path(name)) == path
+    assert yaml_path(Path("paper/small")) != yaml_path(Path("small"))
 
 
 def test_a_file_of_the_working_folder_goes_before_a_shipped_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("small").write_text("student: tiny\n", encoding="utf-8")
-    assert config_file(Path("small")) == Path("small")
+    assert yaml_path(Path("small")) == Path("small")
 
 
 def test_an_output_folder_does_not_hide_a_shipped_configuration(tmp_path, monkeypatch):
     """The second run of `--config small --output_dir small` reads what the first one read."""
     monkeypatch.chdir(tmp_path)
     Path("small").mkdir()
-    assert config_file(Path("small")) == RECIPES / "configs" / "small.yaml"
+    assert yaml_path(Path("small")) == RECIPES / "configs" / "small.yaml"
 
 
 @pytest.mark.parametrize("given", ["smal", "small.yaml", "nothing/small", "paper", "../configs/small", ""])
 def test_a_name_of_nothing_is_an_error_that_lists_the_shipped(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="neither a file nor the name of a shipped") as error:
-        config_file(Path(given))
+        yaml_path(Path(given))
     message = str(error.value)
     assert f"--config {Path(given)} is" in message and "'paper/small'" in message and "'tiny'" in message
 
@@ -175,6 +177,16 @@ def test_recipes_read_a_shipped_configuration_by_its_name(tmp_path, monkeypatch)
     argv = ["--config", "small", "--train_data", "p.parquet", "--output_dir", "out"]
     student = parse_arguments(*types, stages=stages, argv=argv)[3]
     assert map_config(student).vision == PRESETS["small"].vision
+
+
+def test_a_shipped_configuration_finds_the_embedded_data_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [value for name in shipped_configs() for value in read_yaml(Path(name))[1].values()]
+    paths = [Path(value) for value in found if isinstance(value, str) and "demo/" in value]
+    assert TEACHER in paths and TEST_PAIRS in paths and all(path.exists() for path in paths)
+    copy = Path("own.yaml")
+    copy.write_text("teacher: clipmap_hf/demo/teacher\n", encoding="utf-8")
+    assert read_yaml(copy) == (copy, {"teacher": "clipmap_hf/demo/teacher"})  # a file's own paths stay
 
 
 # Versions and devices

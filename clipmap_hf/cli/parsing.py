@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import field
@@ -13,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from clipmap_hf.cli.shipped import config_file
+from clipmap_hf.cli.yaml_file import read_yaml
 from clipmap_hf.config.json_values import json_values
 
 
@@ -26,18 +25,6 @@ _NUMBERS, _NAME_OR_VALUES = dict[str, float | Callable], str | dict[str, str] | 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the lines of a recipe's examples as they are."""
-
-
-class _WordsLoader(yaml.SafeLoader):
-    """Reads `true` and `false` as booleans, and `no`, `yes`, `on` and `off` as words, as YAML 1.2 does."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_WordsLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?i:true|false)$"), list("tTfF"))
 
 
 def parse_arguments(
@@ -104,7 +91,7 @@ def _read(
     if config.config is not None:
         known = {f"{prefix}{name}": f for prefix, kind in asked for name, f in _keys(kind).items()}
         ignored = {name for kind in others for name in _keys(kind)} - known.keys()
-        argv = _yaml_options(config_file(config.config), known, ignored, {**stages, **other_stages}, stages) + argv
+        argv = _yaml_options(config.config, known, ignored, {**stages, **other_stages}, stages) + argv
     parser = Parser(
         as_options,
         prog=Path(sys.argv[0]).name,
@@ -149,16 +136,14 @@ def optional(stage: type) -> type:
 
 
 def _yaml_options(
-    path: Path,
+    given: Path,
     known: dict[str, dataclasses.Field],
     ignored: set[str],
     sections: dict[str, type],
     own: dict[str, type],
 ) -> list[str]:
     """The file's values as command-line options, so that both are converted and checked by one parser."""
-    content = yaml.load(path.read_text(encoding="utf-8"), _WordsLoader) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
+    path, content = read_yaml(given)
     options = []
     for key, value in content.items():
         if key in sections:

@@ -3,12 +3,11 @@
 import ast
 import importlib.util
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
 
-__all__ = ["config_file", "load_recipe", "recipe_summaries", "recipes_folder"]
+__all__ = ["load_recipe", "recipe_summaries", "recipes_folder", "shipped_configs"]
 
 
 def recipes_folder() -> Path:
@@ -44,27 +43,7 @@ def load_recipe(name: str) -> ModuleType:
     return module
 
 
-def config_file(given: Path) -> Path:
-    """
-    Returns the YAML file that `--config` means: a file, or one that ships with the recipes, such as `small` or
-    `paper/small`. A file of the same name goes first; a folder does not, because outputs often have such names.
-
-    Args:
-        given: The path, or the name of a shipped file without its suffix.
-
-    Raises:
-        FileNotFoundError: If it is neither.
-    """
-    if given.exists() and not given.is_dir():
-        return given
+def shipped_configs() -> dict[str, Path]:
+    """Returns the YAML files that ship with the recipes, by names such as `small` and `paper/small`."""
     folder = recipes_folder() / "configs"
-    shipped = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-    name = given.as_posix()
-    if name in shipped:
-        return shipped[name]
-    near = get_close_matches(name.removesuffix(".yaml"), shipped, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise FileNotFoundError(
-        f"--config {given} is neither a file nor the name of a shipped configuration. {hint}"
-        f"Give the path of a YAML file, or one of {list(shipped)}."
-    )
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
