@@ -37,7 +37,7 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"],
     "sentence-transformers": ["sentence-transformers>=6.2"],
-    "quality": ["ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
+    "quality": ["build>=1.3", "ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
     "gguf": ["gguf>=0.19"],
     "siglip": ["protobuf>=5.0", "sentencepiece>=0.2"],  # what SiglipTokenizer reads its vocabulary with
     "plots": ["matplotlib>=3.10"],
@@ -80,6 +80,7 @@ setup(
             *(f"demo/**/*.{suffix}" for suffix in ("parquet", "safetensors", "json", "jinja", "txt", "md")),
         ],
     },
+    entry_points={"console_scripts": ["clipmap-hf = clipmap_hf.cli.main:main"]},
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
@@ -88,9 +89,11 @@ setup(
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
-        "Operating System :: POSIX",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

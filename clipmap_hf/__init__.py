@@ -6,7 +6,7 @@ import importlib.util
 import sys
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _QUANTIZERS = "transformers.quantizers.auto"
 # Public names, imported on first use: a recipe's `--help` must not wait for torch.

@@ -1,6 +1,8 @@
 r"""
-Computes what teachers make of the training pairs, once: of several views of each image, and of each caption. Goes on
-where it was interrupted; several processes share the work. recipes/distill.py, told the same, then only reads.
+Computes the teachers' embeddings of the training pairs once, so that training only reads them.
+
+They are of several views of each image, and of each caption. An interrupted run goes on where it stopped, and several
+processes share the work. recipes/distill.py with the same options then reads the result.
 
     python recipes/cache.py --teacher openai/clip-vit-base-patch16 --train_data 'shards/*.tar' --image_column jpg \
         --caption_column txt --teacher_cache cache --views 5

@@ -1,6 +1,8 @@
 """
-Renders the cards of the paper's three sizes into `model_cards/`: recipe, sizes counted from the configs, and the
-paper's figures under its name. Nothing is trained or looked up.
+Renders the model cards of the paper's three sizes into `model_cards/`.
+
+A card holds the recipe, sizes counted from the configs, and the paper's figures under its name. Nothing is trained or
+looked up.
 
     python recipes/cards.py --output_dir model_cards
 """

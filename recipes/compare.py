@@ -1,5 +1,7 @@
 """
-Compares CLIP models, folders or Hub ids: retrieval, parameters, MACs, weight files, times of both towers and memory.
+Compares CLIP models, folders or Hub ids, by quality, size, time and memory.
+
+It measures retrieval, parameters, MACs, weight files, times of both towers, and peak memory.
 
     python recipes/compare.py teacher student me/other --eval_data test.parquet --output_dir comparison
     python recipes/compare.py student --runtimes transformers onnx onnx_quantized --eval_data test.parquet

@@ -1,5 +1,5 @@
 r"""
-All of it: make a smaller CLIP of a teacher, map it if asked, distill it, evaluate it, write it.
+Makes a smaller CLIP of a teacher, from beginning to end: start, distillation, evaluation.
 
     python recipes/compress.py --teacher openai/clip-vit-base-patch16 --student small --train_data 'shards/*.tar' \
         --image_column jpg --caption_column txt --eval_data test.parquet --output_dir small

@@ -1,5 +1,5 @@
 r"""
-The retraining stage alone: distills any student `CLIPModel` (a mapped one, or another) from its teacher.
+Distills any student `CLIPModel`, mapped or not, from its teacher: the retraining stage alone.
 
     python recipes/distill.py --student_model mapped --teacher openai/clip-vit-base-patch16 \
         --train_data pairs.parquet --output_dir distilled

@@ -1,6 +1,7 @@
 """
-Evaluates any CLIP model folder or Hub id: retrieval on image–text pairs, zero-shot classification on labeled images,
-or both on the sets of the literature.
+Evaluates any CLIP model, a folder or Hub id, by retrieval and zero-shot classification.
+
+Retrieval is measured on image–text pairs, classification on labeled images, and both on the sets of the literature.
 
     python recipes/evaluate.py --model student --sets imagenet1k cifar10 mscoco --output results
     python recipes/evaluate.py --model student --suite paper --output results
@@ -85,7 +86,7 @@ def main() -> None:
     processes.print("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
     if arguments.output is not None and processes.is_main_process:
         result = {"metrics": metrics, "arguments": asdict(arguments), "transformers": transformers.__version__}
-        Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
+        Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def on_sets(arguments: EvaluateArguments, model, processor, sets) -> str:

@@ -1,5 +1,5 @@
 """
-Writes ONNX files of any CLIP model folder or Hub id, and prints how far their embeddings are from the model's.
+Writes ONNX files of any CLIP model, and prints how far their embeddings are from the model's.
 
     python recipes/export_onnx.py --model student
     python recipes/export_onnx.py --model openai/clip-vit-base-patch32 --output_dir exported

@@ -1,7 +1,9 @@
 r"""
-The mapping stage alone: learns operators that map a teacher's weights into a smaller CLIP, and writes the student
-with its map. They start from the teacher's activations on `--calibration_pairs` of the training pairs, unless
-`--initializer` says otherwise. Without a size, goes on with the map in the folder that `--teacher` names.
+Learns operators that map a teacher's weights into a smaller CLIP: the mapping stage alone.
+
+The student is written with its map. Operators start from the teacher's activations on `--calibration_pairs` of the
+training pairs, unless `--initializer` says otherwise. Without a size, mapping goes on with the map in the folder that
+`--teacher` names.
 
     python recipes/map.py --teacher openai/clip-vit-base-patch16 --student small --train_data 'shards/*.tar' \
         --image_column jpg --caption_column txt --output_dir mapped

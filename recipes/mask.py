@@ -1,7 +1,8 @@
 r"""
-Selection by learned masks (TinyCLIP's automatic inheritance): trains a copy of the teacher together with masks of its
-channels, heads and neurons until as little is left as the student has, and writes the student that they select. To
-distill it, use recipes/distill.py.
+Selects a student by learned masks, which is TinyCLIP's automatic inheritance.
+
+A copy of the teacher is trained together with masks of its channels, heads and neurons until as little is left as the
+student has. The student that they select is written. To distill it, use recipes/distill.py.
 
     python recipes/mask.py --teacher openai/clip-vit-base-patch16 --student small --train_data 'shards/*.tar' \
         --image_column jpg --caption_column txt --output_dir selected

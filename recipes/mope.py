@@ -1,6 +1,8 @@
 r"""
-Module-wise pruning errors (MoPE-CLIP): how much worse a model retrieves without each of its heads, each group of
-neurons, and each layer. Writes them to `pruning_errors.json` and prints them as a heat map.
+Measures a model's module-wise pruning errors, as MoPE-CLIP defines them.
+
+A pruning error says how much worse the model retrieves without one of its heads, groups of neurons, or layers. They
+are written to `pruning_errors.json` and printed as a heat map.
 
     python recipes/mope.py --teacher openai/clip-vit-base-patch16 --train_data pairs.parquet --output_dir errors
 

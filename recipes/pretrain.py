@@ -1,8 +1,8 @@
 """
-Trains a `CLIPModel` from scratch on image–text pairs: a teacher, or the from-scratch baseline of a student.
+Trains a `CLIPModel` from scratch: a teacher, or the from-scratch baseline of a student.
 
-The architecture is given by numbers, or taken from another model with `--config_from`; with numbers, a small BPE
-tokenizer is trained on the captions as well.
+It learns from image–text pairs. The architecture is given by numbers, or taken from another model with
+`--config_from`; with numbers, a small BPE tokenizer is trained on the captions as well.
 
     python recipes/pretrain.py --train_data pairs.parquet --eval_data test.parquet --output_dir teacher
     accelerate launch recipes/pretrain.py --config_from student --train_data pairs.parquet --output_dir baseline

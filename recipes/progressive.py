@@ -1,6 +1,8 @@
 r"""
-Compression in several steps, each from what the last one left: made smaller by any method, and distilled from the
-original teacher throughout (TinyCLIP's multi-stage inheritance, 100 → 50 → 25 → 10 %).
+Compresses a teacher in several steps, each of which makes a smaller student and distills it.
+
+Each step begins with the last one's student, by any method. All are distilled from the original teacher (TinyCLIP's
+multi-stage inheritance, 100 → 50 → 25 → 10 %).
 
     python recipes/progressive.py --teacher openai/clip-vit-base-patch16 --sizes base small tiny \
         --train_data 'shards/*.tar' --image_column jpg --caption_column txt --output_dir tiny

@@ -1,5 +1,7 @@
 r"""
-Pushes a student's folder, as a recipe wrote it, to the Hub: creates the repository if needed, and makes one commit.
+Pushes a student's folder, as a recipe wrote it, to the Hub.
+
+The repository is created if needed, and everything is one commit.
 
     hf auth login
     python recipes/push.py --folder student --repo_id me/clip-small --private true

@@ -1,6 +1,8 @@
 r"""
-Ternary weights: trains a copy of a model (the teacher, or a student of it) whose weights are -1, 0 and 1 times a
-level, so that it gives the teacher's embeddings, and writes it packed, at 1.6 bits a weight.
+Trains a copy of a model whose weights are ternary, and writes it packed, at 1.6 bits a weight.
+
+Ternary weights are -1, 0 and 1 times a level. The model is the teacher or a student of it, and the copy is trained to
+give the teacher's embeddings.
 
     python recipes/ternarize.py --teacher openai/clip-vit-base-patch16 --train_data 'shards/*.tar' \
         --image_column jpg --caption_column txt --output_dir ternary

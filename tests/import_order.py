@@ -32,6 +32,7 @@ ORDER = (
     ("pipeline",),
     ("cli",),
     ("demo",),
+    ("__main__",),
 )
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -336,3 +337,42 @@ def test_files_that_grow_too_large_are_errors_of_the_disk_whoever_writes_them(tm
     assert result.returncode == 0, result.stderr
     errors = set(result.stdout.splitlines())
     assert {"safetensors SafetensorError", "torch.save RuntimeError", "write_text OSError"} <= errors
+
+
+# Windows
+
+
+@pytest.fixture
+def like_windows(monkeypatch):
+    """Folders cannot be opened, files are synced by those who may write, and links are followed."""
+    opened = {}
+
+    def open_file(path, flags, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        descriptor = os.open(path, flags, *args, **kwargs)
+        opened[descriptor] = flags
+        return descriptor
+
+    def sync(descriptor):
+        if not opened.get(descriptor, os.O_RDWR) & os.O_RDWR:
+            raise OSError(9, "Bad file descriptor")
+        os.fsync(descriptor)
+
+    def link(source, target, *, follow_symlinks=True):
+        if not follow_symlinks:
+            raise NotImplementedError("link: follow_symlinks unavailable on this platform")
+        os.link(source, target)
+
+    monkeypatch.setattr(atomic, "_ON_WINDOWS", True)
+    functions = vars(os) | {"open": open_file, "fsync": sync, "link": link}
+    monkeypatch.setattr(atomic, "os", SimpleNamespace(**functions))
+
+
+@pytest.mark.parametrize(("write", "expected"), [(atomic_folder, NEW), (atomic_files, OLD | NEW)], ids=list(WAYS))
+def test_windows_needs_neither_open_folders_nor_hard_links(folder, like_windows, write, expected):
+    with write(folder) as temporary:
+        fill(temporary)
+    assert contents(folder) == expected
+    write_atomically(folder / "a", b"newer a")
+    assert (folder / "a").read_text() == "newer a"

@@ -102,6 +102,35 @@ def test_files_and_functions_stay_short(path):
     assert not {name: count for name, count in lines.items() if count > 50}
 
 
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES, *sorted((REPOSITORY / "recipes").rglob("*.py"))],
+    ids=lambda path: str(path.relative_to(REPOSITORY)),
+)
+def test_text_files_are_utf_8_on_every_system(path):
+    """Windows would read and write them in a code page of its own."""
+    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    text = [call for call in calls if getattr(call.func, "attr", None) in ("read_text", "write_text")]
+    for call in calls:
+        is_builtin, is_method = (getattr(call.func, key, None) == "open" for key in ("id", "attr"))
+        modes = call.args[1:2] if is_builtin else call.args[:1] if is_method else []
+        text += [call for mode in modes if getattr(mode, "value", None) in ("r", "w", "a", "x")]
+    assert not [call.lineno for call in text if "encoding" not in {keyword.arg for keyword in call.keywords}]
+
+
+POSIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
+
+
+@each_module
+def test_a_module_is_imported_on_every_system(path):
+    """What only Unix has is imported where it is used, and no path of Linux is written without a question."""
+    heads = [node for node in tree(path).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in heads for alias in node.names} | {getattr(node, "module", None) for node in heads}
+    assert not names & POSIX_ONLY
+    strings = [node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Constant)]
+    assert not [text for text in strings if isinstance(text, str) and text.startswith(("/dev/", "/tmp", "/var"))]
+
+
 def test_the_order_of_imports_is_the_one_that_contributing_gives():
     text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if " → " in line and "families" in line)
@@ -116,8 +145,13 @@ def test_every_folder_of_the_package_has_its_place_in_the_order():
     assert rooms == set(RANKS)
 
 
-def test_the_root_keeps_the_facade_and_what_processes_exchange():
-    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "compressor.py", "distributed.py"}
+def test_the_root_keeps_the_facade_the_command_and_what_processes_exchange():
+    assert {path.name for path in ROOT.glob("*.py")} == {
+        "__init__.py",
+        "__main__.py",
+        "compressor.py",
+        "distributed.py",
+    }
 
 
 def test_the_picture_has_a_row_for_each_room():

@@ -3,9 +3,11 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -13,6 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import get_worker_info
 
+from clipmap_hf.data import loader
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.data.pairs import load_pairs
@@ -310,6 +313,14 @@ def test_workers_outlive_the_signal_that_asks_a_run_to_stop(make):
     assert worker != os.getpid()
     assert os.getpgid(worker) != os.getpgid(0)  # so a signal for the group of the run does not reach it
     assert [len(chunk["rows"]) for step in islice(steps, 8) for chunk in step] == [2] * 8
+
+
+def test_a_worker_starts_where_there_are_no_process_groups(monkeypatch):
+    """As on Windows."""
+    monkeypatch.delattr(loader.os, "setpgid")
+    parent = SimpleNamespace(join=threading.Event().wait)  # never ends
+    monkeypatch.setattr(loader.multiprocessing, "parent_process", lambda: parent)
+    loader.start_worker(0)
 
 
 def test_reading_leaves_the_global_random_numbers_alone():

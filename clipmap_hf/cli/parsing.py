@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import field
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from clipmap_hf.cli.yaml_file import read_yaml
 from clipmap_hf.config.json_values import json_values
 
 
@@ -25,18 +25,6 @@ _NUMBERS, _NAME_OR_VALUES = dict[str, float | Callable], str | dict[str, str] | 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the lines of a recipe's examples as they are."""
-
-
-class _WordsLoader(yaml.SafeLoader):
-    """Reads `true` and `false` as booleans, and `no`, `yes`, `on` and `off` as words, as YAML 1.2 does."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_WordsLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?i:true|false)$"), list("tTfF"))
 
 
 def parse_arguments(
@@ -64,7 +52,9 @@ def parse_arguments(
     Raises:
         ValueError: If the YAML file has a key that no dataclass knows, or a value is not allowed. On a real command
             line (`argv` is `None`), the process ends with one line that says so instead, and exit code 2.
-        ImportError: If a dataclass misses a package that its recipe needs; on a real command line likewise.
+        FileNotFoundError: If `--config` is neither a file nor the name of a shipped one; on a real command line as
+            above.
+        ImportError: If a dataclass misses a package that its recipe needs; on a real command line as above.
         SystemExit: If an option is unknown, missing or of the wrong type.
     """
     reading = partial(_read, dataclass_types, stages or {}, others, other_stages or {}, description)
@@ -72,7 +62,7 @@ def parse_arguments(
         return reading(argv)
     try:
         return reading(sys.argv[1:])
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         raise SystemExit(2) from error
 
@@ -96,7 +86,8 @@ def _read(
     asked = [*(("", kind) for kind in dataclass_types), *((f"{name}_", stage) for name, stage in stages.items())]
     as_options = [_as_options(prefix, kind) for prefix, kind in asked]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path, help="YAML file with values for these options; the command line wins")
+    said = "YAML file with values for these options, or the name of a shipped one (small); the command line wins"
+    finder.add_argument("--config", type=Path, help=said)
     config, argv = finder.parse_known_args(argv)
     if config.config is not None:
         known = {f"{prefix}{name}": f for prefix, kind in asked for name, f in _keys(kind).items()}
@@ -104,6 +95,7 @@ def _read(
         argv = _yaml_options(config.config, known, ignored, {**stages, **other_stages}, stages) + argv
     parser = Parser(
         as_options,
+        prog=Path(sys.argv[0]).name,
         usage="%(prog)s [--config FILE] [--option value …]",
         description=description,
         parents=[finder],
@@ -145,16 +137,14 @@ def optional(stage: type) -> type:
 
 
 def _yaml_options(
-    path: Path,
+    given: Path,
     known: dict[str, dataclasses.Field],
     ignored: set[str],
     sections: dict[str, type],
     own: dict[str, type],
 ) -> list[str]:
     """The file's values as command-line options, so that both are converted and checked by one parser."""
-    content = yaml.load(path.read_text(), _WordsLoader) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
+    path, content = read_yaml(given)
     options = []
     for key, value in content.items():
         if key in sections:

@@ -1,7 +1,6 @@
 """Measures the peak memory of a model, which is loaded and run once in a separate process."""
 
 import re
-import resource
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -59,5 +58,7 @@ def _peak_bytes(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():  # Linux: not `ru_maxrss`, which would include the peak of the parent process
-        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)[1])
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)[1])
+    import resource  # which Windows lacks
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes

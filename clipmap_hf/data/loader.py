@@ -202,7 +202,8 @@ def start_worker(worker: int) -> None:
     - Not earlier: the trainer answers a SIGTERM to the process group, but first finishes its step or evaluation, which
       needs the workers. So the worker leaves the group.
     """
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):  # Windows has no process groups of this kind
+        os.setpgid(0, 0)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

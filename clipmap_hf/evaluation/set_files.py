@@ -66,7 +66,7 @@ def find_set(eval_set: EvalSet, sets_dir: str | Path | None = None) -> SetFiles:
         folder = Path(sets_dir) / eval_set.folder
     commit = folder.name if sets_dir is None else None
     shards = _find_shards(folder / eval_set.split)
-    kind = (folder / _TYPE).read_text().strip() if (folder / _TYPE).is_file() else "classification"
+    kind = (folder / _TYPE).read_text(encoding="utf-8").strip() if (folder / _TYPE).is_file() else "classification"
     if kind != eval_set.task:
         raise ValueError(f"'{folder}' holds a set for {kind!r} by its {_TYPE}, not for {eval_set.task!r}.")
     if eval_set.task == "retrieval":
@@ -77,7 +77,9 @@ def find_set(eval_set: EvalSet, sets_dir: str | Path | None = None) -> SetFiles:
 
 def _find_shards(folder: Path) -> tuple[Path, ...]:
     if (folder / "nshards.txt").is_file():
-        shards = [folder / f"{number}.tar" for number in range(int((folder / "nshards.txt").read_text()))]
+        shards = [
+            folder / f"{number}.tar" for number in range(int((folder / "nshards.txt").read_text(encoding="utf-8")))
+        ]
     else:
         shards = sorted(folder.glob("*.parquet"))
     missing = [path.name for path in shards if not path.is_file()]

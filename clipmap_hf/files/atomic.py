@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 __all__ = ["atomic_files", "atomic_folder", "read_json", "temporary_folder", "write_atomically", "write_json"]
 
 
+_ON_WINDOWS = os.name == "nt"
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")  # of torch.save on a full disk
 
 
@@ -115,7 +116,7 @@ def _check_free(target: Path, for_folder: bool) -> None:
 def _keep(path: Path, copy: Path) -> None:
     try:
         os.link(path, copy, follow_symlinks=False)
-    except OSError:  # some file systems have no hard links
+    except (OSError, NotImplementedError):  # some file systems have no hard links, and Windows none of links
         shutil.copy2(path, copy, follow_symlinks=False)
 
 
@@ -155,7 +156,9 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if _ON_WINDOWS and path.is_dir():
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if _ON_WINDOWS else os.O_RDONLY)  # it syncs for those who may write
     try:
         os.fsync(descriptor)
     finally:

@@ -38,7 +38,7 @@ def write_map(folder: Path, content: Mapping[str, Any], weights: Mapping[str, to
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / MAP_WEIGHTS, metadata={"format": "pt"})
-        (temporary / MAP_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        (temporary / MAP_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def map_file(source: str, name: str, revision: str | None, kwargs: dict[str, Any]) -> Path | None:
@@ -101,7 +101,7 @@ def read_map_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If a key is missing or unknown.
     """
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     expected = {"teacher", "teacher_revision", "map"}
     if set(content) != expected:
         raise ValueError(f"{path} must have the keys {sorted(expected)}, got {sorted(content)}.")

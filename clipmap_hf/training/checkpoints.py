@@ -97,7 +97,7 @@ class Checkpoints:
             if is_main:
                 files = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
                 state = {"progress": asdict(progress), "config": self.config, "files": files}
-                (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+                (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         if is_main:
             older = [other for other in self._paths() if other < path]  # later ones must be damaged
             for old in {*self._paths()} - {path, *older[len(older) - self.kept + 1 :]}:
@@ -181,7 +181,7 @@ def _read_state(path: Path) -> dict[str, Any] | None:
     if not (path / _STATE).is_file():
         return None
     try:
-        state = json.loads((path / _STATE).read_text())
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
     except json.JSONDecodeError:
         return None
     files = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}

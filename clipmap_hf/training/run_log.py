@@ -37,14 +37,14 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         if recipe is not None:
             with atomic_files(self.folder) as temporary:
-                (temporary / "arguments.yaml").write_text(recipe)
+                (temporary / "arguments.yaml").write_text(recipe, encoding="utf-8")
         with self.file.open("ab") as file:
             file.truncate(min(file.tell(), length))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Adds a line."""
         if self.writes:
-            with self.file.open("a") as file:
+            with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     @property

@@ -44,7 +44,7 @@ def main() -> None:
         start = time.perf_counter()
         subprocess.run([*command, "--output_dir", str(output), "--log_every", "1"], check=True)
         seconds = time.perf_counter() - start
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         sizes = {
             name: (output / name).stat().st_size / 1e6 for name in ("model.safetensors", "map/clipmap.safetensors")
         }

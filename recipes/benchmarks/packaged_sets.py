@@ -84,7 +84,7 @@ def icons() -> tuple[list[Image.Image], list[int], list[str]]:
     for beginning, style in FONTS.items():
         (charmap,), (font,) = folder.glob(f"{beginning}-charmap-*.json"), folder.glob(f"{beginning}-[0-9]*.ttf")
         font = ImageFont.truetype(str(font), SIZE * 3 // 4)
-        for name, code in json.loads(charmap.read_text()).items():
+        for name, code in json.loads(charmap.read_text(encoding="utf-8")).items():
             if name.endswith(style):
                 pictures[name.removesuffix(style)].append((font, chr(int(code, 16))))
     names = sorted(name for name, glyphs in pictures.items() if len(glyphs) >= LEAST_FONTS)
@@ -108,8 +108,8 @@ def write_set(folder: Path, images: list[Image.Image], labels: list[int], names:
     (folder / "test").mkdir(parents=True, exist_ok=True)
     table = datasets.Dataset.from_dict({"png": files, "cls": labels})
     table.cast_column("png", datasets.Image(decode=False)).to_parquet(folder / "test" / "0000.parquet")
-    (folder / "classnames.txt").write_text("\n".join(names) + "\n")
-    (folder / "zeroshot_classification_templates.txt").write_text(template + "\n")
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (folder / "zeroshot_classification_templates.txt").write_text(template + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

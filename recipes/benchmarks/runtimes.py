@@ -118,7 +118,7 @@ def by_transformers_js(folder: Path, dtype: str, images: list, texts: list[str])
         for image, path in zip(images, paths, strict=True):
             image.save(path)
         request = Path(pictures, "request.json")
-        request.write_text(json.dumps({"images": paths, "texts": texts}))
+        request.write_text(json.dumps({"images": paths, "texts": texts}), encoding="utf-8")
         command = ["node", str(NODE_PROJECT / "embed.mjs"), str(folder), dtype, str(request)]
         values = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return torch.tensor(values["image_embeds"]), torch.tensor(values["text_embeds"])

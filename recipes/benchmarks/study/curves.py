@@ -21,7 +21,7 @@ def evaluation_interval(steps: int) -> int:
 def read_log(folder: Path) -> list[dict]:
     """Reads the lines that a training logged; none, if there was no training."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def evaluations(lines: Iterable[Mapping], seen: int = 0) -> list[dict[str, float]]:

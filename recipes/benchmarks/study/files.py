@@ -14,4 +14,4 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Reads what `write_json` wrote."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

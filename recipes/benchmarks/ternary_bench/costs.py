@@ -147,7 +147,7 @@ def _place(folder: Path, name: str, kind: str) -> Path:
 def _memory(folder: Path, backend: str) -> dict[str, int]:
     """Measures in a process of its own."""
     before = _resident()
-    Path("/proc/self/clear_refs").write_text("5")  # what importing needed at most is not counted
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # what importing needed at most is not counted
     model = CLIPModel.from_pretrained(folder).eval()
     if backend != "fp32":
         set_backend(model, backend)
@@ -164,4 +164,6 @@ def _memory(folder: Path, backend: str) -> dict[str, int]:
 
 
 def _resident(field: str = "VmRSS") -> int:
-    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+    return 1024 * int(
+        re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    )
