@@ -1,6 +1,7 @@
 """What the site generates covers every public name and every option, and its notebook shows what its cells print."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -74,6 +75,34 @@ def test_arguments_of_python_have_a_row_for_every_field(pages):
     page = pages["reference/python.md"]
     section = page[page.index("::: clipmap_hf.pipeline.arguments.DistillationArguments") :]
     assert "| `teacher_cache` | text | none |" in section and "| `output_dir` | text | required |" in section
+
+
+def texts() -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+
+
+def test_commands_name_recipes_and_options_that_exist(pages):
+    unknown, seen = [], 0
+    for name, text in texts().items():
+        for recipe, rest in re.findall(r"recipes/(\w+)\.py((?:[^\n`\\]|\\\n)*)", text):
+            seen += 1
+            page = pages.get(f"reference/recipes/{recipe}.md", "") + "`--config`"
+            options = re.findall(r"(--\w+)", rest)
+            unknown += [(name, recipe, option) for option in options if f"`{option}`" not in page]
+            unknown += [(name, recipe)] if recipe not in RECIPES else []
+    assert seen > 30 and not unknown
+
+
+def test_imports_name_what_exists():
+    seen = 0
+    for name, text in texts().items():
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for node in ast.walk(ast.parse(block.replace("…", "_"), filename=name)):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("clipmap_hf"):
+                    module = importlib.import_module(node.module)
+                    assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], (name, block)
+                    seen += 1
+    assert seen > 10
 
 
 def test_the_notebook_shows_what_its_cells_print():
