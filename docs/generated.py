@@ -69,6 +69,13 @@ def on_files(files, config):
     return files
 
 
+def on_page_markdown(markdown, page, config, files):
+    """Gives the wide tables of results the whole page."""
+    if page.parent is not None and page.parent.title == "Results":
+        page.meta["hide"] = ["toc"]
+    return markdown
+
+
 # ---- pages
 
 
@@ -98,8 +105,9 @@ def notebook_page(notebook: dict[str, Any]) -> str:
 
 def shown_output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
-    if "text/html" in data:  # without the blank lines that would end it in Markdown
-        return "\n".join(line for line in "".join(data["text/html"]).splitlines() if line.strip())
+    if "text/html" in data:  # without what would end it in Markdown: blank lines, indents, and a last open paragraph
+        lines = "".join(data["text/html"]).replace(' border="1" class="dataframe"', "").splitlines()
+        return "".join(line.strip() for line in lines).removesuffix("<p>")
     return fenced("".join(output["text"] if "text" in output else data["text/plain"]).rstrip(), "text")
 
 
@@ -118,7 +126,7 @@ def folders() -> dict[str, list[str]]:
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         if module != "clipmap_hf" and defined_names(module):
             found.setdefault(parts[1] if len(parts) > 2 else "clipmap_hf", []).append(module)
-    return found
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "clipmap_hf", item[0])))
 
 
 def source_of(module: str) -> Path:
@@ -205,8 +213,8 @@ def recipe_page(name: str, recipe: types.ModuleType) -> str:
     text = f"# `{name}`\n\n{recipe.__doc__.strip()}\n"
     for prefix, kind in [*(("", kind) for kind in kinds), *((f"{stage}_", kind) for stage, kind in stages.items())]:
         rows = [row(f, ", ".join(f"`--{prefix}{option}`" for option in option_names(f))) for f in fields(kind)]
-        where = f"The stage `{prefix[:-1]}`: " if prefix else ""
-        text += f"\n## {where}{title(kind, bool(prefix))}\n\n{table('option', rows)}"
+        heading = f"The stage `{prefix[:-1]}`\n\n{title(kind)}." if prefix else title(kind)
+        text += f"\n## {heading}\n\n{table('option', rows)}"
     return text
 
 
@@ -215,12 +223,11 @@ def option_names(of: Field) -> list[str]:
     return [of.name, *(alias.removeprefix("--") for alias in ([aliases] if isinstance(aliases, str) else aliases))]
 
 
-def title(kind: type, follows: bool) -> str:
-    """The first line of the docstring of a dataclass, or of what it inherits from; dataclasses make up others."""
+def title(kind: type) -> str:
+    """The first sentence of the docstring of a dataclass, or of what it inherits from; dataclasses make up others."""
     written = (base.__doc__ for base in kind.__mro__ if is_dataclass(base))
     documented = (doc for doc in written if doc and "(" not in doc.split(maxsplit=1)[0])
-    line = next(documented, "This recipe's own options").strip().splitlines()[0].rstrip(".")
-    return line[0].lower() + line[1:] if follows else line
+    return first_sentence(next(documented, "This recipe's own options")).rstrip(".")
 
 
 def first_sentence(doc: str) -> str:
