@@ -185,7 +185,11 @@ def reference(path: str, heading: str) -> str:
     if not (module.endswith("arguments") and name.endswith("Arguments")):
         return text
     rows = [row(f, f"`{f.name}`") for f in fields(getattr(importlib.import_module(module), name))]
-    return text + "      show_signature: false\n      members: false\n\n" + table("field", rows)
+    return (
+        text
+        + "      show_signature: false\n      members: false\n      inherited_members: false\n\n"
+        + table("field", rows)
+    )
 
 
 # ---- options of recipes, from their dataclasses
