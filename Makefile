@@ -23,7 +23,7 @@ endif
 NODE_MODULES := tests/transformers_js/node_modules
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-hub style quality imports clean
+.PHONY: help install demo test test-all test-hub style quality docs imports clean
 .NOTPARALLEL: # two pips in one environment get in each other's way
 
 help: ## Show the targets
@@ -51,11 +51,14 @@ quality: $(VENV)/.installed-quality ## Check lint and format without changing an
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(VENV)/.installed-docs ## Build the site into site/; a broken link or a missing page is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 imports: ## Print which folder of the package imports from which
 	$(PYTHON) tests/import_order.py
 
-clean: ## Remove caches, build products and the demo's output; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache demo-output
+clean: ## Remove caches, build products, the site and the demo's output; .venv stays
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache demo-output
 	find clipmap_hf recipes tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -71,7 +74,7 @@ $(VENV)/.installed-base: setup.py pyproject.toml | $(VENV)/.installed-torch
 	$(BIN)/python -m pip install -e .
 	touch $@
 
-# The extra of the same name: test, quality, plots or dev.
+# The extra of the same name: test, quality, docs, plots or dev.
 $(VENV)/.installed-%: setup.py pyproject.toml | $(VENV)/.installed-torch
 	$(BIN)/python -m pip install -e ".[$*]"
 	touch $@

@@ -42,6 +42,8 @@ EXTRAS = {
     "siglip": ["protobuf>=5.0", "sentencepiece>=0.2"],  # what SiglipTokenizer reads its vocabulary with
     "plots": ["matplotlib>=3.10"],
     "notebook": ["ipykernel>=7.0", "nbclient>=0.10"],  # for docs/quickstart.ipynb
+    # The site. mkdocs 2 has neither plugins nor hooks.
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
     "trackers": ["tensorboard>=2.20", "trackio>=0.40"],
     # What recipes/benchmarks/data.py compares with, and packaged_sets.py finds images in.
     "benchmarks": ["webdataset>=1.0", "QtAwesome>=1.4", "scikit-learn>=1.6"],
@@ -56,8 +58,9 @@ EXTRAS["test"] = [
     *EXTRAS["siglip"],
     *EXTRAS["notebook"],
 ]
-# trackio is left out, which wants an older Pillow than others; `.[trackers]` has it.
-EXTRAS["dev"] = sorted({requirement for name, extra in EXTRAS.items() if name != "trackers" for requirement in extra})
+# trackio is left out, which wants an older Pillow than others; `.[trackers]` has it. `.[docs]` is for the site alone.
+_DEV = (extra for name, extra in EXTRAS.items() if name not in ("docs", "trackers"))
+EXTRAS["dev"] = sorted({requirement for extra in _DEV for requirement in extra})
 
 
 setup(

@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import ProcessorMixin
 
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.augment import Augmentation, SeededTransform
@@ -55,7 +56,7 @@ def described(source: PairSource) -> str:
 
 
 def training_collator(
-    data: DataArguments, processor, seed: int, transform: Callable[[Any], Any] | None = None
+    data: DataArguments, processor: ProcessorMixin, seed: int, transform: Callable[[Any], Any] | None = None
 ) -> PairCollator:
     """
     Makes the collator of training pairs, which augments images.
@@ -85,7 +86,7 @@ def training_collator(
 
 
 def evaluation_batches(
-    data: DataArguments, processor, batch_size: int = 256, num_workers: int = 0
+    data: DataArguments, processor: ProcessorMixin, batch_size: int = 256, num_workers: int = 0
 ) -> DataLoader | None:
     """
     Loads batches of preprocessed evaluation pairs, with all captions of the first caption column. Several processes

@@ -17,7 +17,7 @@ class TrainingPixels(NamedTuple):
     """
     How training images are resized and normalized.
 
-    Args:
+    Attributes:
         size: Height and width in pixels.
         resample: Filter that resizes a crop.
         divisor: Bytes are divided by it.

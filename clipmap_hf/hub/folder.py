@@ -16,7 +16,8 @@ from clipmap_hf.models.finite import check_finite
 
 __all__ = ["MAP_CONFIG", "MAP_FOLDER", "add_results", "write_card", "write_student_folder"]
 
-MAP_FOLDER, MAP_CONFIG = "map", "clipmap_config.json"
+MAP_FOLDER = "map"
+MAP_CONFIG = "clipmap_config.json"
 
 
 def write_student_folder(

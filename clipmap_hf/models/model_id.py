@@ -14,7 +14,7 @@ class ModelId(NamedTuple):
     """
     What a model is loaded from.
 
-    Args:
+    Attributes:
         id: Folder or Hub id.
         revision: Branch, tag or commit on the Hub.
     """

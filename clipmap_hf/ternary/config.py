@@ -13,7 +13,8 @@ from clipmap_hf.ternary.quantizers import GRANULARITIES, QUANTIZERS
 
 __all__ = ["BACKENDS", "METHOD", "PARTS", "TernaryConfig"]
 
-METHOD, FORMAT = "clipmap_ternary", 1
+METHOD = "clipmap_ternary"
+FORMAT = 1
 # Patterns of module names for all families. Only linear layers, embeddings and convolutions are selected; other
 # modules that match, such as LayerNorms, stay float.
 PARTS = {

@@ -17,7 +17,8 @@ from clipmap_hf.training.stages.logits import clamp_scale, logit_parameters, set
 
 __all__ = ["AFFINITY", "CONTRASTIVE", "Batch", "Stage", "encode_chunk", "joined_features"]
 
-AFFINITY, CONTRASTIVE = MappingProxyType({"affinity": 1.0}), MappingProxyType({"contrastive": 1.0})
+AFFINITY = MappingProxyType({"affinity": 1.0})
+CONTRASTIVE = MappingProxyType({"contrastive": 1.0})
 Batch = Mapping[str, torch.Tensor]
 
 
