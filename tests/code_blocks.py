@@ -21,7 +21,7 @@ LAUNCHERS = ("accelerate", "torchrun")
 
 
 class Block(NamedTuple):
-    """A fenced block: where it stands, its code, and the table or block of plain text that follows it."""
+    """A fenced block: where it stands, its code, and if it prints at its end, the table that follows it."""
 
     page: str
     number: int
@@ -32,9 +32,14 @@ class Block(NamedTuple):
 def blocks(page: str, language: str) -> list[Block]:
     """The blocks of a page in a language, numbered from 1."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
-    pattern = rf"^( *)```{language}\n(.*?)^ *```\n(?:\s*\n((?:\|[^\n]*\n)+))?"
+    pattern = rf"^( *)```{language}\n(.*?)^ *```\n(?:\n(?:>[^\n]*\n)*\n*((?:\|[^\n]*\n)+))?"
     found = re.finditer(pattern, text, re.MULTILINE | re.DOTALL)
-    return [Block(page, i, dedented(one[2], one[1]), one[3] or "") for i, one in enumerate(found, 1)]
+    return [_block(page, number, dedented(one[2], one[1]), one[3]) for number, one in enumerate(found, 1)]
+
+
+def _block(page: str, number: int, code: str, table: str | None) -> Block:
+    prints = code.rstrip().splitlines()[-1].startswith("print(")
+    return Block(page, number, code, table if prints and table else "")
 
 
 def dedented(code: str, indent: str) -> str:
@@ -49,7 +54,9 @@ def commands(page: str) -> Iterator[list[str]]:
             if words := shlex.split(line, comments=True):
                 yield words
     prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    for inline in re.findall(r"`((?:python|accelerate launch|torchrun|make|clipmap-hf|pip install) [^`]+)`", prose):
+    for inline in re.findall(
+        r"`((?:python recipes/|accelerate launch |torchrun |make |clipmap-hf |pip install )[^`]+)`", prose
+    ):
         yield shlex.split(inline.replace("\n", " "))
 
 

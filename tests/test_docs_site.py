@@ -81,18 +81,6 @@ def texts() -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
 
 
-def test_commands_name_recipes_and_options_that_exist(pages):
-    unknown, seen = [], 0
-    for name, text in texts().items():
-        for recipe, rest in re.findall(r"recipes/(\w+)\.py((?:[^\n`\\]|\\\n)*)", text):
-            seen += 1
-            page = pages.get(f"reference/recipes/{recipe}.md", "") + "`--config`"
-            options = re.findall(r"(--\w+)", rest)
-            unknown += [(name, recipe, option) for option in options if f"`{option}`" not in page]
-            unknown += [(name, recipe)] if recipe not in RECIPES else []
-    assert seen > 30 and not unknown
-
-
 def test_imports_name_what_exists():
     seen = 0
     for name, text in texts().items():
