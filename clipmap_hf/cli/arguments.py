@@ -47,7 +47,9 @@ class StudentArguments:
     text_intermediate_size: int | None = field(default=None, metadata={"help": "FFN width of the text tower."})
     text_num_hidden_layers: int | None = field(default=None, metadata={"help": "Depth of the text tower."})
     text_num_attention_heads: int | None = field(default=None, metadata={"help": "Heads of the text tower."})
-    projection_dim: int | None = field(default=None, metadata={"help": "Joint embedding; the teacher's by default."})
+    projection_dim: int | None = field(
+        default=None, metadata={"help": "Size of the joint embedding; the teacher's by default."}
+    )
     initializer: str | None = field(
         default=None,
         metadata={

@@ -31,7 +31,10 @@ class ReadingArguments:
         default="train", metadata={"help": "Split of `eval_data` (plain files have only `train`)."}
     )
     image_column: str = field(
-        default="image", metadata={"help": "Column of the images (`jpg`, `png` … in webdatasets)."}
+        default="image",
+        metadata={
+            "help": "Column of the images. In tars an ending such as `jpg`; `image` is every ending that images have."
+        },
     )
     caption_column: list[str] = field(
         default_factory=lambda: ["caption"],
@@ -93,7 +96,9 @@ class ReadingArguments:
 @dataclass
 class _Sources:
     train_data: str = field(
-        metadata={"help": "Hub id, image folder, or path or glob of parquet files or webdataset tars."}
+        metadata={
+            "help": "Folder, path or glob of parquet files or webdataset tars, or Hub id; `owner/name:config` if it has several."
+        }
     )
     eval_data: str | None = field(
         default=None, metadata={"help": "Pairs to measure retrieval on, in the same forms as `train_data`."}
@@ -123,7 +128,9 @@ class CalibrationArguments:
 
     calibration_data: str | None = field(
         default=None,
-        metadata={"help": "Calibration pairs, with the same columns as `train_data`, which is the default."},
+        metadata={
+            "help": "Calibration pairs, with the columns of `train_data`, which is the default; images alone will do."
+        },
     )
     calibration_pairs: int = field(
         default=2048, metadata={"help": "Number of calibration pairs, of all processes together."}

@@ -42,10 +42,12 @@ class StageArguments:
         metadata={"help": "Chunks of `per_device_train_batch_size` in a step; the loss spans them all."},
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=0.2, metadata={"help": "Decoupled decay of matrices."})
+    weight_decay: float = field(default=0.2, metadata={"help": "Weight decay of matrices, as AdamW applies it."})
     warmup_steps: float = field(
         default=0.1,
-        metadata={"help": "Linear warm-up: steps, or a share of all if below 1. Steps that do not fit are a tenth."},
+        metadata={
+            "help": "Steps of linear warm-up, or a share of all steps if below 1. If they do not fit, a tenth of all."
+        },
     )
     warmup_ratio: float | None = field(
         default=None,
@@ -55,8 +57,13 @@ class StageArguments:
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second beta."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Global gradient norm to clip at."})
-    logit_scale: float = field(default=50.0, metadata={"help": "Reciprocal of the temperature, student and teacher."})
-    learn_logit_scale: bool = field(default=False, metadata={"help": "Train the scale from there, clamped at 100."})
+    logit_scale: float = field(
+        default=50.0,
+        metadata={"help": "Factor of the similarities in the losses (1 / temperature), of student and teacher."},
+    )
+    learn_logit_scale: bool = field(
+        default=False, metadata={"help": "Train the scale, from `logit_scale` on; it stays at most 100."}
+    )
 
     def __post_init__(self):
         if self.warmup_ratio is not None:
@@ -138,7 +145,10 @@ class MaskingStageArguments(DistillationStageArguments):
     """The stage that learns masks (TinyCLIP's automatic inheritance): weights and masks are trained together."""
 
     ramp_steps: float = field(
-        default=0.5, metadata={"help": "Until the budget is the student's: steps, or a share of all if below 1."}
+        default=0.5,
+        metadata={
+            "help": "Steps in which the masks' budget falls to the student's size; a share of all steps if below 1."
+        },
     )
 
     def __post_init__(self):
