@@ -97,7 +97,8 @@ class ReadingArguments:
 class _Sources:
     train_data: str = field(
         metadata={
-            "help": "Folder, path or glob of parquet files or webdataset tars, or Hub id; `owner/name:config` if it has several."
+            "help": "Folder, path or glob of parquet files or webdataset tars, or Hub id, with `:config` if it has "
+            "several configurations."
         }
     )
     eval_data: str | None = field(

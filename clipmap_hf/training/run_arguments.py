@@ -93,8 +93,7 @@ class RunArguments:
     max_time: str | None = field(
         default=None,
         metadata={
-            "help": "Ends a stage after this time, such as 2h or 90m, as if its steps were over: the learning "
-            "rate falls in time."
+            "help": "End a stage after this time, such as 2h or 90m. Its learning rate falls with the time then."
         },
     )
     max_skipped: int = field(
