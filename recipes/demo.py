@@ -1,23 +1,37 @@
 """
-The whole story on two CPU cores: makes a small student of the embedded teacher in five ways, all on the same number of
-pairs, and evaluates them on an unseen style: calibrated start + distillation, the same with ternary weights, CLIP-Map
-as in its paper, manual inheritance + distillation, and from scratch.
+Compresses the embedded teacher by several methods, and compares the results.
 
-    python recipes/demo.py --config recipes/configs/demo.yaml --output_dir demo-output
+Every method makes a student of a tenth of the teacher's size, on the same number of pairs. The students are evaluated on
+a drawing style that none has seen. The methods: `calibrated` start, then distillation; the same with `ternary` weights;
+`clip_map` as in its paper; `manual` inheritance, then distillation; from `scratch`.
 
-Writes `student/` and `ternary/` (the first two), `results.json`, `results.md` and `index.html` to the output folder.
+    python recipes/demo.py --config recipes/configs/demo.yaml      # in three minutes, without CLIP-Map
+    python recipes/demo.py --config recipes/configs/demo_all.yaml  # all of them, on more pairs
+
+Prints a row for each student as soon as it is ready. Writes a folder for each, `results.json`, `results.md` and the
+page `index.html` to the output folder. After an interruption, the same command goes on.
 """
 
+import os
+import shutil
 import sys
+from pathlib import Path
 
 from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import arguments_yaml, parse_arguments
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
 from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
+from clipmap_hf.demo.arguments import METHODS, ContestArguments
 from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, StageArguments
 from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.ternary_arguments import TernaryStageArguments
 
+
+# The line to type next.
+NEXT = (
+    "{command} compress --teacher openai/clip-vit-base-patch16 --student small --train_data your_pairs.parquet "
+    "--validation_fraction 0.1 --distillation_losses feature=2000 --distillation_epochs 5 --output_dir small"
+)
 
 STAGES = {
     "mapping": MappingStageArguments,
@@ -37,6 +51,7 @@ def parse(argv: list[str]) -> tuple:
         StudentArguments,
         CalibrationArguments,
         RunArguments,
+        ContestArguments,
         stages=STAGES,
         description=__doc__,
         argv=embedded + argv,
@@ -46,22 +61,39 @@ def parse(argv: list[str]) -> tuple:
 
 
 def main() -> None:
-    data, teacher_arguments, student, calibration, run, stages = parse(sys.argv[1:])
+    # Threads that wait by spinning are ten times as slow as one, where another process wants a core. Read by torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    data, teacher_arguments, student, calibration, run, contest, stages = parse(sys.argv[1:])
+    import datasets
     from transformers.utils import logging
 
     from clipmap_hf.cli.student import map_config
     from clipmap_hf.demo.contest import Contest
-    from clipmap_hf.demo.report import write_report
+    from clipmap_hf.demo.report import Report
     from clipmap_hf.pipeline.context import RunContext
     from clipmap_hf.pipeline.start import choose_student
 
     logging.disable_progress_bar()
-    recipe = arguments_yaml(data, teacher_arguments, student, calibration, run, **stages)
+    datasets.disable_progress_bars()
+    recipe = arguments_yaml(data, teacher_arguments, student, calibration, run, contest, **stages)
     context = RunContext(run, data, recipe)
     teacher = context.teacher(teacher_arguments.teachers[0])
-    student = choose_student(teacher.source, map_config(student, run.seed), context, calibration)
-    contest = Contest(teacher, student, calibration, context)
-    print(write_report(context.output_dir, contest.contestants(stages), data, teacher.processor))
+    size = choose_student(teacher.source, map_config(student, run.seed), context, calibration)
+    report = Report(context.output_dir, contest.names, data, teacher.processor)
+    print(report.header, flush=True)
+    for name, contestant in Contest(teacher, size, calibration, contest, stages, context).contestants():
+        print(report.add(name, contestant), flush=True)
+    page = report.write(["teacher", METHODS[contest.methods[0]][-1]])
+    print(
+        f"\nLook at what they find: {page.resolve()}\nNow your own teacher and pairs:\n    {NEXT.format(command=command())}"
+    )
+
+
+def command() -> str:
+    """How the reader can start our command: by its name, or where it is not on the path, by its place."""
+    if shutil.which("clipmap-hf"):
+        return "clipmap-hf"
+    return os.path.relpath(Path(sys.executable).with_name("clipmap-hf"))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTo
 
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
 from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.evaluation.retrieval import evaluate_retrieval
 from clipmap_hf.families import CLIP
 from clipmap_hf.models.teacher import Teacher, check_same_preprocessing
-from clipmap_hf.pipeline import distillation
+from clipmap_hf.pipeline import distillation, trainer
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import DistillationTrainer
 from clipmap_hf.pipeline.mapping import MappingTrainer
@@ -327,6 +328,21 @@ def test_without_a_folder_nothing_is_cached(distill, teacher, tmp_path):
     _, log, _ = distill([teacher], cache=TeacherCacheArguments(), max_steps=2)
     assert losses(log) == losses(distill([teacher], max_steps=2)[1])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_teacher_is_evaluated_once_in_a_run(teacher, data, tmp_path, monkeypatch):
+    evaluated = []
+    measure = trainer.evaluate_retrieval
+    monkeypatch.setattr(trainer, "evaluate_retrieval", lambda *args: evaluated.append(args[0]) or measure(*args))
+    context = RunContext(RunArguments(str(tmp_path)), dataclasses.replace(data, eval_data=data.train_data))
+    numbers = DistillationStageArguments(max_steps=1, batch_size=8)
+    results = []
+    for name in ("one", "two"):
+        student = start_mapper(copy.deepcopy(teacher.model), SMALL).export()
+        results.append(DistillationTrainer(student, teacher, numbers, context=context.inside(name)).train())
+    assert [model is teacher.model for model in evaluated] == [True, False, False]
+    expected = evaluate_retrieval(teacher.model, str(data.train_data), processor=teacher.processor)
+    assert results[0].teacher_metrics == results[1].teacher_metrics == pytest.approx(expected)
 
 
 # Mapping

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import os
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,7 @@ from clipmap_hf.cli.arguments import StudentArguments
 from clipmap_hf.cli.parsing import arguments_yaml
 from clipmap_hf.cli.student import map_config
 from clipmap_hf.config import PRESETS, ClipMapConfig, TowerConfig, student_config
+from clipmap_hf.demo.arguments import METHODS
 from clipmap_hf.models.loading import load_config
 from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, StageArguments
 
@@ -39,6 +42,7 @@ READERS = {
         "progressive": ["--teacher", "tuned", "--train_data", "pairs.parquet", "--output_dir", "out"]
     },
     "demo.yaml": {"demo": []},
+    "demo_all.yaml": {"demo": []},
     "emoji_student.yaml": {"compress": ["--output_dir", "out"]},
     "emoji_teacher.yaml": {"pretrain": ["--train_data", "pairs.parquet", "--output_dir", "out"]},
 }
@@ -186,11 +190,38 @@ def test_our_configs_make_the_same_students_from_the_teachers_activations(read, 
     assert map_config(arguments["StudentArguments"]) == dataclasses.replace(PRESETS[name], initializer="calibrated")
 
 
-def test_the_demo_s_student_is_cut_from_the_embedded_teacher(read):
-    arguments = read("demo", "--config", str(CONFIGS / "demo.yaml"))
+@pytest.mark.parametrize("file", ["demo.yaml", "demo_all.yaml"])
+def test_the_demo_s_student_is_cut_from_the_embedded_teacher(read, file):
+    arguments = read("demo", "--config", str(CONFIGS / file))
     teacher = load_config(arguments["TeacherArguments"].teacher[0])
     student = student_config(teacher, map_config(arguments["StudentArguments"]))
     assert student.vision_config.num_hidden_layers < teacher.vision_config.num_hidden_layers
+
+
+def test_the_short_demo_leaves_out_what_needs_more_pairs(read):
+    short, whole = (read("demo", "--config", str(CONFIGS / name)) for name in ("demo.yaml", "demo_all.yaml"))
+    assert whole["ContestArguments"].methods == list(METHODS)
+    assert short["ContestArguments"].methods == ["calibrated", "ternary", "manual", "scratch"]
+    assert short["ContestArguments"].pairs < whole["ContestArguments"].pairs == 32000
+    assert short["StudentArguments"] == whole["StudentArguments"]
+    assert short["RunArguments"].output_dir != whole["RunArguments"].output_dir  # or one would go on with the other's
+
+
+def test_the_line_that_the_demo_ends_with_is_read_by_its_recipe(read):
+    python, recipe, *options = shlex.split(load_recipe("demo").NEXT)
+    assert (python, recipe) == ("python", "recipes/compress.py")
+    arguments = read("compress", *options)
+    assert arguments["DistillationStageArguments"].trains and arguments["DataArguments"].validation_fraction
+
+
+def test_the_demo_s_threads_wait_without_spinning(read, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back in the end
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    read("demo", "--config", str(CONFIGS / "demo.yaml"))
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    read("demo", "--config", str(CONFIGS / "demo.yaml"))
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
 
 
 def test_the_command_line_wins_over_the_file(read):
@@ -241,9 +272,9 @@ def test_an_unknown_preset_is_an_error_that_lists_the_presets():
 
 
 def test_the_embedded_student_is_the_demo_s():
-    student, demo = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("emoji_student.yaml", "demo.yaml"))
-    for key in demo.keys() - {"output_dir", "mapping", "distillation", "calibrated", "ternary", "manual", "scratch"}:
+    student, demo = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("emoji_student.yaml", "demo_all.yaml"))
+    own = {"output_dir", "methods", "pairs", "eval_steps", "mapping", "distillation", *METHODS}
+    for key in demo.keys() - own:
         assert student[key] == demo[key], key
-    batch, stages = demo["distillation"]["batch_size"], (demo["mapping"], demo["distillation"])
-    pairs = sum(stage["max_steps"] * stage["batch_size"] for stage in stages) - student["calibration_pairs"]
-    assert student["distillation"] == {**demo["calibrated"], "max_steps": pairs // batch}
+    steps = (demo["pairs"] - student["calibration_pairs"]) // demo["calibrated"]["batch_size"]
+    assert student["distillation"] == {**demo["calibrated"], "max_steps": steps}

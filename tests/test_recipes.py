@@ -545,21 +545,63 @@ def test_evaluate_refuses_what_does_not_go_together(start, teacher_folder, argv,
     assert result.returncode != 0 and message in result.stderr
 
 
-@pytest.mark.recipes
-def test_demo_compares_students_that_saw_the_same_number_of_pairs(
-    finish, steps, teacher_folder, pairs_parquet, tmp_path
-):
+@pytest.fixture(scope="module")
+def demo(steps, teacher_folder, pairs_parquet) -> list:
+    """A tiny demo of all methods."""
+    methods = ("distillation", "calibrated", "ternary", "manual", "scratch")
+    batches = [word for name in methods for word in (f"--{name}_batch_size", 8)]
     data = ("--teacher", teacher_folder, "--train_data", pairs_parquet, "--eval_data", pairs_parquet)
-    after = ("calibrated", "ternary", "manual", "scratch")
-    batches = [word for name in after for word in (f"--{name}_batch_size", 8)]
-    batches += ["--calibration_pairs", 8]
-    table = finish("demo.py", *data, *SMALL, *steps("mapping", "distillation"), *batches, "--output_dir", tmp_path)
-    assert len([line for line in table.splitlines() if line.startswith("|")]) == 9  # header, rule, seven models
-    assert {"results.json", "results.md", "index.html"} <= {path.name for path in tmp_path.iterdir()}
-    check_student(tmp_path / "student", vision_width=32)
-    assert "quantization_config" in json.loads((tmp_path / "ternary" / "config.json").read_text())
+    numbers = ("--pairs", 32, "--calibration_pairs", 8, "--views", 1, "--eval_steps", 1)
+    return ["demo.py", *data, *SMALL, *steps("mapping"), *batches, *numbers]
+
+
+@pytest.fixture(scope="module")
+def whole_demo(finish, demo, tmp_path_factory) -> tuple[str, Path]:
+    """What a tiny demo prints, and its folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    return finish(*demo, "--output_dir", folder), folder
+
+
+def rows_of(printed: str) -> list[list[str]]:
+    """The cells of a printed table but for its last column, the seconds."""
+    return [line.split("|")[1:-2] for line in printed.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.recipes
+def test_demo_compares_students_that_saw_the_same_number_of_pairs(whole_demo):
+    printed, folder = whole_demo
+    assert len(rows_of(printed)) == 9  # header, rule, seven models
+    assert {"results.json", "results.md", "index.html"} <= {path.name for path in folder.iterdir()}
+    check_student(folder / "student", vision_width=32)
+    assert "quantization_config" in json.loads((folder / "ternary" / "config.json").read_text())
     expected = {"mapped": 16, "clip-map": 16, "student": 24, "ternary": 24, "manual": 32, "scratch": 32}
-    assert {name: log_of(tmp_path / name)[-1]["pairs"] for name in expected} == expected
+    assert {name: log_of(folder / name)[-1]["pairs"] for name in expected} == expected
+
+
+@pytest.mark.recipes
+def test_demo_prints_one_table_then_where_the_page_is_and_what_to_type_next(whole_demo):
+    printed, folder = whole_demo
+    table, rest = printed.split("\n\n")
+    assert len(set(map(len, table.splitlines()))) == 1
+    assert (folder / "results.md").read_text().strip() == table
+    assert str(folder / "index.html") in rest.splitlines()[0]
+    assert re.match(r"    (\S+/)?clipmap-hf compress --teacher ", rest.splitlines()[-1])
+
+
+@pytest.mark.recipes
+def test_demo_prints_a_row_when_it_is_ready_and_goes_on_after_a_kill(finish, demo, whole_demo, environment, tmp_path):
+    argv = [*demo, "--output_dir", tmp_path]
+    command = [sys.executable, str(RECIPES / argv[0]), *map(str, argv[1:])]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("| calibrated, distilled"):
+                break
+        assert process.poll() is None and not (tmp_path / "results.json").exists()
+        process.kill()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "student" / "checkpoints").rglob("*.safetensors")}
+    assert made
+    assert rows_of(finish(*argv)) == rows_of(whole_demo[0])
+    assert {path: path.stat().st_mtime_ns for path in made} == made  # what was trained is not trained again
 
 
 # What is not accepted

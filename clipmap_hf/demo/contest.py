@@ -1,29 +1,32 @@
-"""Trains students of one size, which are made from a teacher in five ways and see equally many pairs."""
+"""Trains students of one size, which are made from a teacher by several methods and see equally many pairs."""
 
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 from accelerate.utils import set_seed
-from transformers import CLIPModel, PretrainedConfig, PreTrainedModel
+from transformers import CLIPModel, PreTrainedModel, ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.data.arguments import CalibrationArguments
-from clipmap_hf.demo.report import Contestant
+from clipmap_hf.demo.arguments import METHODS, ContestArguments
+from clipmap_hf.demo.progress import TransientProgress, transient_line
+from clipmap_hf.demo.report import Contestant, learning_curve
 from clipmap_hf.models.loading import load_model
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import DistillationTrainer
 from clipmap_hf.pipeline.mapping import MappingTrainer
 from clipmap_hf.pipeline.pretraining import PretrainingTrainer
-from clipmap_hf.pipeline.start import remove_start, start_compressor
+from clipmap_hf.pipeline.start import start_compressor
 from clipmap_hf.pipeline.ternarization import TernaryTrainer
-from clipmap_hf.training.arguments import DistillationStageArguments, StageArguments
-from clipmap_hf.training.result import TrainResult
-from clipmap_hf.training.ternary_arguments import TernaryStageArguments
+from clipmap_hf.pipeline.trainer import StageTrainer
+from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
+from clipmap_hf.training.arguments import StageArguments
 
 
 __all__ = ["Contest"]
@@ -37,79 +40,108 @@ class Contest:
         teacher: The teacher.
         student: Size of the students.
         calibration: Calibration pairs of the calibrated start.
-        context: Context of the run. Its output folder gets a folder for each student.
+        arguments: Which students, and on how many pairs.
+        stages: Arguments of the stages: `mapping` and `distillation` for CLIP-Map; `calibrated`, `ternary`, `manual`
+            and `scratch` for the other students. The number of steps, but for `mapping`, is set so that every student
+            sees equally many pairs.
+        context: Context of the run. Its output folder gets a folder for each student, and `start` for the calibrated
+            start, so that the same command goes on after an interruption.
     """
 
     def __init__(
-        self, teacher: Teacher, student: ClipMapConfig, calibration: CalibrationArguments, context: RunContext
+        self,
+        teacher: Teacher,
+        student: ClipMapConfig,
+        calibration: CalibrationArguments,
+        arguments: ContestArguments,
+        stages: Mapping[str, StageArguments],
+        context: RunContext,
     ):
-        self.teacher, self.student, self.calibration, self.context = teacher, student, calibration, context
-        # Without evaluation, since the report evaluates all models at the end.
-        self.training_only = dataclasses.replace(context, data=dataclasses.replace(context.data, eval_data=None))
+        self.teacher, self.student, self.calibration = teacher, student, calibration
+        self.arguments, self.stages = arguments, stages
+        if arguments.views is not None:
+            cache = TeacherCacheArguments(str(context.output_dir / "teacher_cache"), arguments.views)
+            context = dataclasses.replace(context, cache=cache)
+        self.context = context
 
-    def contestants(self, stages: Mapping[str, StageArguments]) -> dict[str, Contestant]:
-        """
-        Trains all students.
+    def contestants(self) -> Iterator[tuple[str, Contestant]]:
+        """Yields the teacher and its students by name, each as soon as it is ready."""
+        yield "teacher", Contestant(self.teacher.model)
+        for method in self.arguments.methods:
+            yield from zip(METHODS[method], getattr(self, f"_{method}")(), strict=True)
 
-        Args:
-            stages: Arguments of the stages: `mapping` and `distillation` for CLIP-Map; `calibrated`, `ternary`,
-                `manual` and `scratch` for the other students. The number of steps of the latter is set so that every
-                student sees as many pairs as CLIP-Map in its two stages, including calibration pairs.
+    def _calibrated(self) -> Iterator[Contestant]:
+        yield self._started
+        trainer = self._distillation("calibrated", "student", copy.deepcopy(self._started.model), self._started.pairs)
+        yield self._trained(trainer, self._started, after=METHODS["calibrated"][0])
 
-        Returns:
-            The teacher and its students, by name.
-        """
+    def _ternary(self) -> Iterator[Contestant]:
+        started = self._started
+        trainer = TernaryTrainer(
+            copy.deepcopy(started.model),
+            self.teacher,
+            self._with_equal_pairs("ternary", started.pairs),
+            context=self.context.inside("ternary"),
+        )
+        trained = self._trained(trainer, started)
+        folder = trainer.context.output_dir
+        yield dataclasses.replace(
+            trained, model=load_model(str(folder)), bytes=(folder / SAFE_WEIGHTS_NAME).stat().st_size
+        )
+
+    def _clip_map(self) -> Iterator[Contestant]:
         compressor = self._start("diagonal")
-        inherited = compressor.export()
-        mapped = MappingTrainer(compressor, stages["mapping"], context=self.training_only.inside("mapped")).train()
-        clip_map = self._distill(compressor.export(), stages["distillation"], "clip-map", mapped)
-        began = time.perf_counter()
-        started = self._start("calibrated").export()
-        started = Contestant(started, self.calibration.calibration_pairs, time.perf_counter() - began)
+        trainer = MappingTrainer(compressor, self.stages["mapping"], context=self.context.inside("mapped"))
+        mapped = self._trained(trainer)
+        yield self._trained(self._distillation("distillation", "clip-map", compressor.export(), mapped.pairs), mapped)
 
-        def with_equal_pairs(name: str, seen: int = 0) -> StageArguments:
-            """Sets the steps of a stage whose student has seen `seen` pairs before."""
-            return dataclasses.replace(stages[name], max_steps=(clip_map.pairs - seen) // stages[name].batch_size)
+    def _manual(self) -> Iterator[Contestant]:
+        yield self._trained(self._distillation("manual", "manual", self._inherited()))
 
-        student, arguments = copy.deepcopy(started.model), with_equal_pairs("calibrated", started.pairs)
-        contestants = {
-            "teacher": Contestant(self.teacher.model),
-            "calibrated + distillation": self._distill(student, arguments, "student", started, self.context),
-            "the same, ternary": self._ternarize(started, with_equal_pairs("ternary", started.pairs)),
-            "calibrated, not trained": started,
-            "CLIP-Map of the paper": clip_map,
-            "manual inheritance + distillation": self._distill(inherited, with_equal_pairs("manual"), "manual"),
-            "from scratch": self._train_from_scratch(student.config, with_equal_pairs("scratch")),
-        }
-        remove_start(self.context)
-        return contestants
+    def _scratch(self) -> Iterator[Contestant]:
+        config = self._inherited().config
+        set_seed(self.context.run.seed)
+        options = {"processing_class": self.teacher.processor, "context": self.context.inside("scratch")}
+        arguments = self._with_equal_pairs("scratch")
+        yield self._trained(PretrainingTrainer(CLIPModel(config), arguments, name="scratch", **options))
 
     def _start(self, initializer: str) -> ClipMapCompressor:
         student = dataclasses.replace(self.student, initializer=initializer)
         return start_compressor(self.teacher.source, student, self.context, self.calibration)
 
-    def _distill(
-        self,
-        model: PreTrainedModel,
-        arguments: DistillationStageArguments,
-        name: str,
-        after: Contestant | TrainResult | None = None,
-        context: RunContext | None = None,
+    def _inherited(self) -> PreTrainedModel:
+        return self._start("diagonal").export()
+
+    @cached_property
+    def _started(self) -> Contestant:
+        began, pairs = time.perf_counter(), self.calibration.calibration_pairs
+        with transient_line(f"calibrated start on {pairs:,} pairs"):
+            model = self._start("calibrated").export()
+        return Contestant(model, pairs, time.perf_counter() - began)
+
+    def _distillation(self, stage: str, folder: str, model: PreTrainedModel, seen: int = 0) -> DistillationTrainer:
+        arguments = self._with_equal_pairs(stage, seen)
+        return DistillationTrainer(model, self.teacher, arguments, context=self.context.inside(folder))
+
+    def _with_equal_pairs(self, stage: str, seen: int = 0) -> StageArguments:
+        """Sets the steps of a stage whose student has seen `seen` pairs before."""
+        arguments = self.stages[stage]
+        steps = (self.arguments.pairs - seen) // arguments.batch_size
+        if steps < 1:
+            raise ValueError(
+                f"Of pairs={self.arguments.pairs}, {seen} were seen before {stage!r}, which leaves no batch of "
+                f"{arguments.batch_size}; give more pairs, or a smaller batch."
+            )
+        return dataclasses.replace(arguments, max_steps=steps)
+
+    def _trained(
+        self, trainer: StageTrainer, before: Contestant | None = None, after: str | None = None
     ) -> Contestant:
-        student_context = (context or self.training_only).inside(name)
-        result = DistillationTrainer(model, self.teacher, arguments, context=student_context).train()
-        before = (after.pairs, after.seconds) if after else (0, 0.0)
-        return Contestant(model, before[0] + result.pairs, before[1] + result.seconds)
-
-    def _ternarize(self, start: Contestant, arguments: TernaryStageArguments) -> Contestant:
-        student_context, model = self.context.inside("ternary"), copy.deepcopy(start.model)
-        result = TernaryTrainer(model, self.teacher, arguments, context=student_context).train()
-        size = (student_context.output_dir / SAFE_WEIGHTS_NAME).stat().st_size
-        packed = load_model(str(student_context.output_dir))
-        return Contestant(packed, start.pairs + result.pairs, start.seconds + result.seconds, bytes=size)
-
-    def _train_from_scratch(self, config: PretrainedConfig, arguments: StageArguments) -> Contestant:
-        set_seed(self.context.run.seed)
-        model, options = CLIPModel(config), {"processing_class": self.teacher.processor, "name": "scratch"}
-        result = PretrainingTrainer(model, arguments, context=self.training_only.inside("scratch"), **options).train()
-        return Contestant(model, result.pairs, result.seconds)
+        """Trains a student that is, before that, `before`, whose name on the page is `after`."""
+        folder = trainer.context.output_dir
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TransientProgress(folder.name))
+        result = trainer.train()
+        pairs, seconds = (before.pairs, before.seconds) if before else (0, 0.0)
+        curve = [*(before.curve if before else ()), *learning_curve(folder, pairs)]
+        return Contestant(result.model, pairs + result.pairs, seconds + result.seconds, curve=curve, after=after)

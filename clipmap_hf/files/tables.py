@@ -5,11 +5,26 @@ import html
 from collections.abc import Sequence
 
 
-__all__ = ["html_page", "html_table", "inline_png", "markdown_table", "scaled_column"]
+__all__ = [
+    "html_page",
+    "html_table",
+    "inline_png",
+    "markdown_header",
+    "markdown_row",
+    "markdown_table",
+    "scaled_column",
+]
 
 _STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { border-bottom: 1px solid #ddd; padding: .4rem .7rem }
+:root { color-scheme: light dark }
+:root { --ink: #222; --paper: #fff; --card: #fafafa; --line: #ddd; --right: #0a7d32; --accent: #2f7ed8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --paper: #16181b; --card: #1f2226; --line: #3a3f45; --right: #4cc97a; --accent: #5b9ee6 }
+}
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; max-width: 72rem }
+body { color: var(--ink); background: var(--paper) }
+table { border-collapse: collapse; margin: 1rem 0 }
+th, td { border-bottom: 1px solid var(--line); padding: .4rem .7rem }
 th { text-align: left; font-weight: 600 } td { vertical-align: top } .number { text-align: right }
 """
 
@@ -17,16 +32,20 @@ th { text-align: left; font-weight: 600 } td { vertical-align: top } .number { t
 def markdown_table(columns: Sequence[Sequence[str]]) -> str:
     """Formats columns (header first) as Markdown. The first column is left-aligned, the others are right-aligned."""
     widths = [max(map(len, column)) for column in columns]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     header, *rows = zip(*columns, strict=True)
-    lines = []
-    for row in (header, rule, *rows):
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([markdown_header(header, widths), *(markdown_row(row, widths) for row in rows)])
+
+
+def markdown_header(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Formats the first two lines of `markdown_table`: the header and the rule below it."""
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return f"{markdown_row(cells, widths)}\n{markdown_row(rule, widths)}"
+
+
+def markdown_row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Formats a line of `markdown_table`, for a table whose rows are not known yet."""
+    first, *others = zip(cells, widths, strict=True)
+    return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
 
 
 def html_table(columns: Sequence[Sequence[str]]) -> str:
@@ -49,7 +68,8 @@ def html_page(title: str, body: str, style: str = "") -> str:
         style: CSS rules, in addition to those of all pages.
     """
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}{style}</style>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{_STYLE}{style}</style>
 <h1>{html.escape(title)}</h1>
 {body}
 </html>

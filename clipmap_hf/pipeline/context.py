@@ -18,6 +18,7 @@ from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import PairSource, given_pairs
 from clipmap_hf.data.sources import described, training_pairs
+from clipmap_hf.distributed import join_processes
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.arguments import part
@@ -37,6 +38,7 @@ class _Loaded:
     pairs: PairDataset | PairStream | None = None
     teachers: dict[ModelId, Teacher] = field(default_factory=dict)
     calibration: dict[tuple, HeldBatches] = field(default_factory=dict)
+    teacher_metrics: dict[ModelId, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,21 @@ class RunContext:
         """What is given as one teacher or as several, loaded if need be; they are then known by their ids."""
         several = isinstance(given, (list, tuple)) and not isinstance(given, ModelId)
         return [self._taken(source) for source in (given if several else [given])]
+
+    def teacher_metrics(
+        self, teacher: Teacher, evaluate: Callable[[PreTrainedModel], dict[str, float]]
+    ) -> dict[str, float]:
+        """
+        What a teacher reaches on the evaluation pairs, measured when it is first asked for.
+
+        Args:
+            teacher: The teacher.
+            evaluate: Measures a model on the evaluation pairs.
+        """
+        known = self.loaded.teacher_metrics
+        if teacher.source not in known:
+            known[teacher.source] = evaluate(teacher.model.to(join_processes().device))
+        return known[teacher.source]
 
     def _taken(self, source: GivenTeacher) -> Teacher:
         if isinstance(source, ModelId):

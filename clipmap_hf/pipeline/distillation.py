@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from clipmap_hf.costs.cost import Cost, CostReport, model_cost, with_bytes_of
 from clipmap_hf.data.pairs import PairSource
-from clipmap_hf.distributed import join_processes
 from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import render_card, shown_name
 from clipmap_hf.hub.folder import write_card, write_student_folder
@@ -85,7 +84,7 @@ class DistillationTrainer(StageTrainer):
     def _make_stage(self) -> DistillationStage:
         arguments, teachers, cache = self.args, self.teachers, self._teacher_cache
         if self._evaluate is not None:
-            self.teacher_metrics = self._evaluate(teachers[0].model.to(join_processes().device))
+            self.teacher_metrics = self.context.teacher_metrics(teachers[0], self._evaluate)
         if cache is not None:  # the stage moves those that it uses
             for teacher in teachers:
                 teacher.model.cpu()
