@@ -1,9 +1,9 @@
 """
 Compresses the embedded teacher by several methods, and compares the results.
 
-Every method makes a student of a tenth of the teacher's size, on the same number of pairs. The students are evaluated on
-a drawing style that none has seen. The methods: `calibrated` start, then distillation; the same with `ternary` weights;
-`clip_map` as in its paper; `manual` inheritance, then distillation; from `scratch`.
+Every method makes a student of a tenth of the teacher's size, on the same number of pairs. The students are
+evaluated on a drawing style that none has seen. The methods: `calibrated` start, then distillation; the same with
+`ternary` weights; `clip_map` as in its paper; `manual` inheritance, then distillation; from `scratch`.
 
     python recipes/demo.py --config recipes/configs/demo.yaml      # in three minutes, without CLIP-Map
     python recipes/demo.py --config recipes/configs/demo_all.yaml  # all of them, on more pairs
@@ -84,9 +84,8 @@ def main() -> None:
     for name, contestant in Contest(teacher, size, calibration, contest, stages, context).contestants():
         print(report.add(name, contestant), flush=True)
     page = report.write(["teacher", METHODS[contest.methods[0]][-1]])
-    print(
-        f"\nLook at what they find: {page.resolve()}\nNow your own teacher and pairs:\n    {NEXT.format(command=command())}"
-    )
+    print(f"\nLook at what they find: {page.resolve()}")
+    print(f"Now your own teacher and pairs:\n    {NEXT.format(command=command())}")
 
 
 def command() -> str:
