@@ -43,8 +43,9 @@ STAGES = {
 }
 
 
-def parse(argv: list[str]) -> tuple:
+def parse() -> tuple:
     embedded = ["--teacher", str(TEACHER), "--train_data", str(TRAIN_PAIRS), "--eval_data", str(TEST_PAIRS)]
+    sys.argv[1:1] = embedded  # what the command line says comes later, and wins
     results = parse_arguments(
         DataArguments,
         TeacherArguments,
@@ -54,7 +55,6 @@ def parse(argv: list[str]) -> tuple:
         ContestArguments,
         stages=STAGES,
         description=__doc__,
-        argv=embedded + argv,
     )
     others, stages = results[: -len(STAGES)], results[-len(STAGES) :]
     return *others, dict(zip(STAGES, stages, strict=True))
@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> tuple:
 def main() -> None:
     # Threads that wait by spinning are ten times as slow as one, where another process wants a core. Read by torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    data, teacher_arguments, student, calibration, run, contest, stages = parse(sys.argv[1:])
+    data, teacher_arguments, student, calibration, run, contest, stages = parse()
     import datasets
     from transformers.utils import logging
 
