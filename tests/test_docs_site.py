@@ -103,3 +103,7 @@ def test_the_notebook_shows_what_its_cells_print():
     page = load(DOCS / "generated.py").notebook_page(notebook)
     assert "# A smaller CLIP in two minutes" in page and "mean_recall: " in page
     assert not re.search(r"^ +<|<p>$", page, re.MULTILINE)  # HTML that Markdown shows as code, or that never ends
+
+
+def test_the_readme_is_short():
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
