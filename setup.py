@@ -40,6 +40,7 @@ EXTRAS = {
     "quality": ["build>=1.3", "ruff>=0.17,<0.18"],  # the formatter's output changes between minor versions
     "gguf": ["gguf>=0.19"],
     "siglip": ["protobuf>=5.0", "sentencepiece>=0.2"],  # what SiglipTokenizer reads its vocabulary with
+    "words": ["wonderwords>=3.0"],
     "plots": ["matplotlib>=3.10"],
     "notebook": ["ipykernel>=7.0", "nbclient>=0.10"],  # for docs/quickstart.ipynb
     # The site. mkdocs 2 has neither plugins nor hooks.
@@ -57,6 +58,7 @@ EXTRAS["test"] = [
     *EXTRAS["gguf"],
     *EXTRAS["siglip"],
     *EXTRAS["notebook"],
+    *EXTRAS["words"],
 ]
 # trackio is left out, which wants an older Pillow than others; `.[trackers]` has it. `.[docs]` is for the site alone.
 _DEV = (extra for name, extra in EXTRAS.items() if name not in ("docs", "trackers"))

@@ -1,9 +1,11 @@
 """Arguments that say where pairs come from and how they are read, as dataclasses and command-line options."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from clipmap_hf.config.ranges import check_ranges
+from clipmap_hf.data.texts import Texts, load_texts
 
 
 __all__ = ["CalibrationArguments", "DataArguments", "ReadingArguments"]
@@ -51,6 +53,13 @@ class ReadingArguments:
             "`random` if there are several."
         },
     )
+    train_texts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Texts to train beside the images, which need not belong to them: queries.txt, labels:names.txt, "
+            "pairs.parquet:title, words, or captions (the images' own, the default). name=2 draws twice as often."
+        },
+    )
     crop_scale: list[float] = field(
         default_factory=lambda: [0.9, 1.0],
         metadata={"help": "Smallest and largest area of the random crop, as shares of the image."},
@@ -76,7 +85,7 @@ class ReadingArguments:
     )
 
     def __post_init__(self):
-        for name in ("caption_column", "keyword_column"):
+        for name in ("caption_column", "keyword_column", "train_texts"):
             if isinstance(column := getattr(self, name), str):
                 setattr(self, name, [column])
         if self.caption_sampling is None:
@@ -114,6 +123,17 @@ class DataArguments(ReadingArguments, _Sources):
         super().__post_init__()
         if self.validation_fraction and self.eval_data is not None:
             raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
+
+    @cached_property
+    def texts(self) -> Texts | None:
+        """The texts to train beside the images, read when they are first asked for; `None` for their own captions."""
+        return self.train_texts if isinstance(self.train_texts, Texts) else load_texts(self.train_texts)
+
+    @property
+    def read_columns(self) -> list[str]:
+        """The columns of the training data that texts come from; none if the images' own captions are not read."""
+        reads_captions = self.texts is None or self.texts.has_captions
+        return [*self.caption_column, *self.keyword_column] if reads_captions else []
 
     @property
     def evaluated(self) -> tuple[str | None, str]:

@@ -14,6 +14,7 @@ from clipmap_hf.data.columns import MissingColumnError, undecoded
 from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
 from clipmap_hf.data.tally import RowTally
 from clipmap_hf.data.tar_shards import IMAGE_EXTENSIONS
+from clipmap_hf.data.texts import Texts
 from clipmap_hf.distributed import process_count, process_index
 
 
@@ -36,6 +37,7 @@ class CalibrationPairs:
         seed: Seed of the draw.
         image_column: Column of the images.
         caption_column: Column of the captions; `None` if there are none, so that texts are made up.
+        texts: Texts to draw from beside the captions or in place of them, as in training.
 
     Raises:
         ValueError: If a column is missing, or there are fewer pairs than processes. While iterating, if too many rows
@@ -51,6 +53,7 @@ class CalibrationPairs:
         seed: int = 0,
         image_column: str = "image",
         caption_column: str | None = "caption",
+        texts: Texts | None = None,
     ):
         columns = rows.column_names or ()
         captions = [] if caption_column is None else [caption_column]
@@ -70,7 +73,7 @@ class CalibrationPairs:
                 f"The calibration data has {len(rows)} pairs, fewer than the {process_count()} processes."
             )
         self.rows = rows.shard(process_count(), process_index(), contiguous=True)
-        self.collator = PairCollator(processor.tokenizer, processor.image_processor, captions)
+        self.collator = PairCollator(processor.tokenizer, processor.image_processor, captions, seed=seed, texts=texts)
         self.max_bad_fraction = max_bad_fraction
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -16,6 +16,7 @@ from PIL import Image
 from clipmap_hf.data.augment import Augmentation, SeededTransform
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 from clipmap_hf.data.preprocess import preprocessed
+from clipmap_hf.data.texts import Texts
 from clipmap_hf.data.training_pixels import USUAL_DIVISOR, TrainingPixels, training_pixels
 
 
@@ -156,6 +157,7 @@ class PairCollator:
         augmentation: Augmentation of training images; `None` in evaluation.
         seed: Seed of all random choices.
         views: Number of different examples of a row before they repeat; unlimited by default.
+        texts: Texts to draw from in place of the row's own caption. Without captions among them, no column is read.
         teacher_cache: A `TeacherCache` that adds `teacher_embeds`, its teachers' embeddings of the same views.
 
     Raises:
@@ -170,6 +172,7 @@ class PairCollator:
     augmentation: Augmentation | SeededTransform | None = None
     seed: int = 0
     views: int | None = None
+    texts: Texts | None = None
     teacher_cache: Any = None
     pixels: TrainingPixels | None = field(init=False, default=None)
 
@@ -189,7 +192,7 @@ class PairCollator:
 
     def batch(self, examples: Sequence[_Example]) -> dict[str, Any]:
         """Collates examples, such as those that `view` makes."""
-        if not self.caption_columns:
+        if not self.caption_columns and self.texts is None:
             return self._pixels([example.image for example in examples])
         texts = [text for example in examples for text in example.texts]
         owners = [index for index, example in enumerate(examples) for _ in example.texts]
@@ -217,12 +220,17 @@ class PairCollator:
         content, image = decoded(row)
         if self.augmentation is not None:
             return self.view(row, content, image, row["epoch"] % self.views if self.views else row["epoch"])
+        if self.texts is not None:  # to calibrate: one text, as in training
+            key = content_key(content)
+            return _Example(image, self._texts(row, random.Random(f"{self.seed}-{key}")), key, 0)
         if not self.caption_columns:
             return _Example(image, [], 0, 0)
         captions = row[self.caption_columns[0]]
         return _Example(image, filled_texts(captions) or [caption_text(captions)], content_key(content), 0)
 
     def _texts(self, row: Mapping[str, Any], rng: random.Random) -> list[str]:
+        if self.texts is not None and (text := self.texts.draw(rng)) is not None:
+            return [text]
         first = row[self.caption_columns[0]]
         if self.caption_sampling == "first":
             return [caption_text(_draw_text(first, rng))]

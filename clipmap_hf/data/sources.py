@@ -31,7 +31,7 @@ def training_pairs(data: DataArguments) -> PairDataset | PairStream:
         data.train_data,
         split=data.train_split,
         image_column=data.image_column,
-        caption_columns=[*data.caption_column, *data.keyword_column],
+        caption_columns=data.read_columns,
         streaming=data.streaming,
     )
     if data.streaming:
@@ -82,6 +82,7 @@ def training_collator(
         data.caption_sampling,
         augmentation if transform is None else SeededTransform(transform),
         seed,
+        texts=data.texts,
     )
 
 

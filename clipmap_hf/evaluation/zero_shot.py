@@ -9,24 +9,13 @@ from torch.nn import functional as F
 
 from clipmap_hf.data.collate import tokenized
 from clipmap_hf.data.pairs import PairSource, holds_pairs, load_pairs
+from clipmap_hf.data.prompts import DEFAULT_TEMPLATES
 from clipmap_hf.distributed import gather, process_count, process_index
 from clipmap_hf.evaluation.labeled import class_names, labeled_batches
 from clipmap_hf.models.features import encode_images, encode_texts, evaluating
 
 
 __all__ = ["DEFAULT_TEMPLATES", "evaluate_zero_shot", "zero_shot_classifier", "zero_shot_logits", "zero_shot_metrics"]
-
-# Prompts of OpenAI's notebook "Prompt_Engineering_for_ImageNet": the plain prompt and the seven best prompts.
-DEFAULT_TEMPLATES = (
-    "a photo of a {}.",
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
 
 
 @torch.no_grad()

@@ -13,10 +13,12 @@ from clipmap_hf.losses.sigmoid import sigmoid_loss
 
 __all__ = [
     "EMBEDDING_LOSSES",
+    "MATCHED_LOSSES",
     "LOSSES",
     "PAIR_LOSSES",
     "affinity_loss",
     "check_losses",
+    "check_unmatched",
     "contrastive_loss",
     "feature_loss",
     "hidden_loss",
@@ -37,6 +39,7 @@ LOSSES = {
 }
 EMBEDDING_LOSSES = ("feature", "interactive")  # compare embeddings directly: student and teacher must be equally wide
 PAIR_LOSSES = ("contrastive", "sigmoid")  # need no teacher
+MATCHED_LOSSES = (*PAIR_LOSSES, "interactive")  # need texts that belong to their images
 
 
 def check_losses(losses: Mapping[str, float | Callable]) -> None:
@@ -64,6 +67,24 @@ def check_losses(losses: Mapping[str, float | Callable]) -> None:
         raise ValueError(f"losses={dict(losses)} must have weights of at least 0, and some weight above 0.")
     if {name for name, weight in weights.items() if weight} == {"hidden"}:
         raise ValueError("The hidden loss alone would not train the projections; add a loss that reads embeddings.")
+
+
+def check_unmatched(losses: Mapping[str, float | Callable]) -> None:
+    """
+    Checks that losses can be trained on texts that do not belong to their images.
+
+    Args:
+        losses: As for `check_losses`.
+
+    Raises:
+        ValueError: If one of them cannot.
+    """
+    matched = sorted(name for name, weight in loss_weights(losses).items() if weight and name in MATCHED_LOSSES)
+    if matched:
+        raise ValueError(
+            f"The losses {matched} need texts that belong to their images, and train_texts names others. Take of "
+            f"{sorted(set(LOSSES) - set(MATCHED_LOSSES))}, or leave train_texts out."
+        )
 
 
 def loss_weights(losses: Mapping[str, float | Callable]) -> dict[str, float]:

@@ -70,6 +70,7 @@ def compress(
     mapping: MappingStageArguments | None = None,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     transform: Callable[[Any], Any] | None = None,
+    text_dataset: Sequence[str] = (),
 ) -> TrainResult:
     """
     All of it: makes a smaller model of a teacher, maps it if asked, distills it, evaluates it, and writes it with a
@@ -94,13 +95,16 @@ def compress(
         mapping: If given, operators are trained before distillation (CLIP-Map).
         callbacks: Callbacks of transformers, for all stages.
         transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
+        text_dataset: Texts to train beside the images, which need not belong to them; `train_texts` names others.
 
     Raises:
         TypeError: If pairs or a teacher are given in another form.
         ValueError: If `student` is unknown, does not fit the teacher or is a budget that no shape meets; if masks are
             asked for with what selects or maps by itself; or as in `DistillationTrainer`.
     """
-    context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
+    context = RunContext.of(
+        args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform, text_dataset=text_dataset
+    )
     teachers = [taken.source for taken in context.given_teachers(teacher)]
     config = requested_config(student, initializer, has_data=None)
     given = {name: stage for name, stage in (("masking", masking), ("mapping", mapping)) if stage is not None}

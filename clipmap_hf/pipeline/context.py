@@ -16,8 +16,9 @@ from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, Readi
 from clipmap_hf.data.calibration_pairs import CalibrationPairs, calibration_rows
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import PairSource, given_pairs
+from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
 from clipmap_hf.data.sources import described, training_pairs
+from clipmap_hf.data.texts import Texts, load_texts
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
@@ -82,6 +83,7 @@ class RunContext:
         *,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         transform: Callable[[Any], Any] | None = None,
+        text_dataset: Sequence[str] = (),
     ) -> "RunContext":
         """
         Makes a run of what a trainer takes.
@@ -92,9 +94,10 @@ class RunContext:
             eval_dataset: Evaluation pairs.
             callbacks: As in the class.
             transform: As in the class.
+            text_dataset: Texts to train beside the images, with those of `train_texts`.
 
         Raises:
-            TypeError: If pairs cannot be read.
+            TypeError: If pairs cannot be read, or the texts are one string.
         """
         sources = {
             name: source if source is None or isinstance(source, (str, os.PathLike)) else given_pairs(source)
@@ -102,6 +105,8 @@ class RunContext:
         }
         reading = json_values(part(args, ReadingArguments))
         reading["streaming"] |= isinstance(sources["train_data"], IterableDataset)
+        if len(text_dataset):
+            reading["train_texts"] = load_texts(reading["train_texts"], text_dataset)
         has_cache = hasattr(args, "teacher_cache")
         named = {name: described(source) for name, source in sources.items() if source is not None}
         return cls(
@@ -147,6 +152,10 @@ class RunContext:
         data = {f.name: getattr(self.data, f.name) for f in dataclasses.fields(self.data)}
         named = {name: source and described(source) for name in ("train_data", "eval_data") if (source := data[name])}
         own = {} if self.transform is None else {"transform": json_values(self.transform)}
+        texts = data.pop("train_texts")
+        if self.data.texts is not None:
+            names = list(texts.sources) if isinstance(texts, Texts) else texts
+            own |= {"train_texts": names, "digest_of_texts": self.data.texts.digest}
         return json_values(data | named | own)
 
     def teacher(self, source: ModelId) -> Teacher:
@@ -211,6 +220,7 @@ class RunContext:
                 self.data.max_bad_fraction,
                 self.run.seed,
                 caption_column=caption if caption in rows.column_names else None,
+                texts=self.data.texts,
             )
             self.loaded.calibration[key] = HeldBatches(pairs)
         return self.loaded.calibration[key]
@@ -224,10 +234,7 @@ class RunContext:
         data = self.data
         if calibration.calibration_data in (None, data.train_data):
             return self.pairs.pairs
-        return calibration_rows(
-            calibration.calibration_data,
-            split=data.train_split,
-            image_column=data.image_column,
-            caption_column=data.caption_column[0],
-            streaming=data.streaming,
-        )
+        reading = {"split": data.train_split, "image_column": data.image_column, "streaming": data.streaming}
+        if not data.read_columns:
+            return load_pairs(calibration.calibration_data, caption_columns=[], **reading)
+        return calibration_rows(calibration.calibration_data, caption_column=data.caption_column[0], **reading)

@@ -48,6 +48,7 @@ class DistillationTrainer(StageTrainer):
         processing_class: Tokenizer and image processor of the student; by default the first teacher's.
         callbacks: Callbacks of transformers, as instances or classes.
         transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
+        text_dataset: Texts to train beside the images, which need not belong to them; `train_texts` names others.
         context: The run that this training is a part of; then data, callbacks and transform are the run's.
 
     Raises:
@@ -70,10 +71,13 @@ class DistillationTrainer(StageTrainer):
         processing_class: ProcessorMixin | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         transform: Callable[[Any], Any] | None = None,
+        text_dataset: Sequence[str] = (),
         context: RunContext | None = None,
     ):
         if context is None:
-            context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
+            context = RunContext.of(
+                args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform, text_dataset=text_dataset
+            )
         self.teachers = context.given_teachers(teacher)
         self.student = load_model(os.fspath(student)) if isinstance(student, (str, os.PathLike)) else student
         check_float(self.student, "Training")

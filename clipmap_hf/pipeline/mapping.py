@@ -38,6 +38,7 @@ class MappingTrainer(StageTrainer):
         eval_dataset: Pairs to measure retrieval on, in the same forms.
         callbacks: Callbacks of transformers, as instances or classes.
         transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
+        text_dataset: Texts to train beside the images, which need not belong to them; `train_texts` names others.
         context: The run that this training is a part of; then data, callbacks and transform are the run's.
 
     Raises:
@@ -55,10 +56,13 @@ class MappingTrainer(StageTrainer):
         *,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         transform: Callable[[Any], Any] | None = None,
+        text_dataset: Sequence[str] = (),
         context: RunContext | None = None,
     ):
         if context is None:
-            context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
+            context = RunContext.of(
+                args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform, text_dataset=text_dataset
+            )
         super().__init__(args, context, compressor.processor)
         self.compressor = compressor
         self.source = ModelId(compressor.teacher_id, compressor.teacher_revision)

@@ -23,7 +23,7 @@ from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.shapes import search_shape
-from clipmap_hf.starts import start_of
+from clipmap_hf.starts import STARTS, start_of
 
 
 __all__ = [
@@ -170,6 +170,7 @@ def start_origin(
             "streaming": data.streaming,
             "image_backend": data.image_backend,
         }
+        origin["data"] |= {"texts": data.texts.digest} if data.texts is not None else {}
         origin["seed"] = context.run.seed
     return origin
 
@@ -213,9 +214,16 @@ def _with_initializer(student: ClipMapConfig, name: str) -> ClipMapConfig:
 def _calibrated_compressor(
     source: ModelId, student: ClipMapConfig, context: RunContext, calibration: CalibrationArguments
 ) -> ClipMapCompressor:
+    student, texts = _with_initializer(student, "calibrated"), context.data.texts
+    if start_of(student).matches and texts is not None and not texts.pairs:
+        others = sorted(name for name, start in STARTS.items() if not start.matches)
+        raise ValueError(
+            f"initializer={student.initializer!r} needs texts that belong to their images, and train_texts names "
+            f"others. Take one of {others}, or leave train_texts out."
+        )
     teacher = context.teacher(source)
     batches = context.calibration_batches(teacher, calibration)
-    compressor = ClipMapCompressor.from_teacher(teacher, _with_initializer(student, "calibrated"), batches)
+    compressor = ClipMapCompressor.from_teacher(teacher, student, batches)
     context.release_calibration()
     return compressor
 

@@ -33,6 +33,7 @@ class Start:
     Args:
         make: From the teacher, the plan and batches of calibration pairs to the mapper.
         reads_pairs: Whether it looks at the batches.
+        matches: Whether it needs texts there that belong to their images.
         depth_rule: The depth rule that it brings with it, beside those of `DEPTH_RULES`.
         folds: Whether the teacher is folded and the student's weights are corrected (`MappingPlan`).
         layerwise: Whether it goes through the teacher layer by layer, which a family must allow.
@@ -40,6 +41,7 @@ class Start:
 
     make: Callable[[PreTrainedModel, MappingPlan, Batches], WeightMapper]
     reads_pairs: bool = False
+    matches: bool = False
     depth_rule: str | None = None
     folds: bool = False
     layerwise: bool = False
@@ -52,10 +54,10 @@ STARTS = {
     "kaiming": Start(start_by(kaiming)),
     "magnitude": Start(select_by(magnitude), depth_rule="score"),
     "manual": Start(select_by(manual), depth_rule="score"),
-    "mope": Start(select_by(mope), reads_pairs=True, depth_rule="score", layerwise=True),
+    "mope": Start(select_by(mope), reads_pairs=True, matches=True, depth_rule="score", layerwise=True),
     "random": Start(start_by(random)),
     "random_selection": Start(select_by(random_selection), depth_rule="score"),
-    "taylor": Start(select_by(taylor), reads_pairs=True, depth_rule="score"),
+    "taylor": Start(select_by(taylor), reads_pairs=True, matches=True, depth_rule="score"),
     "xavier": Start(start_by(xavier)),
 }
 

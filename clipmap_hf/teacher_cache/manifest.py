@@ -52,6 +52,7 @@ def cache_manifest(
         },
         "data": data,
     }
+    manifest["captions"] |= {"texts": collator.texts.digest} if collator.texts is not None else {}
     return json.loads(json.dumps(manifest))
 
 
