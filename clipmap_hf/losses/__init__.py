@@ -13,8 +13,8 @@ from clipmap_hf.losses.sigmoid import sigmoid_loss
 
 __all__ = [
     "EMBEDDING_LOSSES",
-    "MATCHED_LOSSES",
     "LOSSES",
+    "MATCHED_LOSSES",
     "PAIR_LOSSES",
     "affinity_loss",
     "check_losses",
