@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 
 import clipmap_hf.data.calibration_pairs
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.pairs import load_pairs
 
 
@@ -124,7 +125,7 @@ def test_rows_that_the_reader_could_not_read_are_left_out(pairs_tar, tiny_proces
     cut = tmp_path / "cut.tar"
     cut.write_bytes(pairs_tar.read_bytes()[: pairs_tar.stat().st_size // 2])
     rows = load_pairs(str(cut), image_column="png", caption_columns=["txt"]).rename_column("txt", "caption")
-    (reason,) = {one for one in rows["error"] if one is not None}
+    (reason,) = {one for one in rows[ERROR_COLUMN] if one is not None}
     assert 0 < len(captions(CalibrationPairs(rows, tiny_processor, 24))) < 24
     with pytest.raises(ValueError, match=rf"1 \(1 {reason}\) cannot be used"):
         list(CalibrationPairs(rows, tiny_processor, 24, max_bad_fraction=0.0))

@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessorPil
 
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator, caption_text, content_key, filled_texts, normalized_pixels
+from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.images import BadRowError, decode_image
 
 
@@ -66,6 +67,16 @@ def test_a_caption_of_another_type_is_a_bad_row_that_names_it(caption, kind):
 def test_no_text_is_a_bad_row(caption):
     with pytest.raises(BadRowError, match="no caption"):
         caption_text(caption, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[" + "1" * 5000 + "]", "[1, 2", "[]"], ids=["deep", "long", "cut", "empty"]
+)
+def test_a_caption_that_looks_like_json_is_read_or_a_bad_row(text):
+    try:
+        assert caption_text(text, random.Random(0)) == text
+    except BadRowError:
+        assert text == "[]"
 
 
 def test_keywords_are_joined_in_order_without_randomness():
@@ -164,7 +175,7 @@ BAD_ROWS = {
     "number": ({"caption": 7}, "caption of type int"),
     "list of blanks": ({"caption": ["", None, " "]}, "no caption"),
     "empty list": ({"caption": []}, "no caption"),
-    "reader": ({"image": None, "caption": None, "error": "truncated shard"}, "truncated shard"),
+    "reader": ({"image": None, "caption": None, ERROR_COLUMN: "truncated shard"}, "truncated shard"),
 }
 
 
@@ -174,7 +185,7 @@ def test_bad_rows_are_left_out_and_counted_by_reason(collator, training_collator
     collator = training_collator if training else collator
     training_collator.caption_sampling = "first"  # of several columns, the others may have a caption
     changes, reason = BAD_ROWS[name]
-    rows = [row | {"error": None} for row in rows]
+    rows = [row | {ERROR_COLUMN: None} for row in rows]
     rows[2] |= changes
     with caplog.at_level(logging.WARNING):
         batch = collator(rows)

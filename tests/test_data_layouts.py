@@ -1,5 +1,6 @@
 """Where data lies: clones of data sets, saved data sets, archives, folders of images alone, shards that differ."""
 
+import gzip
 import io
 import json
 import logging
@@ -9,14 +10,14 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
 from datasets import Image as ImageFeature
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 import clipmap_hf.data.folders
 from clipmap_hf import ClipMapCompressor
-from clipmap_hf.data.calibration_pairs import CalibrationPairs, calibration_rows
+from clipmap_hf.data.calibration_pairs import CalibrationPairs, calibration_rows, sampled_pairs
 from clipmap_hf.data.collate import PairCollator, filled_texts
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 from clipmap_hf.data.pairs import load_pairs
@@ -129,6 +130,48 @@ def write_tar(path, files: dict[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(content))
 
 
+def test_a_data_set_may_have_a_column_that_is_called_error(rows, tmp_path):
+    rows.add_column("error", [None, "x"]).save_to_disk(tmp_path / "saved")
+    pairs = load_pairs(str(tmp_path / "saved"))
+    assert pairs.column_names == ["image", "caption"] and colors(pairs) == [RED, BLUE]
+
+
+def test_splits_of_saved_data_and_of_a_clone_may_be_added(rows, clone, tmp_path):
+    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "saved")
+    assert load_pairs(str(tmp_path / "saved"), split="train+test")["caption"][:] == ["r", "b", "b"]
+    assert load_pairs(str(clone), split="train[:1]+test[1:]")["caption"][:] == ["r", "b"]
+
+
+def test_saved_shards_are_shards_of_a_stream(rows, tmp_path):
+    rows.save_to_disk(tmp_path / "saved", num_shards=2)
+    assert load_pairs(str(tmp_path / "saved"), streaming=True).num_shards == 2
+
+
+def test_a_folder_of_lines_that_name_images_is_read_as_datasets_reads_it(tmp_path):
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / "red.bin"
+    path.write_bytes(png("red"))
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "train.jsonl").write_text(json.dumps({"image": str(path), "caption": "r"}) + "\n")
+    pairs = load_pairs(str(tmp_path / "lines"))
+    assert pairs["caption"][:] == ["r"] and colors(pairs) == [RED]
+
+
+@pytest.mark.parametrize("layout", ["tgz", "img2dataset"])
+def test_tars_that_datasets_would_not_read_in_a_folder_are_read(tmp_path, layout):
+    if layout == "tgz":
+        write_tar(tmp_path / "0.tar", {"0.jpg": png("red"), "0.txt": b"r"})
+        (tmp_path / "0.tgz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+        (tmp_path / "0.tar").unlink()
+    else:
+        for shard in ("00000", "00001"):
+            write_tar(tmp_path / f"{shard}.tar", {"0.jpg": png("red"), "0.txt": b"r"})
+            pq.write_table(pa.table({"url": ["x"]}), tmp_path / f"{shard}.parquet")
+            (tmp_path / f"{shard}_stats.json").write_text("{}")
+    pairs = load_pairs(str(tmp_path), caption_columns=["txt"])
+    assert set(pairs["txt"]) == {"r"} and colors(pairs)[0] == RED
+
+
 # Images in archives and on file systems
 
 
@@ -175,6 +218,12 @@ def test_tars_of_images_alone_are_enough_to_calibrate(tmp_path, streaming):
         str(tmp_path / "a.tar"), image_column="image", caption_column="caption", streaming=streaming
     )
     assert colors(rows) == [RED, BLUE]
+
+
+def test_python_calibrates_on_images_alone_too(tmp_path, tiny_processor):
+    (tmp_path / "red.png").write_bytes(png("red"))
+    (batch,) = sampled_pairs(str(tmp_path), tiny_processor, 8)
+    assert "input_ids" not in batch and len(batch["pixel_values"]) == 1
 
 
 def test_data_with_other_texts_must_name_them_to_calibrate(rows, tmp_path):
@@ -232,6 +281,58 @@ def test_captions_that_are_strings_in_one_shard_and_lists_in_another_are_read(tm
     pairs = load_pairs(shards, streaming=streaming)
     texts = [row["caption"] and filled_texts(row["caption"]) for row in pairs]
     assert [text or [] for text in texts] == [["a"], [], ["b"], ["c", "d"], [], []]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        (pa.array([None], pa.null()), pa.array(["a"]), Value("string")),
+        (pa.array([[]], pa.list_(pa.null())), pa.array([["a"]]), List(Value("string"))),
+        (pa.array([["a"]]), pa.array(["b"], pa.large_string()), List(Value("string"))),
+        (pa.array([["a"]], pa.large_list(pa.string())), pa.array(["b"]), List(Value("string"))),
+        (pa.array(["a"]), pa.array(["b"]).dictionary_encode(), Value("string")),
+        (pa.array([["a"]]), pa.array([None], pa.null()), List(Value("string"))),
+    ],
+    ids=["null", "empty lists", "large strings", "large lists", "dictionary", "lists and null"],
+)
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+def test_texts_of_shards_are_read_in_any_arrow_type(tmp_path, first, second, kind, turned, streaming):
+    columns = [{"image": IMAGE, "caption": column} for column in (first, second)]
+    pairs = load_pairs(write_shards(tmp_path, *columns[:: -1 if turned else 1]), streaming=streaming)
+    assert pairs.features["caption"] == kind
+    texts = [row["caption"] for row in pairs]
+    assert sum(bool(text and filled_texts(text)) for text in texts) == sum(
+        bool(c.to_pylist()[0]) for c in (first, second)
+    )
+
+
+def test_shards_whose_captions_are_no_texts_in_one_are_an_error_that_says_so(tmp_path):
+    shards = write_shards(tmp_path, {"image": IMAGE, "caption": [7]}, {"image": IMAGE, "caption": ["a"]})
+    with pytest.raises(ValueError, match=r"Column 'caption' holds .*int64.* in one file and .*string.* in another"):
+        load_pairs(shards)
+
+
+def test_a_column_of_a_type_that_datasets_does_not_know_is_not_looked_at(tmp_path):
+    odd = pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))
+    assert len(load_pairs(write_shards(tmp_path, {"image": IMAGE, "caption": ["a"], "odd": odd}))) == 1
+
+
+def test_class_names_that_a_card_or_another_shard_gives_are_known(tmp_path):
+    (tmp_path / "data").mkdir()
+    labels = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
+    for index, features in enumerate((None, labels)):
+        rows = Dataset.from_dict({"image": IMAGE, "label": [index]}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"train-{index}.parquet")
+    pairs = load_pairs(str(tmp_path / "data" / "*.parquet"), caption_columns=["label"])
+    assert pairs.features["label"].names == ["cat", "dog"] and pairs["label"][:] == [0, 1]
+    (tmp_path / "data" / "train-1.parquet").unlink()
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+        "      class_label:\n        names:\n          '0': cat\n          '1': dog\n  splits:\n  - name: train\n"
+        "    num_examples: 1\n---\n"
+    )
+    expected = load_dataset(str(tmp_path), split="train").features["label"]
+    assert load_pairs(str(tmp_path), caption_columns=["label"]).features["label"] == expected == labels["label"]
 
 
 def test_a_slice_of_shards_that_differ_is_read(tmp_path):

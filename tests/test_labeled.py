@@ -76,20 +76,35 @@ def test_pairs_as_they_are_loaded_can_be_classified(pairs_parquet, tiny_processo
 
 @pytest.mark.parametrize(
     ("labels", "feature"),
-    [(["3", "0 "], Value("string")), ([0, 1], ClassLabel(names=["0", "1"]))],
-    ids=["cls", "names"],
+    [(["3", "0 "], Value("string")), (["0.0", "1.0"], Value("string")), (["-1", "0"], Value("large_string"))],
+    ids=["cls", "floats", "negative"],
 )
 def test_class_numbers_are_no_class_names(labeled, labels, feature):
-    with pytest.raises(ValueError, match=r"holds class numbers such as '0 ?'\. .* Name the classes .* `classnames`"):
+    with pytest.raises(
+        ValueError, match=r"holds class numbers such as '(0|0\.0|-1)'\. .* Name the classes .* `classnames`"
+    ):
         class_names(labeled(labels, feature), "label")
 
 
 @pytest.mark.parametrize(
-    ("labels", "kind"), [([1, 0], "int64"), (["1", "0\n"], "string"), (["pie", "bar"], "string")], ids=str
+    ("labels", "kind"),
+    [([1, 0], "int64"), ([1.0, 0.0], "float64"), (["1", "0\n"], "string"), (["pie\n", "bar"], "string")],
+    ids=str,
 )
 def test_named_classes_may_be_numbered_in_any_form(labeled, labels, kind, tiny_processor):
     (batch,) = labeled_batches(labeled(labels, Value(kind)), tiny_processor.image_processor, "label", ["bar", "pie"])
     assert batch["labels"].tolist() == [1, 0]
+
+
+def test_digits_that_a_class_label_names_are_class_names(labeled):
+    assert class_names(labeled([0, 1], ClassLabel(names=["0", "1"])), "label") == ["0", "1"]
+
+
+def test_a_blank_label_is_none(labeled, tiny_processor):
+    rows = labeled(["cat", " "])
+    assert class_names(rows, "label") == ["cat"]
+    with pytest.raises(BadRowError, match="no label: row 1"):
+        list(labeled_batches(rows, tiny_processor.image_processor, "label", ["cat"]))
 
 
 @pytest.mark.parametrize("label", [2, -1, "2", "cake"])

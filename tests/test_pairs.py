@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from PIL import Image
 
 from clipmap_hf.data.collate import decoded
-from clipmap_hf.data.columns import undecoded
+from clipmap_hf.data.columns import ERROR_COLUMN, undecoded
 from clipmap_hf.data.pairs import load_pairs
 
 
@@ -54,7 +54,7 @@ def test_glob_of_parquet_files_in_order_of_their_names(pairs_parquet, tiny_pairs
 
 def test_webdataset_tar(pairs_tar, tiny_pairs):
     pairs = load_pairs(str(pairs_tar), image_column="png", caption_columns=["txt"])
-    assert pairs.column_names == ["image", "txt", "error"] and set(pairs["error"]) == {None}
+    assert pairs.column_names == ["image", "txt", ERROR_COLUMN] and set(pairs[ERROR_COLUMN]) == {None}
     assert_same_pairs(pairs, tiny_pairs, "txt")
 
 

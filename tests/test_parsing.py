@@ -281,7 +281,7 @@ def test_an_option_of_one_value_does_not_take_a_mapping(config):
 
 
 def test_a_section_that_is_no_mapping_is_an_error(config):
-    with pytest.raises(ValueError, match="section 'mapping' must hold `key: value` lines, got 7"):
+    with pytest.raises(ValueError, match="section 'mapping' must hold `key: value` lines, got '7'"):
         parse_arguments(Simple, stages=STAGES, argv=config("name: x\nmapping: 7\n"))
 
 
@@ -317,12 +317,24 @@ def test_a_word_of_a_file_is_what_it_is_on_the_command_line(config, word):
     assert parse(config(f"name: {word}\nwords: [{word}, a]\n")) == Simple(word, words=[word, "a"])
 
 
+@pytest.mark.parametrize("word", ["2024_01_02", "007", "1.10", "0x10", "12:30:00", "2024-01-02", "1e3", "~x"])
+def test_what_looks_like_a_number_or_a_date_stays_a_word(config, word):
+    assert parse(config(f"name: {word}\n")).name == word
+
+
+def test_an_empty_entry_of_a_list_is_an_error(config):
+    with pytest.raises(ValueError, match=r"list of 'words' has an entry that is null: \[None, 'a'\]"):
+        parse(config("name: x\nwords: [null, a]\n"))
+
+
 @pytest.mark.parametrize("option", ["mixed_precision", "eval_strategy", "save_strategy"])
 def test_no_is_a_choice_in_a_file_too(config, option):
     (run,) = parse_arguments(RunArguments, argv=config(f"output_dir: out\n{option}: no\n"))
     assert getattr(run, option) == "no"
 
 
-@pytest.mark.parametrize(("word", "value"), [("yes", True), ("No", False), ("TRUE", True), ("false", False)])
+@pytest.mark.parametrize(
+    ("word", "value"), [("yes", True), ("No", False), ("TRUE", True), ("off", False), ("on", True), ("false", False)]
+)
 def test_a_switch_of_a_file_is_turned_by_any_word_for_it(config, word, value):
     assert parse(config(f"name: x\nfast: {word}\n")).fast is value

@@ -208,8 +208,8 @@ def test_the_short_demo_leaves_out_what_needs_more_pairs(read):
 
 
 def test_the_line_that_the_demo_ends_with_is_read_by_its_recipe(read):
-    python, recipe, *options = shlex.split(load_recipe("demo").NEXT)
-    assert (python, recipe) == ("python", "recipes/compress.py")
+    command, recipe, *options = shlex.split(load_recipe("demo").NEXT)
+    assert (command, recipe) == ("{command}", "compress")
     arguments = read("compress", *options)
     assert arguments["DistillationStageArguments"].trains and arguments["DataArguments"].validation_fraction
 

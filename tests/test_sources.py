@@ -146,6 +146,30 @@ def test_files_of_equal_names_in_different_folders_are_told_apart(tmp_path):
     assert source_files(DataArguments(str(tmp_path / "*" / "*.tar"))) != before
 
 
+def test_the_files_of_a_configuration_are_those_of_its_folder(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    source = source_files(DataArguments(f"{tmp_path}:small"))
+    assert source["files"] == {"a.parquet": 1} and source["config"] == "small"
+
+
+def test_hidden_files_are_no_data_and_changed_metadata_are_noticed(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("x")
+    (tmp_path / "0.png").write_bytes(b"x")
+    (tmp_path / "metadata.jsonl").write_text("cat")
+    before = source_files(DataArguments(str(tmp_path)))["files"]
+    (tmp_path / "metadata.jsonl").write_text("dog")
+    assert (
+        before.keys() == {"0.png", "metadata.jsonl"} and source_files(DataArguments(str(tmp_path)))["files"] != before
+    )
+
+
+def test_sampling_follows_the_columns_when_they_change():
+    data = DataArguments("pairs")
+    assert data.caption_sampling is None
+    assert dataclasses.replace(data, caption_column=["caption", "alt"]).sampling == "random"
+
+
 def test_a_file_whose_name_looks_like_a_glob_has_its_size(tmp_path):
     (tmp_path / "pairs[1].tar").write_bytes(b"xx")
     assert source_files(DataArguments(str(tmp_path / "pairs[1].tar")))["files"] == {"pairs[1].tar": 2}
@@ -161,4 +185,4 @@ def test_a_file_whose_name_looks_like_a_glob_has_its_size(tmp_path):
     ],
 )
 def test_columns_that_are_named_are_used(columns, sampling):
-    assert DataArguments("pairs", **columns).caption_sampling == sampling
+    assert DataArguments("pairs", **columns).sampling == sampling

@@ -10,6 +10,7 @@ import pytest
 from datasets import IterableDataset
 
 from clipmap_hf.data.collate import filled_texts
+from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.data.tar_shards import member_key, shard_rows
 
@@ -36,7 +37,7 @@ def rows_of(*paths: Path, columns: tuple[str, ...] = ("txt",)) -> list[dict]:
 
 
 def captions_and_errors(rows: list[dict]) -> list[str | None]:
-    return [row["error"] or row["txt"] for row in rows]
+    return [row[ERROR_COLUMN] or row["txt"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_rows_of_several_tars(tmp_path):
     assert [row["txt"] for row in rows] == [f"caption {index}" for index in range(4)]
     assert [row["image"]["bytes"][:3] for row in rows] == [b"%03d" % index for index in range(4)]
     assert rows[0]["image"]["path"] == f"{paths[0]}::000"
-    assert {row["error"] for row in rows} == {None}
+    assert {row[ERROR_COLUMN] for row in rows} == {None}
 
 
 def test_members_are_grouped_by_folder_and_key_and_other_columns_are_left_out(tmp_path):
@@ -74,13 +75,13 @@ def test_members_are_grouped_by_folder_and_key_and_other_columns_are_left_out(tm
     ]
     rows = rows_of(write_tar(tmp_path / "0.tar", members))
     assert [(row["image"]["bytes"], row["txt"]) for row in rows] == [(b"a", "in a"), (b"b", "in b")]
-    assert set(rows[0]) == {"image", "txt", "error"}
+    assert set(rows[0]) == {"image", "txt", ERROR_COLUMN}
 
 
 def test_columns_are_found_whatever_their_case(tmp_path):
     write_tar(tmp_path / "0.tar", pairs_of(2))
     pairs = load_pairs(str(tmp_path / "*.tar"), image_column="JPG", caption_columns=["Txt"])
-    assert pairs.column_names == ["image", "Txt", "error"] and pairs["Txt"] == ["caption 0", "caption 1"]
+    assert pairs.column_names == ["image", "Txt", ERROR_COLUMN] and pairs["Txt"] == ["caption 0", "caption 1"]
 
 
 def test_text_that_is_not_utf_8_is_kept(tmp_path):
@@ -185,7 +186,7 @@ def test_no_mutation_of_a_tar_ends_a_run(tmp_path):
             place = rng.randrange(len(content)) if rng.random() < 0.3 else ROW * rng.randrange(3) + rng.randrange(512)
             content[place % len(content)] = rng.randrange(256)
         path.write_bytes(content[: rng.choice((len(content), rng.randrange(len(content))))])
-        errors += any(row["error"] for row in rows_of(path))
+        errors += any(row[ERROR_COLUMN] for row in rows_of(path))
     assert errors > 200
 
 
@@ -220,7 +221,7 @@ def test_a_stream_has_a_shard_per_file(tmp_path):
     assert load_pairs(str(tmp_path / "1.tar"), **load).num_shards == 1
     pairs = load_pairs(str(tmp_path / "*.tar"), **load)
     assert isinstance(pairs, IterableDataset) and pairs.num_shards == 2
-    assert pairs.column_names == ["image", "txt", "error"]
+    assert pairs.column_names == ["image", "txt", ERROR_COLUMN]
     assert len(list(pairs.shard(2, 1))) == 3
 
 

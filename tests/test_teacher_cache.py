@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator, content_key, normalized_pixels
+from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.tokenizer import train_clip_tokenizer
 from clipmap_hf.models.features import encode_images, encode_texts
 from clipmap_hf.models.fingerprints import model_fingerprint
@@ -453,13 +454,13 @@ def test_more_processes_than_shards_or_rows_is_an_error(teachers, rows, collator
 @pytest.fixture(scope="module")
 def spoiled(rows) -> datasets.Dataset:
     """`rows` and four that cannot be used, one of them named so by the reader."""
-    good = [{**row, "error": None} for row in rows]
+    good = [{**row, ERROR_COLUMN: None} for row in rows]
     broken = {"bytes": good[0]["image"]["bytes"][:60], "path": None}
     bad = [
         good[0] | {"image": broken},
         good[1] | {"image": broken},
         good[2] | {"caption": " ", "keywords": []},
-        good[3] | {"error": "unreadable image"},
+        good[3] | {ERROR_COLUMN: "unreadable image"},
     ]
     return datasets.Dataset.from_list([row for pair in zip(good, bad, strict=False) for row in pair] + good[4:])
 

@@ -23,6 +23,9 @@ __all__ = ["arguments_yaml", "optional", "parse_arguments"]
 _NUMBERS, _NAME_OR_VALUES = dict[str, float | Callable], str | dict[str, str] | None
 
 
+_SWITCHES = {"on": "true", "off": "false"}  # beside the words for them that the parser knows
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the lines of a recipe's examples as they are."""
 
@@ -175,6 +178,10 @@ def _option(of: dataclasses.Field, name: str, value: Any) -> list[str]:
         value = _as_words(value)
     if isinstance(value, dict):
         raise ValueError(f"The option {name!r} takes a value or a list, got the mapping {value!r}.")
+    if isinstance(value, list) and None in value:
+        raise ValueError(f"The list of {name!r} has an entry that is null: {value}. Leave it out.")
+    if of.type in (bool, bool | None) and isinstance(value, str):
+        value = _SWITCHES.get(value.lower(), value)
     return [f"--{name}", *(_word(item) for item in (value if isinstance(value, list) else [value]))]
 
 

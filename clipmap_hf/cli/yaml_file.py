@@ -1,6 +1,5 @@
 """Finds and reads the YAML file that `--config` means: a file, or one that ships with the recipes, by its name."""
 
-import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,12 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class _WordsLoader(yaml.SafeLoader):
-    """Reads `true` and `false` as booleans, and `no`, `yes`, `on` and `off` as words, as YAML 1.2 does."""
+    """Reads every value as the word that it is on the command line, but for what is left out (`null`)."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-
-
-_WordsLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?i:true|false)$"), list("tTfF"))
 
 
 def read_yaml(given: Path) -> tuple[Path, dict[str, Any]]:

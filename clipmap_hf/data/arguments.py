@@ -88,8 +88,6 @@ class ReadingArguments:
         for name in ("caption_column", "keyword_column", "train_texts"):
             if isinstance(column := getattr(self, name), str):
                 setattr(self, name, [column])
-        if self.caption_sampling is None:
-            self.caption_sampling = "random" if len([*self.caption_column, *self.keyword_column]) > 1 else "first"
         check_ranges(self, at_least_0=("flip", "rotation", "color_jitter", "grayscale", "max_bad_fraction"))
         check_ranges(self, above_0=("shuffle_buffer",))
         if not 0 <= self.validation_fraction < 1:
@@ -128,6 +126,12 @@ class DataArguments(ReadingArguments, _Sources):
     def texts(self) -> Texts | None:
         """The texts to train beside the images, read when they are first asked for; `None` for their own captions."""
         return self.train_texts if isinstance(self.train_texts, Texts) else load_texts(self.train_texts)
+
+    @property
+    def sampling(self) -> Literal["first", "random"]:
+        """How captions are sampled: as asked for, or at random if there are several columns."""
+        several = len([*self.caption_column, *self.keyword_column]) > 1
+        return self.caption_sampling or ("random" if several else "first")
 
     @property
     def read_columns(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetBuilder, Features, Image, IterableDataset, List, Value
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from clipmap_hf.data.columns import check_columns
+from clipmap_hf.data.columns import check_images, check_present, common_kind, split_names
 
 
 __all__ = ["image_folder_pairs", "parquet_pairs"]
@@ -24,7 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def parquet_pairs(
-    files: Sequence[str], split: str, image_column: str, caption_columns: Sequence[str], streaming: bool
+    files: Sequence[str],
+    split: str,
+    image_column: str,
+    caption_columns: Sequence[str],
+    streaming: bool,
+    known: Features | None = None,
 ) -> Dataset | IterableDataset:
     """
     Reads pairs from parquet files. The files may differ in other columns, in how they store images, and in whether a
@@ -36,46 +41,40 @@ def parquet_pairs(
         image_column: Column of the images.
         caption_columns: Other columns to read.
         streaming: Whether to read the files in every pass.
+        known: Features that a data set's card gives, which know the names of classes.
 
     Raises:
-        ValueError: If a file is not parquet, or lacks a column.
+        ValueError: If a file is not parquet, lacks a column, or has another kind of values in it than others.
     """
     found = [_parquet_features(file, image_column, caption_columns) for file in files]
-    features = {column: found[0][column] for column in dict.fromkeys(caption_columns)}
-    for column in features:
-        kinds = [one[column] for one in found]
-        if any(isinstance(kind, List) for kind in kinds) and any(kind == Value("string") for kind in kinds):
-            features[column] = List(Value("string"))
-    features = Features({**features, image_column: Image(decode=False)})
+    sources = [*found, known or {}]
+    features = Features({image_column: Image(decode=False)})
+    for column in dict.fromkeys(caption_columns):
+        features[column] = common_kind(column, [one[column] for one in sources if column in one])
     stats = [(path, os.stat(path)) for path in map(os.path.abspath, files)]
     listed = DataFilesList(  # by hand, since a pattern would read [1] in a name as a choice of letters
         [path for path, _ in stats], [(str(stat.st_size), str(stat.st_mtime_ns)) for _, stat in stats]
     )
-    name = re.match(r"\w*", split)[0]  # of the first part, such as train of train[:5]+train[9:]
-    return _built(
-        _MixedParquet(
-            hash=_MixedParquet.__name__,
-            data_files=DataFilesDict({name: listed}),
-            columns=list(features),
-            features=features,
-        ),
-        split,
-        streaming,
+    builder = _MixedParquet(
+        hash=_MixedParquet.__name__,
+        data_files=DataFilesDict({split_names(split)[0]: listed}),
+        columns=list(features),
+        features=features,
     )
+    return _built(builder, split, streaming)
 
 
 def _parquet_features(file: str, image_column: str, caption_columns: Sequence[str]) -> Features:
+    """The features of the columns that are read; others may be of types that `datasets` does not know."""
     try:
-        features = Features.from_arrow_schema(pq.read_schema(file))
+        schema = pq.read_schema(file)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file!r} is no parquet file, or is cut off: {error}") from error
-    check_columns(features, repr(file), image_column, caption_columns)
-    return Features({name: _plain(kind) for name, kind in features.items()})
-
-
-def _plain(kind: object) -> object:
-    """Strings of either length are one kind."""
-    return Value("string") if kind == Value("large_string") else kind
+    check_present(schema.names, repr(file), image_column, caption_columns)
+    wanted = pa.schema([schema.field(name) for name in dict.fromkeys([image_column, *caption_columns])])
+    features = Features.from_arrow_schema(wanted.with_metadata(schema.metadata))
+    check_images(features[image_column], repr(file), image_column)
+    return features
 
 
 class _MixedParquet(Parquet):
@@ -83,19 +82,33 @@ class _MixedParquet(Parquet):
 
     def _cast_table(self, pa_table: pa.Table) -> pa.Table:
         for index, name in enumerate(pa_table.column_names):
-            column = pa_table.column(index)
-            if isinstance(self.info.features[name], List) and pa.types.is_string(column.type):
-                chunks = [_each_in_a_list(chunk) for chunk in column.chunks]
-                pa_table = pa_table.set_column(index, name, pa.chunked_array(chunks, pa.list_(pa.string())))
+            column, feature = pa_table.column(index), self.info.features[name]
+            if feature == List(Value("string")):
+                pa_table = pa_table.set_column(index, name, _as_lists(column))
+            elif feature == Value("string"):
+                pa_table = pa_table.set_column(index, name, column.cast(pa.string()))
         return super()._cast_table(pa_table)
 
 
+def _as_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Lists of strings of any kind; of strings, a list of one for each, and none for what is missing."""
+    if not _is_text(column.type):
+        return column.cast(pa.list_(pa.string()))
+    chunks = [_each_in_a_list(chunk) for chunk in column.cast(pa.string()).chunks]
+    return pa.chunked_array(chunks, pa.list_(pa.string()))
+
+
 def _each_in_a_list(texts: pa.Array) -> pa.Array:
-    """A list of one for each text; none for what is missing."""
     present = pc.cast(pc.is_valid(texts), pa.int32())
     ends = pc.cumulative_sum(present)  # (texts,)
     offsets = pa.concat_arrays([pa.array([0], pa.int32()), ends])  # (texts + 1,)
     return pa.ListArray.from_arrays(offsets, texts.drop_null())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether an Arrow type is one of strings, or of nothing but missing values."""
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(kind) for test in tests) or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))
 
 
 def image_folder_pairs(folder: str, files: DataFilesDict, split: str, streaming: bool) -> Dataset | IterableDataset:
@@ -114,8 +127,7 @@ def image_folder_pairs(folder: str, files: DataFilesDict, split: str, streaming:
         ValueError: If there is no such split.
     """
     builder = _TextImageFolder(hash=_TextImageFolder.__name__, data_files=files)
-    name = split.partition("[")[0]
-    unnamed, images = builder.unnamed_images(files.get(name, ()))
+    unnamed, images = builder.unnamed_images([file for name in split_names(split) for file in files.get(name, ())])
     if unnamed:
         logger.warning(
             "%d of the %d images in %s are not named in its metadata, and left out.", unnamed, images, folder
@@ -141,13 +153,21 @@ class _TextImageFolder(ImageFolder):
         named = set()
         for file in metadata:
             for table in self._read_metadata(file, metadata_ext=os.path.splitext(file)[1]):
-                for column in [name for name in table.column_names if name.endswith("file_name")]:
-                    named |= {os.path.normpath(Path(file).parent / name) for name in table[column].to_pylist() if name}
+                for column in [name for name in table.column_names if name.endswith(("file_name", "file_names"))]:
+                    names = (name for cell in table[column].to_pylist() for name in _each(cell))
+                    named |= {os.path.normpath(Path(file).parent / name) for name in names}
         return len({os.path.normpath(image) for image in images} - named), len(images)
+
+
+def _each(cell: str | list[str] | None) -> list[str]:
+    return cell if isinstance(cell, list) else [cell] if cell else []
 
 
 def _built(builder: DatasetBuilder, split: str, streaming: bool) -> Dataset | IterableDataset:
     if streaming:
         return builder.as_streaming_dataset(split)
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        raise ValueError(f"The data cannot be read: {error.__cause__ or error}") from error
     return builder.as_dataset(split)

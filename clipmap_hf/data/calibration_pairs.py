@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.columns import MissingColumnError, undecoded
+from clipmap_hf.data.columns import ERROR_COLUMN, MissingColumnError, split_names, undecoded
 from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
 from clipmap_hf.data.tally import RowTally
 from clipmap_hf.data.tar_shards import IMAGE_EXTENSIONS
@@ -62,7 +62,7 @@ class CalibrationPairs:
                 f"The calibration data has no column {caption_column!r}; it has {columns}. Name the column of the "
                 "captions by caption_column, or give caption_column=None to calibrate with random texts."
             )
-        others = [*captions, *(["error"] if "error" in columns else [])]
+        others = [*captions, *([ERROR_COLUMN] if ERROR_COLUMN in columns else [])]
         rows = undecoded(rows, "The calibration data", image_column, others)
         if isinstance(rows, Dataset):
             rows = rows.shuffle(seed=seed).select(range(min(pairs, len(rows))))
@@ -102,10 +102,12 @@ def calibration_rows(
         ValueError: If a column is missing, and the source has others that may hold texts.
     """
     columns = {"image_column": image_column, **reading}
+    if "split" in columns:  # a slice was meant for the training data
+        columns["split"] = split_names(columns["split"])[0]
     try:
         return load_pairs(source, caption_columns=[caption_column], **columns)
     except MissingColumnError as error:
-        if not set(error.there) <= {image_column, "label", *IMAGE_EXTENSIONS}:
+        if not set(error.there) <= {image_column, "label", "labels", "cls", *IMAGE_EXTENSIONS}:
             raise
     logger.warning("The calibration data has images alone; texts of random tokens take the place of captions.")
     return load_pairs(source, caption_columns=[], **columns)
@@ -131,8 +133,11 @@ def sampled_pairs(
     """
     columns = {"image_column": image_column, "caption_column": caption_column}
     if isinstance(source, (str, os.PathLike)):
-        captions = [] if caption_column is None else [caption_column]
-        rows = load_pairs(source, image_column=image_column, caption_columns=captions)
+        if caption_column is None:
+            rows = load_pairs(source, image_column=image_column, caption_columns=[])
+        else:
+            rows = calibration_rows(source, image_column=image_column, caption_column=caption_column)
+            columns["caption_column"] = caption_column if caption_column in rows.column_names else None
         columns["image_column"] = "image"  # to which `load_pairs` renames it
     else:
         rows = given_pairs(source)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from clipmap_hf.data.augment import Augmentation, SeededTransform
+from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 from clipmap_hf.data.preprocess import preprocessed
 from clipmap_hf.data.texts import Texts
@@ -46,7 +47,7 @@ def _listed(caption: Any) -> Any:
         return caption
     try:
         found = json.loads(caption)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or of numbers or depths that Python does not read
         return caption
     return found if all(isinstance(text, str) for text in found) else caption
 
@@ -115,8 +116,8 @@ def decoded(row: Mapping[str, Any]) -> tuple[bytes, Image.Image]:
     Raises:
         BadRowError: If there is no image, if it cannot be decoded, or if the reader could not read the row.
     """
-    if row.get("error") is not None:
-        raise BadRowError(row["error"])
+    if row.get(ERROR_COLUMN) is not None:
+        raise BadRowError(row[ERROR_COLUMN])
     content = image_bytes(row["image"])
     return content, decode_image(content)
 

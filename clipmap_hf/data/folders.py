@@ -13,6 +13,7 @@ from datasets import (
     Features,
     IterableDataset,
     ReadInstruction,
+    concatenate_datasets,
     get_dataset_config_names,
     load_dataset,
     load_dataset_builder,
@@ -26,7 +27,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import metadata_load
 
 from clipmap_hf.data.builders import image_folder_pairs, parquet_pairs
-from clipmap_hf.data.columns import check_columns
+from clipmap_hf.data.columns import check_columns, split_names
 from clipmap_hf.data.tar_shards import tar_pairs
 
 
@@ -35,6 +36,7 @@ __all__ = ["TAR_FILES", "folder_pairs", "named_pairs"]
 TAR_FILES = (".tar", ".tar.gz", ".tgz")
 _SAVED = ("state.json", "dataset_dict.json")  # which `save_to_disk` writes
 _TABLES = (".parquet", ".arrow", *TAR_FILES)
+_PICTURES = {*ImageFolder.EXTENSIONS, ".zip"}
 
 
 def folder_pairs(
@@ -53,14 +55,29 @@ def folder_pairs(
     Raises:
         ValueError: If there is no such split or column, or one of several configurations must be named.
     """
-    path = Path(folder)
+    path, columns = Path(folder), {"image_column": image_column, "caption_columns": caption_columns}
     if any((path / name).exists() for name in _SAVED):
         return _saved_pairs(path, split, streaming)
-    if _says_its_files(path) or any(_is_table(file) for file in path.rglob("*")):
-        columns = {"image_column": image_column, "caption_columns": caption_columns, "streaming": streaming}
-        return named_pairs(folder, split, **columns)
+    tables = [file for file in path.rglob("*") if file.name.endswith(_TABLES) and file.stem != "metadata"]
+    tars = sorted(str(file) for file in tables if file.name.endswith(TAR_FILES))
+    if tars and _are_for_tars_alone(tables):
+        if split != "train":
+            raise ValueError(f"split={split!r}: the tars in {folder!r} are read as a whole; take split='train'.")
+        return tar_pairs(tars, streaming=streaming, **columns)
+    if tables or _says_its_files(path) or not any(file.suffix.lower() in _PICTURES for file in path.rglob("*")):
+        return named_pairs(folder, split, streaming=streaming, **columns)
     files = DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder)
     return image_folder_pairs(folder, files, split, streaming)
+
+
+def _are_for_tars_alone(tables: Sequence[Path]) -> bool:
+    """
+    Whether `datasets` would not read a folder's tars: they are called `.tgz`, or there is a table of the same name
+    beside each, in which img2dataset notes what it did.
+    """
+    stems = {suffix: {file.name.split(".")[0] for file in tables if file.name.endswith(suffix)} for suffix in _TABLES}
+    beside = stems[".parquet"] and stems[".parquet"] <= stems[".tar"]
+    return bool(beside or stems[".tgz"])
 
 
 def _says_its_files(folder: Path) -> bool:
@@ -68,20 +85,17 @@ def _says_its_files(folder: Path) -> bool:
     return card.exists() and bool((metadata_load(card) or {}).get("configs"))
 
 
-def _is_table(file: Path) -> bool:
-    return file.name.endswith(_TABLES) and file.name != "metadata.parquet"
-
-
 def _saved_pairs(folder: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
     saved = load_from_disk(str(folder))
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     try:
-        (part,) = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except ValueError as error:
         raise ValueError(f"split={split!r} of {str(folder)!r}: it has {sorted(splits)}. {error}") from error
-    rows = splits[part.splitname]
-    rows = rows.select(range(*slice(part.from_, part.to).indices(len(rows))))
-    return rows.to_iterable_dataset() if streaming else rows
+    ranges = [(splits[part.splitname], slice(part.from_, part.to)) for part in parts]
+    rows = concatenate_datasets([rows.select(range(*part.indices(len(rows)))) for rows, part in ranges])
+    shards = max(1, min(len(rows), len(rows.cache_files)))  # for the workers and processes that share a stream
+    return rows.to_iterable_dataset(num_shards=shards) if streaming else rows
 
 
 def named_pairs(
@@ -110,12 +124,13 @@ def named_pairs(
             be read.
     """
     builder = _builder(name, config)
-    files = (builder.config.data_files or {}).get(split.partition("[")[0], [])
+    names = set(split_names(split))
+    files = (builder.config.data_files or {}).get(next(iter(names), None), []) if len(names) == 1 else []
     columns = {"image_column": image_column, "caption_columns": caption_columns, "streaming": streaming}
     is_local = os.path.isdir(name)
     if isinstance(builder, Parquet) and files:
         if is_local:
-            return parquet_pairs(files, split, **columns)
+            return parquet_pairs(files, split, **columns, known=builder.info.features)
         return _loaded(name, config, split, streaming, columns=_needed(builder, files, image_column, caption_columns))
     if isinstance(builder, WebDataset) and files and is_local:
         if "[" in split:

@@ -9,13 +9,13 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, List, Value
 
 from clipmap_hf.data.builders import parquet_pairs
-from clipmap_hf.data.columns import undecoded
+from clipmap_hf.data.columns import ERROR_COLUMN, undecoded
 from clipmap_hf.data.folders import TAR_FILES, folder_pairs, named_pairs
 from clipmap_hf.data.tar_shards import tar_pairs
 from clipmap_hf.files.hub_ids import check_hub_id
 
 
-__all__ = ["Datasets", "PairSource", "given_pairs", "holds_pairs", "load_pairs"]
+__all__ = ["Datasets", "PairSource", "given_pairs", "holds_pairs", "load_pairs", "name_and_config"]
 
 Datasets = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 PairSource = str | os.PathLike | Datasets | Sequence[tuple[Any, Any]]
@@ -33,7 +33,7 @@ def load_pairs(
 ) -> Dataset | IterableDataset:
     """
     Loads pairs with the column `image` (undecoded bytes or path) and the caption columns. Pairs from tars also have
-    the column `error`: the reason why a row could not be read, otherwise `None`.
+    the column `ERROR_COLUMN`: the reason why a row could not be read, otherwise `None`.
 
     Args:
         source: A folder of images (with captions in `metadata.jsonl` or `metadata.csv`); a folder that holds a data
@@ -73,18 +73,22 @@ def load_pairs(
     elif os.path.exists(source):
         raise ValueError(f"{source!r} is neither a folder nor one of {list(_FILES)} files.")
     else:
-        name, _, config = source.rpartition(":") if _names_a_config(source) else (source, "", None)
+        name, config = name_and_config(source)
         if not os.path.isdir(name):
             check_hub_id(name, "dataset")
         pairs = named_pairs(name, split, **columns, config=config)
-    of_tars = "error" in (pairs.column_names or ())  # their columns are selected
+    of_tars = ERROR_COLUMN in (pairs.column_names or ())  # their columns are selected
     return pairs if of_tars else undecoded(pairs, repr(source), image_column, caption_columns)
 
 
-def _names_a_config(source: str) -> bool:
-    """Whether `:config` follows a folder or a Hub id; a drive's letter stands before a backslash."""
+def name_and_config(source: str) -> tuple[str, str | None]:
+    """
+    Parts a folder or Hub id and the configuration that may follow it, `owner/name:config`. What exists by its whole
+    name has none; nor has a path behind a drive's letter.
+    """
     name, colon, config = source.rpartition(":")
-    return bool(colon and name) and not {"/", "\\"} & set(config)
+    is_named = colon and name and not {"/", "\\"} & set(config) and not os.path.exists(source)
+    return (name, config) if is_named else (source, None)
 
 
 def holds_pairs(data: Any) -> bool:

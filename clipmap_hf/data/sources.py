@@ -16,7 +16,7 @@ from clipmap_hf.data.augment import Augmentation, SeededTransform
 from clipmap_hf.data.collate import PairCollator, content_key
 from clipmap_hf.data.evaluation_pairs import evaluation_pairs
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
+from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, name_and_config
 from clipmap_hf.data.validation import validation_part
 
 
@@ -79,7 +79,7 @@ def training_collator(
         processor.image_processor,
         data.caption_column,
         data.keyword_column,
-        data.caption_sampling,
+        data.sampling,
         augmentation if transform is None else SeededTransform(transform),
         seed,
         texts=data.texts,
@@ -124,18 +124,21 @@ def source_files(data: DataArguments) -> dict[str, Any]:
     Hub id, and the split, the image column and the share that is held out.
     """
     is_path = isinstance(data.train_data, (str, os.PathLike))
+    name, config = name_and_config(os.fspath(data.train_data)) if is_path else ("", None)
     source = {
-        "files": (is_path and _sizes(os.fspath(data.train_data))) or described(data.train_data),
+        "files": (is_path and _sizes(name)) or described(data.train_data),
         "split": data.train_split,
         "image_column": data.image_column,
     }
+    source |= {"config": config} if config else {}
     return {**source, "validation_fraction": data.validation_fraction} if data.validation_fraction else source
 
 
-def _sizes(name: str) -> dict[str, int]:
+def _sizes(name: str) -> dict[str, int | str]:
     """
     The sizes of the files of a folder, path or glob, by their names from the folder on that all share: files of equal
-    names may lie in different folders.
+    names may lie in different folders. Hidden files are left out, which tools keep there. Metadata, whose captions may
+    change without their length, have a digest beside their size.
     """
     path = Path(name)
     if path.is_dir():
@@ -146,7 +149,15 @@ def _sizes(name: str) -> dict[str, int]:
         found = map(Path, glob.glob(name, recursive=True))
     files = sorted(file for file in found if file.is_file())
     shared = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
-    return {file.relative_to(shared).as_posix(): file.stat().st_size for file in files}
+    named = ((file.relative_to(shared), file) for file in files)
+    return {
+        path.as_posix(): _size(file) for path, file in named if not any(part.startswith(".") for part in path.parts)
+    }
+
+
+def _size(file: Path) -> int | str:
+    size = file.stat().st_size
+    return f"{size} {content_key(file.read_bytes()):016x}" if file.stem == "metadata" else size
 
 
 def stage_seed(name: str, seed: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
-from clipmap_hf.data.columns import MissingColumnError
+from clipmap_hf.data.columns import ERROR_COLUMN, MissingColumnError
 
 
 __all__ = ["IMAGE_EXTENSIONS", "StrictHeader", "member_key", "shard_rows", "tar_pairs"]
@@ -18,7 +18,7 @@ __all__ = ["IMAGE_EXTENSIONS", "StrictHeader", "member_key", "shard_rows", "tar_
 logger = logging.getLogger(__name__)
 
 _ROWS_SEEN_FOR_COLUMNS = 100
-IMAGE_EXTENSIONS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+IMAGE_EXTENSIONS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "jfif", "tif", "tiff", "avif")
 _BLOCK = 1 << 16  # bytes per read: smaller blocks need more calls, larger blocks more copying of their rest
 # Errors of broken tars: a broken header of gzip raises a TypeError; overwritten numbers raise a ValueError or an
 # OverflowError.
@@ -39,9 +39,9 @@ def shard_rows(
     files: Sequence[tuple[str, int, int]], image_column: str, caption_columns: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """
-    Yields the rows of several tars: `image` (undecoded), the captions as text, and `error`. Entries that a row lacks
-    are `None`. If the rest of a tar cannot be read, or a tar has no rows, a row with the reason in `error` stands for
-    it.
+    Yields the rows of several tars: `image` (undecoded), the captions as text, and `ERROR_COLUMN`. Entries that a row
+    lacks are `None`. If the rest of a tar cannot be read, or a tar has no rows, a row with the reason in that column
+    stands for it.
 
     Args:
         files: Path, size and modification time of every tar. Only the path is used here. With the others, `datasets`
@@ -80,7 +80,7 @@ def tar_pairs(
     """
     _check_columns(files, [image_column, *caption_columns])
     captions = {column: Value("string") for column in caption_columns}
-    features = Features({"image": Image(decode=False), **captions, "error": Value("string")})
+    features = Features({"image": Image(decode=False), **captions, ERROR_COLUMN: Value("string")})
     stats = [(path, os.stat(path)) for path in files]
     keywords = {
         "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
@@ -135,7 +135,7 @@ def _row(
     return {
         "image": None if image is None else {"bytes": image, "path": path},
         **captions,
-        "error": error,
+        ERROR_COLUMN: error,
     }
 
 

@@ -1,5 +1,6 @@
 """Makes batches of labeled images for zero-shot classification."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from clipmap_hf.data.preprocess import preprocessed
 
 
 __all__ = ["class_names", "labeled_batches"]
+
+_NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
 
 _NAMES_ARE_NEEDED = (
     "Class numbers say nothing to a text tower. Name the classes in the order of their numbers, in `classnames`, or "
@@ -28,23 +31,18 @@ def class_names(dataset: Dataset, label_column: str) -> list[str]:
         label_column: Column of the labels.
 
     Raises:
-        ValueError: If the column holds neither class labels nor strings, or nothing but numbers, which say nothing
-            to a text tower.
+        ValueError: If the column holds neither class labels nor strings, or strings of nothing but numbers, which say
+            nothing to a text tower.
     """
     feature = dataset.features[label_column]
     if isinstance(feature, ClassLabel):
-        names = feature.names
-    elif feature.dtype in ("string", "large_string"):
-        names = sorted({label for label in dataset[label_column] if label is not None})
-    else:
-        raise ValueError(f"Column {label_column!r} holds {feature.dtype}. {_NAMES_ARE_NEEDED}")
-    if names and all(_is_number(name) for name in names):
+        return feature.names
+    if getattr(feature, "dtype", None) not in ("string", "large_string", "string_view"):
+        raise ValueError(f"Column {label_column!r} holds {getattr(feature, 'dtype', feature)}. {_NAMES_ARE_NEEDED}")
+    names = sorted({label.strip() for label in dataset[label_column] if label is not None and label.strip()})
+    if names and all(_NUMBER.fullmatch(name) for name in names):
         raise ValueError(f"Column {label_column!r} holds class numbers such as {names[0]!r}. {_NAMES_ARE_NEEDED}")
     return names
-
-
-def _is_number(label: Any) -> bool:
-    return isinstance(label, int) or label.strip().isdecimal()
 
 
 def labeled_batches(
@@ -69,17 +67,22 @@ def labeled_batches(
         rows = dataset.select(range(start, min(start + batch_size, len(dataset))))
         images = [decoded(row)[1] for row in rows]
         labels = rows[label_column]
-        if None in labels:
-            raise BadRowError("no label", f"row {start + list(labels).index(None)}")
+        missing = [
+            i for i, label in enumerate(labels) if label is None or (isinstance(label, str) and not label.strip())
+        ]
+        if missing:
+            raise BadRowError("no label", f"row {start + missing[0]}")
         labels = torch.tensor([_class_number(label, number) for label in labels])  # (batch,)
         yield {"pixel_values": preprocessed(image_processor, images), "labels": labels}
 
 
-def _class_number(label: int | str, number: Mapping[str, int]) -> int:
-    if label in number:
-        return number[label]
-    if _is_number(label) and 0 <= int(label) < len(number):
-        return int(label)
+def _class_number(label: Any, number: Mapping[str, int]) -> int:
+    """The number of a class, which a label names, or is, as an integer, or as a string or float of one."""
+    word = str(label).strip()
+    if word in number:
+        return number[word]
+    if _NUMBER.fullmatch(word) and 0 <= int(float(word)) < len(number):
+        return int(float(word))
     raise ValueError(
         f"The label {label!r} is neither among the {len(number)} class names, such as {next(iter(number))!r}, nor a "
         f"number from 0 to {len(number) - 1}."

@@ -132,7 +132,7 @@ class SetRows(torch.utils.data.Dataset):
             label = _LABEL_READERS[self.eval_set.task](row[self.eval_set.label_column])
         except (ValueError, TypeError, EOFError) as error:
             raise BadRowError("no label", f"row {index}: {error}") from error
-        return {"image": image, "label": label, "error": None}
+        return {"image": image, "label": label}
 
 
 class _TarTable:

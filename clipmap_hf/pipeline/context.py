@@ -152,6 +152,7 @@ class RunContext:
         data = {f.name: getattr(self.data, f.name) for f in dataclasses.fields(self.data)}
         named = {name: source and described(source) for name in ("train_data", "eval_data") if (source := data[name])}
         own = {} if self.transform is None else {"transform": json_values(self.transform)}
+        own["caption_sampling"] = self.data.sampling
         texts = data.pop("train_texts")
         if self.data.texts is not None:
             names = list(texts.sources) if isinstance(texts, Texts) else texts
