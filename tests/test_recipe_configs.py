@@ -214,14 +214,14 @@ def test_the_line_that_the_demo_ends_with_is_read_by_its_recipe(read):
     assert arguments["DistillationStageArguments"].trains and arguments["DataArguments"].validation_fraction
 
 
-def test_the_demo_s_threads_wait_without_spinning(read, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back in the end
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+def test_the_demo_computes_on_one_core_and_decodes_on_the_other(read, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that it is put back in the end
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    arguments = read("demo", "--config", str(CONFIGS / "demo.yaml"))
+    assert os.environ["OMP_NUM_THREADS"] == "1" and arguments["RunArguments"].dataloader_num_workers == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # the user's own
     read("demo", "--config", str(CONFIGS / "demo.yaml"))
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    read("demo", "--config", str(CONFIGS / "demo.yaml"))
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    assert os.environ["OMP_NUM_THREADS"] == "4"
 
 
 def test_the_command_line_wins_over_the_file(read):
@@ -273,7 +273,16 @@ def test_an_unknown_preset_is_an_error_that_lists_the_presets():
 
 def test_the_embedded_student_is_the_demo_s():
     student, demo = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("emoji_student.yaml", "demo_all.yaml"))
-    own = {"output_dir", "methods", "pairs", "eval_steps", "mapping", "distillation", *METHODS}
+    own = {
+        "output_dir",
+        "methods",
+        "pairs",
+        "eval_steps",
+        "dataloader_num_workers",
+        "mapping",
+        "distillation",
+        *METHODS,
+    }
     for key in demo.keys() - own:
         assert student[key] == demo[key], key
     steps = (demo["pairs"] - student["calibration_pairs"]) // demo["calibrated"]["batch_size"]

@@ -601,8 +601,10 @@ def test_demo_prints_a_row_when_it_is_ready_and_goes_on_after_a_kill(finish, dem
         process.kill()
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "student" / "checkpoints").rglob("*.safetensors")}
     assert made
+    seconds = json.loads((tmp_path / "start" / "seconds.json").read_text())
     assert rows_of(finish(*argv)) == rows_of(whole_demo[0])
     assert {path: path.stat().st_mtime_ns for path in made} == made  # what was trained is not trained again
+    assert json.loads((tmp_path / "results.json").read_text())["calibrated, not trained"]["seconds"] == seconds
 
 
 # What is not accepted

@@ -17,13 +17,14 @@ svg polyline { fill: none; stroke-width: 2.5; stroke-linejoin: round }
 .bar { display: flex; align-items: center; gap: .4rem; font-variant-numeric: tabular-nums }
 .bar i { background: var(--accent); height: .9rem; border-radius: .2rem; min-width: 1px }
 @media (max-width: 40rem) {
+  svg { font-size: 19px }
   .bars { grid-template-columns: 1fr 1fr } .bars .name { grid-column: 1 / -1; margin-top: .4rem }
   .bars b.name { display: none }
 }
 """
 _COLORS = ("#2f7ed8", "#d9822b", "#0f9d76", "#b65fcf", "#8a8f98", "#c2454a")  # legible on white and on black
 _WIDTH, _HEIGHT = 640, 330
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 62
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 62
 
 
 class Series(NamedTuple):

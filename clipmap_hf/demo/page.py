@@ -72,7 +72,8 @@ are evenly spaced, not chosen.</p>
 <h2>Sizes</h2>
 {sizes}
 <h2>All numbers</h2>
-<p>Recall in percent, from images to texts / from texts to images.</p>
+<p>Recall in percent, from images to texts / from texts to images. Seconds are those of start and training, without
+evaluations and what all students share of the teacher.</p>
 <div class="wide">{html_table(table)}</div>"""
     return html_page(_TITLE, body, CHART_STYLE + _STYLE)
 
