@@ -27,6 +27,7 @@ _PUBLIC = {
     "TernaryTrainer": "clipmap_hf.pipeline.ternarization",
     "TowerConfig": "clipmap_hf.config",
     "compress": "clipmap_hf.pipeline.compression",
+    "evaluate_agreement": "clipmap_hf.evaluation.agreement",
     "evaluate_retrieval": "clipmap_hf.evaluation.retrieval",
     "evaluate_zero_shot": "clipmap_hf.evaluation.zero_shot",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "TernaryTrainer",
     "TowerConfig",
     "compress",
+    "evaluate_agreement",
     "evaluate_retrieval",
     "evaluate_zero_shot",
 ]

@@ -42,6 +42,16 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "Search this model's embeddings by the model's queries: an index that exists stays in use."},
     )
+    agreement_with: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead: how far the model agrees with this one, on images without captions and on `texts`."
+        },
+    )
+    texts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Texts of an agreement: queries.txt, labels:names.txt, pairs.parquet:title or words."},
+    )
     label_column: str | None = field(default=None, metadata={"help": "Classify by this column instead of retrieving."})
     classnames: str | None = field(
         default=None,
@@ -63,6 +73,14 @@ class EvaluateArguments:
             raise ValueError("Sets need an output folder, and have labels and templates of their own.")
         if self.classnames is not None and self.label_column is None:
             raise ValueError("classnames name the classes of label_column; give that too, or leave them out.")
+        if bool(self.texts) != (self.agreement_with is not None):
+            raise ValueError("An agreement is with a model and on texts; give both agreement_with and texts.")
+        if self.agreement_with is not None and (
+            by_sets or self.label_column is not None or self.index_model is not None
+        ):
+            raise ValueError(
+                "An agreement is measured by itself, on eval_data; leave out sets, labels and index_model."
+            )
         if self.index_model is not None and (by_sets or self.label_column is not None):
             raise ValueError("index_model is for retrieval on eval_data; leave it out, or the sets or label_column.")
 
@@ -82,7 +100,11 @@ def main() -> None:
     if sets is not None:
         processes.print(on_sets(arguments, model, processor, sets))
         return
-    metrics = (retrieval if arguments.label_column is None else classification)(arguments, model, processor)
+    if arguments.agreement_with is not None:
+        measure = agreement
+    else:
+        measure = retrieval if arguments.label_column is None else classification
+    metrics = measure(arguments, model, processor)
     processes.print("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
     if arguments.output is not None and processes.is_main_process:
         result = {"metrics": metrics, "arguments": asdict(arguments), "transformers": transformers.__version__}
@@ -110,6 +132,24 @@ def retrieval(arguments: EvaluateArguments, model, processor) -> dict[str, float
         split=arguments.eval_split,
         image_column=arguments.image_column,
         caption_column=arguments.caption_column,
+        batch_size=arguments.batch_size,
+    )
+
+
+def agreement(arguments: EvaluateArguments, model, processor) -> dict[str, float]:
+    from clipmap_hf.data.texts import load_texts
+    from clipmap_hf.evaluation.agreement import evaluate_agreement
+    from clipmap_hf.models.loading import load_model
+
+    sources = load_texts(arguments.texts).sources.values()
+    return evaluate_agreement(
+        model,
+        load_model(arguments.agreement_with).to(model.device),
+        arguments.eval_data,
+        list(dict.fromkeys(text for texts in sources for text in texts)),
+        processor=processor,
+        image_column=arguments.image_column,
+        split=arguments.eval_split,
         batch_size=arguments.batch_size,
     )
 

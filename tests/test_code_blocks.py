@@ -43,7 +43,7 @@ COMPILED = {
     ("docs/hub.md", 1): "pushes to the Hub; tests/test_push.py does so to a server of its own",
     ("docs/extending.md", 1): "an excerpt of clipmap_hf/families/siglip.py",
     ("docs/python.md", 5): "leaves arguments out",
-    ("docs/evaluation.md", 2): "reads a set of the reader's own",
+    ("docs/evaluation.md", 3): "reads a set of the reader's own",
 }
 
 PROGRAMS = [(page, words) for page in PAGES for words in commands(page)]

@@ -486,6 +486,14 @@ def test_evaluate_classifies_labeled_images(finish, teacher_folder, pairs_parque
 
 
 @pytest.mark.recipes
+def test_evaluate_measures_the_agreement_with_a_teacher(finish, teacher_folder, pairs_parquet, tmp_path):
+    (tmp_path / "queries.txt").write_text("red circle\nblue bar\na dog\n")
+    argv = ("--model", teacher_folder, "--agreement_with", teacher_folder, "--eval_data", pairs_parquet)
+    printed = finish("evaluate.py", *argv, "--texts", tmp_path / "queries.txt")
+    assert "mean_agreement: 1.0000" in printed and "decisions: 1.0000" in printed
+
+
+@pytest.mark.recipes
 def test_compare_measures_models_side_by_side(finish, teacher_folder, pairs_parquet, tmp_path):
     other = shutil.copytree(teacher_folder, tmp_path / "other")
     data = ("--eval_data", pairs_parquet, "--rounds", 1, "--output_dir", tmp_path / "out")

@@ -1,0 +1,135 @@
+"""How far a student agrees with its teacher, on images and texts of which none belongs to another."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from clipmap_hf.data.collate import PairCollator, tokenized
+from clipmap_hf.data.pairs import PairSource, load_pairs
+from clipmap_hf.distributed import gather, process_count, process_index
+from clipmap_hf.models.features import encode_images, encode_texts, evaluating
+
+
+__all__ = ["agreement", "evaluate_agreement"]
+
+_CHUNK = 1024  # queries to compare at a time
+Embeds = tuple[torch.Tensor, torch.Tensor]
+
+
+def agreement(student: Embeds, teacher: Embeds) -> dict[str, float]:
+    """
+    Compares the embeddings of two models, of the same images and the same texts.
+
+    Args:
+        student: Normalized embeddings of the images `(images, dim)` and of the texts `(texts, dim)`.
+        teacher: The same of the other model, perhaps of another width.
+
+    Returns:
+        Numbers between 0 and 1, but for the cosines: `image_neighbors` and `text_neighbors`, the share of images
+        (texts) whose nearest other image (text) is the same for both; `decisions`, the share of images for which both
+        choose the same text; `mean_agreement`, the mean of these three; and, where embeddings are equally wide,
+        `image_cosine` and `text_cosine`, the mean cosine between the two models' embeddings.
+
+    Raises:
+        ValueError: If there are fewer than two images or texts, or the models have different numbers of them.
+    """
+    sizes = [[len(embeds) for embeds in model] for model in (student, teacher)]
+    if sizes[0] != sizes[1] or min(sizes[0]) < 2:
+        raise ValueError(
+            f"The student has {sizes[0]} images and texts, the teacher {sizes[1]}; give both the same, of each at "
+            "least two."
+        )
+    shares = {
+        "image_neighbors": _share(_neighbors(student[0]), _neighbors(teacher[0])),
+        "text_neighbors": _share(_neighbors(student[1]), _neighbors(teacher[1])),
+        "decisions": _share(_nearest(*student), _nearest(*teacher)),
+    }
+    found = shares | {"mean_agreement": sum(shares.values()) / len(shares)}
+    if student[0].shape == teacher[0].shape:
+        cosines = {name: F.cosine_similarity(*both).mean().item() for name, both in _both(student, teacher).items()}
+        found |= cosines
+    return found
+
+
+def _both(student: Embeds, teacher: Embeds) -> dict[str, Embeds]:
+    return {"image_cosine": (student[0], teacher[0]), "text_cosine": (student[1], teacher[1])}
+
+
+def _share(chosen: torch.Tensor, wanted: torch.Tensor) -> float:
+    return (chosen == wanted).float().mean().item()
+
+
+def _nearest(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The index of the nearest key of each query, `(queries,)`."""
+    return torch.cat([(chunk @ keys.T).argmax(dim=1) for chunk in queries.split(_CHUNK)])
+
+
+def _neighbors(embeds: torch.Tensor) -> torch.Tensor:
+    """The index of the nearest other embedding of each, `(embeds,)`."""
+    found = []
+    for start in range(0, len(embeds), _CHUNK):
+        scores = embeds[start : start + _CHUNK] @ embeds.T  # (chunk, embeds)
+        rows = torch.arange(len(scores), device=scores.device)
+        scores[rows, start + rows] = -torch.inf
+        found.append(scores.argmax(dim=1))
+    return torch.cat(found)
+
+
+def evaluate_agreement(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: PairSource,
+    texts: Sequence[str],
+    *,
+    processor: Any,
+    image_column: str = "image",
+    split: str = "train",
+    batch_size: int = 256,
+) -> dict[str, float]:
+    """
+    Computes `agreement` of two CLIP models. Nothing has to be paired: the images need no captions. Several processes
+    share the images.
+
+    Args:
+        student: A `CLIPModel`. Both models run in eval mode, each on its own device.
+        teacher: The model that it should agree with.
+        images: What `load_pairs` reads.
+        texts: Queries, class names in prompts, or any texts.
+        processor: Tokenizer and image processor of both.
+        image_column: Column of the images.
+        split: Split of the data set.
+        batch_size: Images, or texts, at a time.
+
+    Raises:
+        ValueError: If there are too few images or texts, or an image cannot be read: an evaluation leaves none out.
+    """
+    rows = load_pairs(images, split=split, image_column=image_column, caption_columns=[])
+    rows = rows.shard(process_count(), process_index(), contiguous=True)
+    collator = PairCollator(processor.tokenizer, processor.image_processor, caption_columns=())
+    batches = list(_whole(DataLoader(rows, batch_size, collate_fn=collator)))
+    tokens = [
+        tokenized(processor.tokenizer, texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)
+    ]
+    return agreement(*(_embeds(model, batches, tokens) for model in (student, teacher)))
+
+
+def _whole(batches: Iterable[Mapping[str, Any]]) -> Iterator[torch.Tensor]:
+    for batch in batches:
+        if batch["bad_rows"]:
+            raise ValueError(f"Images cannot be read: {batch['bad_rows']}; the log says why. Repair the data.")
+        yield batch["pixel_values"]
+
+
+@torch.no_grad()
+def _embeds(model: nn.Module, images: Sequence[torch.Tensor], texts: Sequence[Mapping[str, torch.Tensor]]) -> Embeds:
+    device = model.logit_scale.device
+    with evaluating(model):
+        image_embeds = [encode_images(model, pixels.to(device)) for pixels in images]
+        text_embeds = [encode_texts(model, *(ids.to(device) for ids in tokens.values())) for tokens in texts]
+    if not image_embeds or not text_embeds:
+        raise ValueError("There are no images or no texts to compare on; give at least two of each.")
+    return gather(torch.cat(image_embeds)).cpu(), torch.cat(text_embeds).cpu()
