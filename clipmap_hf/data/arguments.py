@@ -121,6 +121,11 @@ class DataArguments(ReadingArguments, _Sources):
         super().__post_init__()
         if self.validation_fraction and self.eval_data is not None:
             raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
+        if self.validation_fraction and not self.read_columns:
+            raise ValueError(
+                "A validation_fraction is evaluated with its captions, and train_texts reads none. Name 'captions' among "
+                "them, or give eval_data that has captions."
+            )
 
     @cached_property
     def texts(self) -> Texts | None:
