@@ -123,8 +123,8 @@ class DataArguments(ReadingArguments, _Sources):
             raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
         if self.validation_fraction and not self.read_columns:
             raise ValueError(
-                "A validation_fraction is evaluated with its captions, and train_texts reads none. Name 'captions' among "
-                "them, or give eval_data that has captions."
+                "A validation_fraction is evaluated with its captions, and train_texts reads none. Name 'captions' "
+                "among them, or give eval_data that has captions."
             )
 
     @cached_property
