@@ -63,12 +63,17 @@ RUNS = {
         ],
     ),
     "throughput.py": ("--batch_size 1 --rounds 1", ["| ViT-B/16 |", "| base     |", "| small    |", "| tiny     |"]),
+    "unpaired.py": (
+        "--output_dir {folder} --images 128 --steps 1",
+        ["| manual     |", "| calibrated |"],
+    ),
 }
 # Packages that a benchmark needs beside ours, all in extras.
 NEEDS = {
     "data.py": ("webdataset",),
     "packaged_sets.py": ("qtawesome", "sklearn"),
     "runtimes.py": ("onnxruntime", "onnxscript", "sentence_transformers"),
+    "unpaired.py": ("wonderwords",),
 }
 
 
