@@ -360,6 +360,14 @@ def test_a_parquet_file_whose_name_looks_like_a_glob_is_read(rows, tmp_path):
     assert load_pairs(str(tmp_path / "pairs[1].parquet"))["caption"][:] == ["r", "b"]
 
 
+def test_extensions_may_be_capitals_and_the_folder_the_one_at_hand(rows, tmp_path, monkeypatch):
+    rows.to_parquet(tmp_path / "a.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert load_pairs(".")["caption"][:] == ["r", "b"]
+    (tmp_path / "a.parquet").rename(tmp_path / "A.PARQUET")
+    assert load_pairs("A.PARQUET")["caption"][:] == ["r", "b"]
+
+
 def test_a_changed_shard_is_read_again(rows, tmp_path):
     for part in (rows.select([0]), rows):
         part.to_parquet(tmp_path / "a.parquet")

@@ -59,17 +59,18 @@ def load_pairs(
         return undecoded(given_pairs(source), "The data", image_column, caption_columns)
     source = os.fspath(source)
     columns = {"image_column": image_column, "caption_columns": caption_columns, "streaming": streaming}
-    if source.endswith(_FILES) and not os.path.isdir(source):
+    name = source.lower()  # some systems write extensions in capitals
+    if name.endswith(_FILES) and not os.path.isdir(source):
         files = _matching_files(source)
         if not split.startswith("train"):
             raise ValueError(f"split={split!r}: plain files such as {source!r} have only the split 'train'.")
-        if split != "train" and (streaming or source.endswith(TAR_FILES)):
+        if split != "train" and (streaming or name.endswith(TAR_FILES)):
             raise ValueError(f"split={split!r}: tars and streams are read as a whole; take split='train'.")
-        if source.endswith(TAR_FILES):
+        if name.endswith(TAR_FILES):
             return tar_pairs(files, **columns)
         pairs = parquet_pairs(files, split, **columns)
     elif os.path.isdir(source):
-        pairs = folder_pairs(source, split, **columns)
+        pairs = folder_pairs(os.path.abspath(source), split, **columns)  # "." has no name
     elif os.path.exists(source):
         raise ValueError(f"{source!r} is neither a folder nor one of {list(_FILES)} files.")
     else:
