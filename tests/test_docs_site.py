@@ -51,6 +51,17 @@ def test_every_name_of_every_module_has_its_reference_once(pages):
     assert len(objects) == len(set(objects))
 
 
+def test_what_the_site_collects_is_defined_by_a_statement_of_its_own():
+    """The reader of the sources does not see names that are assigned several at a time."""
+    unseen = []
+    for path in Path(clipmap_hf.__file__).parent.rglob("*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        several = [node.targets[0] for node in body if isinstance(node, ast.Assign)]
+        names = {one.id for target in several if isinstance(target, ast.Tuple) for one in target.elts}
+        unseen += [(path.name, name) for name in names & set(listed(path))]
+    assert not unseen
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_option_of_a_recipe_has_its_reference(pages, recipe, monkeypatch, capsys):
     """The options are those that the recipe's own parser has."""

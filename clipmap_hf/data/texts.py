@@ -16,7 +16,8 @@ from clipmap_hf.data.words import word_texts
 
 __all__ = ["CAPTIONS", "Texts", "load_texts"]
 
-CAPTIONS, _WORDS, _LABELS = "captions", "words", "labels:"
+CAPTIONS = "captions"
+_WORDS, _LABELS = "words", "labels:"
 _WORD_TEXTS = 20_000
 
 
