@@ -141,12 +141,11 @@ def agreement(arguments: EvaluateArguments, model, processor) -> dict[str, float
     from clipmap_hf.evaluation.agreement import evaluate_agreement
     from clipmap_hf.models.loading import load_model
 
-    sources = load_texts(arguments.texts).sources.values()
     return evaluate_agreement(
         model,
         load_model(arguments.agreement_with).to(model.device),
         arguments.eval_data,
-        list(dict.fromkeys(text for texts in sources for text in texts)),
+        load_texts(arguments.texts).distinct,
         processor=processor,
         image_column=arguments.image_column,
         split=arguments.eval_split,

@@ -466,6 +466,15 @@ def test_of_a_data_set_on_the_hub_the_needed_columns_are_read(hub, streaming):
     assert hub == [("owner/pairs", None, {"split": "train", "streaming": streaming, "columns": ["image", "caption"]})]
 
 
+def test_types_that_datasets_does_not_know_are_not_looked_at_on_the_hub(hub, clone):
+    odd = pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))
+    for path in (clone / "data").glob("*.parquet"):
+        pq.write_table(pa.table({"image": IMAGE, "caption": ["a"], "odd": odd}), path)
+    builder = clipmap_hf.data.folders.load_dataset_builder("owner/pairs", None)
+    files = builder.config.data_files["train"]
+    assert clipmap_hf.data.folders._needed(builder, files, "image", ["caption"]) == ["image", "caption"]
+
+
 def test_a_column_that_a_data_set_on_the_hub_lacks_is_named(hub):
     with pytest.raises(ValueError, match=r"no column \['text'\]; it has \['image', 'caption'\]"):
         load_pairs("owner/pairs", caption_columns=["text"])

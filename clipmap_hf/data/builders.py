@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pandas as pd
 import pyarrow as pa
@@ -18,7 +19,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from clipmap_hf.data.columns import check_images, check_present, common_kind, split_names
 
 
-__all__ = ["image_folder_pairs", "parquet_pairs"]
+__all__ = ["image_folder_pairs", "parquet_features", "parquet_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def parquet_pairs(
     Raises:
         ValueError: If a file is not parquet, lacks a column, or has another kind of values in it than others.
     """
-    found = [_parquet_features(file, image_column, caption_columns) for file in files]
+    found = [parquet_features(file, image_column, caption_columns) for file in files]
     sources = [*found, known or {}]
     features = Features({image_column: Image(decode=False)})
     for column in dict.fromkeys(caption_columns):
@@ -64,10 +65,23 @@ def parquet_pairs(
     return _built(builder, split, streaming)
 
 
-def _parquet_features(file: str, image_column: str, caption_columns: Sequence[str]) -> Features:
-    """The features of the columns that are read; others may be of types that `datasets` does not know."""
+def parquet_features(
+    file: str, image_column: str, caption_columns: Sequence[str], opened: BinaryIO | None = None
+) -> Features:
+    """
+    Reads the features of the columns that are read; others may be of types that `datasets` does not know.
+
+    Args:
+        file: Path of a parquet file.
+        image_column: Column of the images.
+        caption_columns: Other columns to read.
+        opened: The file, if its path is none of this machine.
+
+    Raises:
+        ValueError: If the file is not parquet, lacks a column, or its image column holds no images.
+    """
     try:
-        schema = pq.read_schema(file)
+        schema = pq.read_schema(opened or file)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file!r} is no parquet file, or is cut off: {error}") from error
     check_present(schema.names, repr(file), image_column, caption_columns)

@@ -86,7 +86,7 @@ class CalibrationPairs:
 
 
 def calibration_rows(
-    source: PairSource, *, image_column: str, caption_column: str, **reading: Any
+    source: PairSource, *, image_column: str, caption_column: str | None, **reading: Any
 ) -> Dataset | IterableDataset:
     """
     Loads pairs to calibrate on, or images alone where a source has nothing else, such as a folder of images without
@@ -95,7 +95,7 @@ def calibration_rows(
     Args:
         source: What `load_pairs` reads.
         image_column: Column of the images.
-        caption_column: Column of the captions.
+        caption_column: Column of the captions; `None` if they are not to be read.
         reading: Further arguments of `load_pairs`.
 
     Raises:
@@ -104,6 +104,8 @@ def calibration_rows(
     columns = {"image_column": image_column, **reading}
     if "split" in columns:  # a slice was meant for the training data
         columns["split"] = split_names(columns["split"])[0]
+    if caption_column is None:
+        return load_pairs(source, caption_columns=[], **columns)
     try:
         return load_pairs(source, caption_columns=[caption_column], **columns)
     except MissingColumnError as error:
@@ -133,11 +135,8 @@ def sampled_pairs(
     """
     columns = {"image_column": image_column, "caption_column": caption_column}
     if isinstance(source, (str, os.PathLike)):
-        if caption_column is None:
-            rows = load_pairs(source, image_column=image_column, caption_columns=[])
-        else:
-            rows = calibration_rows(source, image_column=image_column, caption_column=caption_column)
-            columns["caption_column"] = caption_column if caption_column in rows.column_names else None
+        rows = calibration_rows(source, image_column=image_column, caption_column=caption_column)
+        columns["caption_column"] = caption_column if caption_column in rows.column_names else None
         columns["image_column"] = "image"  # to which `load_pairs` renames it
     else:
         rows = given_pairs(source)

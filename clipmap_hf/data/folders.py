@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
-import pyarrow.parquet as pq
 from datasets import (
     Dataset,
     DatasetBuilder,
     DatasetDict,
-    Features,
     IterableDataset,
     ReadInstruction,
     concatenate_datasets,
@@ -26,7 +24,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import metadata_load
 
-from clipmap_hf.data.builders import image_folder_pairs, parquet_pairs
+from clipmap_hf.data.builders import image_folder_pairs, parquet_features, parquet_pairs
 from clipmap_hf.data.columns import check_columns, split_names
 from clipmap_hf.data.tar_shards import tar_pairs
 
@@ -155,11 +153,11 @@ def _builder(name: str, config: str | None) -> DatasetBuilder:
 
 def _needed(builder: Parquet, files: Sequence[str], image_column: str, caption_columns: Sequence[str]) -> list[str]:
     """The columns that are read; looks whether they are there, in the first file if nothing else says so."""
-    features = builder.info.features
-    if features is None:
-        with fsspec.open(files[0]) as file:
-            features = Features.from_arrow_schema(pq.read_schema(file))
-    check_columns(features, repr(builder.repo_id or files[0]), image_column, caption_columns)
+    if builder.info.features is None:
+        with fsspec.open(files[0]) as opened:
+            parquet_features(files[0], image_column, caption_columns, opened)
+    else:
+        check_columns(builder.info.features, repr(builder.repo_id or files[0]), image_column, caption_columns)
     return [image_column, *caption_columns]
 
 

@@ -55,6 +55,11 @@ class Texts:
         """Whether the captions of the rows are among the sources."""
         return CAPTIONS in self.sources
 
+    @property
+    def distinct(self) -> list[str]:
+        """The different texts of all sources, in their order; the captions of rows are not among them."""
+        return list(dict.fromkeys(text for texts in self.sources.values() for text in texts))
+
     @cached_property
     def digest(self) -> str:
         """Tells these texts and weights from others."""

@@ -50,13 +50,9 @@ def agreement(student: Embeds, teacher: Embeds) -> dict[str, float]:
     }
     found = shares | {"mean_agreement": sum(shares.values()) / len(shares)}
     if student[0].shape == teacher[0].shape:
-        cosines = {name: F.cosine_similarity(*both).mean().item() for name, both in _both(student, teacher).items()}
-        found |= cosines
+        for name, both in zip(("image_cosine", "text_cosine"), zip(student, teacher, strict=True), strict=True):
+            found[name] = F.cosine_similarity(*both).mean().item()
     return found
-
-
-def _both(student: Embeds, teacher: Embeds) -> dict[str, Embeds]:
-    return {"image_cosine": (student[0], teacher[0]), "text_cosine": (student[1], teacher[1])}
 
 
 def _share(chosen: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, Readi
 from clipmap_hf.data.calibration_pairs import CalibrationPairs, calibration_rows
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
+from clipmap_hf.data.pairs import PairSource, given_pairs
 from clipmap_hf.data.sources import described, training_pairs
 from clipmap_hf.data.texts import Texts, load_texts
 from clipmap_hf.distributed import join_processes
@@ -235,7 +235,10 @@ class RunContext:
         data = self.data
         if calibration.calibration_data in (None, data.train_data):
             return self.pairs.pairs
-        reading = {"split": data.train_split, "image_column": data.image_column, "streaming": data.streaming}
-        if not data.read_columns:
-            return load_pairs(calibration.calibration_data, caption_columns=[], **reading)
-        return calibration_rows(calibration.calibration_data, caption_column=data.caption_column[0], **reading)
+        return calibration_rows(
+            calibration.calibration_data,
+            split=data.train_split,
+            image_column=data.image_column,
+            caption_column=data.caption_column[0] if data.read_columns else None,
+            streaming=data.streaming,
+        )

@@ -72,9 +72,8 @@ def trained(arguments: argparse.Namespace, rows: datasets.Dataset, start: str, n
 
 def number_of_texts(rows: datasets.Dataset, name: str) -> int:
     """How many different texts there are in all sources together."""
-    sources = load_texts(TEXTS[name]["train_texts"]).sources
-    own = rows["caption"] if "captions" in sources else ()
-    return len({*own, *(text for texts in sources.values() for text in texts)})
+    texts = load_texts(TEXTS[name]["train_texts"])
+    return len({*texts.distinct, *(rows["caption"] if texts.has_captions else ())})
 
 
 def both(metrics: dict[str, float], k: int) -> str:
