@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from clipmap_hf.config import Budget, ClipMapConfig, requested_config
-from clipmap_hf.costs.cost import CostReport, model_cost
+from clipmap_hf.costs.cost import CostReport
 from clipmap_hf.data.calibration_pairs import sampled_pairs
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.pairs import PairSource, holds_pairs
@@ -208,12 +208,12 @@ class ClipMapCompressor(nn.Module):
         return self.mapper.get_text_features(**inputs)
 
     def cost(self) -> CostReport:
-        """Parameters, MACs per tower and bytes of teacher and student; prints as a table."""
+        """Parameters, MACs per tower, bytes and heads of teacher and student; prints as a table with a note."""
         return self._cost
 
     @cached_property
     def _cost(self) -> CostReport:  # counted once: every save shows it
-        return CostReport({"teacher": model_cost(self.mapper.plan.teacher), "student": model_cost(self.mapper.config)})
+        return CostReport.of(self.mapper.plan.teacher, self.mapper.config)
 
     def export(self) -> PreTrainedModel:
         """The student as it stands, an ordinary `CLIPModel`."""

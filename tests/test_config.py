@@ -88,7 +88,7 @@ def test_a_student_config_builds_a_model(tiny_config):
 
 BAD_SIZES = {  # of a text tower 48 wide, heads 16 wide, FFN 192, 3 layers
     "between two heads": (TowerConfig(hidden_size=40), r"text\.hidden_size=40 is not .* head width 16.*pick 32 or 48"),
-    "below a head": (TowerConfig(hidden_size=8), r"text\.hidden_size=8 is not .*; pick 16\."),
+    "below a head": (TowerConfig(hidden_size=8), r"text\.hidden_size=8 is not .*; pick 16, or give text\.num_att"),
     "wider": (TowerConfig(hidden_size=64), r"text\.hidden_size=64 must be an integer from 1 to the teacher's 48"),
     "no width": (TowerConfig(hidden_size=0), r"text\.hidden_size=0 must be an integer from 1"),
     "negative width": (TowerConfig(hidden_size=-16), r"text\.hidden_size=-16 must be an integer from 1"),
@@ -98,8 +98,10 @@ BAD_SIZES = {  # of a text tower 48 wide, heads 16 wide, FFN 192, 3 layers
     "wider FFN": (TowerConfig(intermediate_size=193), r"text\.intermediate_size=193 must be .* the teacher's 192"),
     "no FFN": (TowerConfig(intermediate_size=0), r"text\.intermediate_size=0 must be an integer from 1"),
     "negative FFN": (TowerConfig(intermediate_size=-4), r"text\.intermediate_size=-4 must be an integer from 1"),
-    "wrong heads": (TowerConfig(hidden_size=32, num_attention_heads=4), r"num_attention_heads=4 .* it must be 2"),
-    "no heads": (TowerConfig(num_attention_heads=0), r"num_attention_heads=0 .* it must be 3"),
+    "wrong heads": (TowerConfig(32, num_attention_heads=5), r"heads=5 does not fit text\.hidden_size=32.*\[2, 4, 8"),
+    "wide heads": (TowerConfig(32, num_attention_heads=1), r"heads=1 .* no wider than the teacher's 16"),
+    "no heads": (TowerConfig(num_attention_heads=0), r"num_attention_heads=0 does not fit text\.hidden_size=48"),
+    "half a head": (TowerConfig(num_attention_heads=4.5), r"num_attention_heads=4\.5 does not fit"),
 }
 
 
@@ -177,7 +179,7 @@ def test_an_unknown_key_of_a_tower_is_an_error_that_lists_the_allowed(tower):
     [
         (
             {"initializer": "svd"},
-            r"initializer='svd' is unknown; allowed are \['calibrated', 'diagonal', 'importance'",
+            r"initializer='svd' is unknown; allowed are \['calibrated', 'calibrated_whole', 'diagonal', 'importance'",
         ),
         (
             {"depth": "last"},

@@ -57,9 +57,9 @@ def test_widths_are_multiples_of_the_head_width_and_depths_any(teacher):
 
 
 def test_sizes_that_are_given_are_the_only_ones(teacher):
-    config = ClipMapConfig(TowerConfig(num_attention_heads=2), TowerConfig(48, num_hidden_layers=2))
+    config = ClipMapConfig(TowerConfig(num_attention_heads=8), TowerConfig(48, num_hidden_layers=2))
     assert grid_of(teacher, config) == {
-        "vision": TowerGrid((32,), (1, 2, 3, 4)),
+        "vision": TowerGrid((64,), (1, 2, 3, 4)),  # heads alone are those of the teacher's width
         "text": TowerGrid((48,), (2,)),
     }
     with pytest.raises(ValueError, match="text.hidden_size=40 is not a multiple of the teacher's head width 16"):

@@ -107,6 +107,7 @@ def by_hand(model: CLIPModel, pairs: dict, tower: str) -> TowerStatistics:
         )
     return TowerStatistics(
         read=torch.stack([*(moment(norm(counted(stream)), weights) for stream in norms), moment(norm(pooled))]),
+        means=torch.stack([*(weights @ norm(counted(stream)) for stream in norms), norm(pooled).mean(dim=0)]),
         embedded=moment(found["pre_layrnorm"][0].flatten(0, 1)) if tower == "vision" else None,
         embeds=moment(found["embeds"][0] / found["embeds"][0].norm(dim=1, keepdim=True)),
         attended=[spread(stream) for stream in found["out_proj"]],
@@ -118,7 +119,7 @@ def by_hand(model: CLIPModel, pairs: dict, tower: str) -> TowerStatistics:
 
 
 def assert_same(given: TowerStatistics, expected: TowerStatistics, tolerance: float = 1e-5) -> None:
-    for name in ("read", "embeds", "changed", "head_energy", "neuron_energy"):
+    for name in ("read", "means", "embeds", "changed", "head_energy", "neuron_energy"):
         torch.testing.assert_close(getattr(given, name), getattr(expected, name), atol=tolerance, rtol=tolerance)
     for name in ("attended", "activated"):
         for one, two in zip(getattr(given, name), getattr(expected, name), strict=True):

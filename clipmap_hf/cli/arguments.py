@@ -50,11 +50,18 @@ class StudentArguments:
     projection_dim: int | None = field(
         default=None, metadata={"help": "Size of the joint embedding; the teacher's by default."}
     )
+    heads: str | None = field(
+        default=None,
+        metadata={
+            "help": "Heads where no number is given: `whole` ones, as wide as the teacher's, or as many, but `narrow` "
+            "(default with calibrated)."
+        },
+    )
     initializer: str | None = field(
         default=None,
         metadata={
-            "help": "Start of the operators: calibrated (default), importance; without data diagonal, random, "
-            "kaiming, xavier; selections manual, magnitude, taylor, mope, random_selection."
+            "help": "Start of the operators: calibrated (default), calibrated_whole, importance; without data "
+            "diagonal, random, kaiming, xavier; selections manual, magnitude, taylor, mope, random_selection."
         },
     )
     refit: bool | None = field(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipmap_hf.config.budget import Budget
+from clipmap_hf.config.heads import HEAD_RULES, check_head_count, head_count
 from clipmap_hf.config.names import DEPTH_NAMES, START_NAMES
 
 
@@ -20,14 +21,15 @@ __all__ = ["ClipMapConfig", "TowerConfig"]
 @dataclass(frozen=True)
 class TowerConfig:
     """
-    The size of a tower. What is left out follows from the teacher: width and depth stay, the FFN keeps its ratio to
-    the width, and the head width is always kept (`CLIPConfig` can express nothing else).
+    The size of a tower. What is left out follows from the teacher: width and depth stay, and the FFN keeps its ratio
+    to the width.
 
     Args:
         hidden_size: Width.
         intermediate_size: FFN width.
         num_hidden_layers: Depth.
-        num_attention_heads: Heads; if given, it must be `hidden_size` over the teacher's head width.
+        num_attention_heads: Heads, which must divide the width and be no wider than the teacher's; by default as
+            `ClipMapConfig.heads` says.
     """
 
     hidden_size: int | None = None
@@ -35,32 +37,23 @@ class TowerConfig:
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
 
-    def resolve(self, teacher: PretrainedConfig, name: str) -> TowerConfig:
+    def resolve(self, teacher: PretrainedConfig, name: str, rule: str = "whole") -> TowerConfig:
         """
         Fills in what was left out.
 
         Args:
             teacher: The config of the teacher's tower.
             name: `vision` or `text`, for errors.
+            rule: The rule for heads, as in `head_count`.
 
         Raises:
             ValueError: If the tower cannot be cut from this teacher; the message says what can.
         """
-        head_width = teacher.hidden_size // teacher.num_attention_heads
         width = self._checked(name, "hidden_size", teacher.hidden_size, teacher.hidden_size)
-        if width % head_width:
-            below, above = width // head_width * head_width, (width // head_width + 1) * head_width
-            near = " or ".join(str(w) for w in (below, above) if 0 < w <= teacher.hidden_size)
-            raise ValueError(
-                f"{name}.hidden_size={width} is not a multiple of the teacher's head width {head_width}, which is "
-                f"kept; pick {near}."
-            )
-        heads = width // head_width
-        if self.num_attention_heads not in (None, heads):
-            raise ValueError(
-                f"{name}.num_attention_heads={self.num_attention_heads} does not fit {name}.hidden_size={width}: with "
-                f"the teacher's head width {head_width} it must be {heads}."
-            )
+        heads = self.num_attention_heads
+        if heads is None:
+            heads = head_count(width, teacher, rule, name)
+        check_head_count(heads, width, teacher, name)
         default_ffn = width * teacher.intermediate_size // teacher.hidden_size
         return TowerConfig(
             width,
@@ -87,6 +80,10 @@ class ClipMapConfig:
         text: Size of the text tower. A tower that is left as large as the teacher's is kept as it is, bit for bit.
         projection_dim: Width of the joint embedding; the teacher's by default, so that the student's embeddings
             live in the teacher's space.
+        heads: How many heads a tower gets that does not say it. `whole` keeps the teacher's head width where the width
+            is a multiple of it, as the papers do. `narrow` keeps the teacher's number of heads where that makes them a
+            multiple of 8 and at least 16 wide, else the nearest number that does. By default `narrow` with
+            `calibrated`, else `whole`.
         budget: What the student may cost, a `Budget` or its values by name. Widths and depths that are not given are
             then searched (`choose_shape`) instead of taken from the teacher.
         initializer: How the width operators start, a key of `STARTS` (`diagonal` is Eq. 9). Some starts read
@@ -111,6 +108,7 @@ class ClipMapConfig:
     vision: TowerConfig = field(default_factory=TowerConfig)
     text: TowerConfig = field(default_factory=TowerConfig)
     projection_dim: int | None = None
+    heads: Literal["whole", "narrow"] | None = None
     budget: Budget | Mapping[str, Any] | None = None
     initializer: str | None = None
     refit: bool = True
@@ -123,6 +121,7 @@ class ClipMapConfig:
 
     def __post_init__(self):
         for name, allowed in (
+            ("heads", (None, *HEAD_RULES)),
             ("initializer", (None, *START_NAMES)),
             ("depth", DEPTH_NAMES),
             ("depth_per", ("tower", "kind")),
@@ -140,6 +139,11 @@ class ClipMapConfig:
             object.__setattr__(self, "budget", Budget.from_dict(self.budget))
         if not isinstance(self.budget, Budget | None):
             raise TypeError(f"budget must be a Budget or its values by name, got {type(self.budget).__name__}.")
+
+    @property
+    def head_rule(self) -> str:
+        """The rule for heads, of `HEAD_RULES`."""
+        return self.heads or ("narrow" if self.initializer == "calibrated" else "whole")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all values as plain JSON types; a budget of `None` is left out."""

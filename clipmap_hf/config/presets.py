@@ -10,6 +10,7 @@ def _preset(vision_width: int, vision_depth: int, text_width: int, text_depth: i
     return ClipMapConfig(
         vision=TowerConfig(hidden_size=vision_width, num_hidden_layers=vision_depth),
         text=TowerConfig(hidden_size=text_width, num_hidden_layers=text_depth),
+        heads="whole",
     )
 
 

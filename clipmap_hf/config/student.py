@@ -40,7 +40,7 @@ def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> Pretrain
     has_projections = hasattr(teacher, "projection_dim")
     for name in ("vision", "text"):
         tower = getattr(student, f"{name}_config")
-        size = getattr(config, name).resolve(tower, name)
+        size = getattr(config, name).resolve(tower, name, config.head_rule)
         for attribute, value in dataclasses.asdict(size).items():
             setattr(tower, attribute, value)
         if has_projections:

@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, CLIPConfig, PreTrainedModel
+from transformers import AutoModel, CLIPConfig, PretrainedConfig, PreTrainedModel
 
+from clipmap_hf.config.heads import shown_heads
 from clipmap_hf.files.tables import markdown_table, scaled_column
 
 
@@ -131,7 +133,22 @@ def _text_macs(model: PreTrainedModel) -> int:
 
 
 class CostReport(dict[str, Cost]):
-    """A dict of costs by name. It prints as a `cost_table`."""
+    """
+    A dict of costs by name. It prints as a `cost_table`, with a note below.
+
+    Args:
+        costs: The costs by name, as a dict takes them.
+        note: What there is to say besides, such as which heads the student has.
+    """
+
+    def __init__(self, *costs: Any, note: str = "", **named: Cost):
+        super().__init__(*costs, **named)
+        self.note = note
+
+    @classmethod
+    def of(cls, teacher: PretrainedConfig, student: PretrainedConfig) -> "CostReport":
+        """Compares the models that two configs describe, and says which heads the student has."""
+        return cls(teacher=model_cost(teacher), student=model_cost(student), note=shown_heads(teacher, student))
 
     def __str__(self) -> str:
-        return cost_table(self)
+        return "\n\n".join(filter(None, [cost_table(self), self.note]))

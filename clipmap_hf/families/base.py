@@ -89,6 +89,7 @@ class Family:
             config. Dots in the name lead into the config of a tower.
         layer_spaces: Spaces of which every layer has its own. Of the other spaces, there is one per tower or, if they
             are shared, one per model.
+        head_spaces: Spaces of which every attention head has its own part.
         norms: The LayerNorms that can be folded into the layers that read them.
         ties: Spaces that are mapped by the operator of another space, as `{space: other space}`. They are added to
             those of `operator_ties`.
@@ -102,6 +103,7 @@ class Family:
     spaces: Mapping[str, str]
     shared_spaces: Mapping[str, str]
     layer_spaces: frozenset[str]
+    head_spaces: frozenset[str] = frozenset({"query", "key", "value", "pool"})
     norms: tuple[NormRule, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     layerwise: bool = True

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from clipmap_hf.config import ClipMapConfig, cut_towers, student_config
+from clipmap_hf.config.heads import head_width
 from clipmap_hf.families import Family, TensorSpec, family_for
 from clipmap_hf.mapping.depth import DEPTH_RULES
 from clipmap_hf.mapping.fold import fold
@@ -108,6 +109,18 @@ class MappingPlan:
                 layers = (self.depths(spec.tower)[0],) if is_layered else ()
                 shapes[self.operator_name(space, spec.tower)] = (*layers, small, big)
         return shapes
+
+    def head_widths(self) -> dict[str, tuple[int, int]]:
+        """
+        The operators of the channels of heads, by name, with the width of a head in the student and in the teacher;
+        those of towers whose heads become narrower.
+        """
+        found = {}
+        for tower in self.cut:
+            small, big = (head_width(getattr(config, f"{tower}_config")) for config in (self.student, self.teacher))
+            spaces = sorted(self.family.head_spaces & self.family.spaces.keys())
+            found |= {self.operator_name(space, tower): (small, big) for space in spaces if small < big}
+        return found
 
     def operator_name(self, space: str, tower: str | None) -> str:
         """The operator that maps a space of a tower."""

@@ -52,11 +52,13 @@ class Tower:
     def attended(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
         """Computes what `out_proj` reads: the heads' outputs side by side, `(items, tokens, hidden_size)`."""
         attention, read = layer.self_attn, layer.layer_norm1(stream)
-        query, key, value = (
-            project(read).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )  # (items, heads, tokens, head width)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=self.name == "text")
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return self.attend(self.config.num_attention_heads, *(project(read) for project in projections))
+
+    def attend(self, heads: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Computes the outputs of heads side by side, from what they ask, offer and give: `(items, tokens, …)`."""
+        split = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in (query, key, value))
+        out = F.scaled_dot_product_attention(*split, is_causal=self.name == "text")
         return out.transpose(1, 2).flatten(2)
 
     def activated(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
+from clipmap_hf.config.heads import shown_heads
 from clipmap_hf.costs.cost import Cost, CostReport, model_cost, with_bytes_of
 from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.families import family_for
@@ -120,7 +121,7 @@ class DistillationTrainer(StageTrainer):
         costs = self._costs | {"student": with_bytes_of(self._costs["student"], written)}
         card = render_card(
             teacher.id,
-            str(CostReport(costs)),
+            str(CostReport(costs, note=shown_heads(self.teachers[0].model.config, written.config))),
             model_class=type(self.student).__name__,
             revision=teacher.revision,
             results=results,

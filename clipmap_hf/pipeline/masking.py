@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmap_hf.config import ClipMapConfig
-from clipmap_hf.costs.cost import CostReport, model_cost
+from clipmap_hf.costs.cost import CostReport
 from clipmap_hf.hub.card import render_card
 from clipmap_hf.hub.folder import write_card, write_student_folder
 from clipmap_hf.models.loading import check_float
@@ -71,7 +71,7 @@ class MaskingTrainer(StageTrainer):
         write_student_folder(folder, model, self.processing_class)
         card = render_card(
             source.id,
-            str(CostReport(teacher=model_cost(self.source.model.config), student=model_cost(model.config))),
+            str(CostReport.of(self.source.model.config, model.config)),
             model_class=type(model).__name__,
             method="Its weights were selected from the teacher's by learned masks (TinyCLIP), and trained with them.",
             revision=source.revision,

@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from clipmap_hf.config import Budget, ClipMapConfig, cut_towers, student_config
+from clipmap_hf.config.heads import head_width
 from clipmap_hf.files.tables import markdown_table, scaled_column
 from clipmap_hf.shapes.grid import Grid, Shape, Table, counted_costs, grid_of, with_shape
 from clipmap_hf.shapes.latency import latency_costs, measured_latency
@@ -86,7 +87,7 @@ def choose_shape(
     shown: int = 5,
 ) -> Choice:
     """
-    Chooses the widths (multiples of the head width) and depths that `config` leaves open.
+    Chooses the widths (multiples of the teacher's head width) and depths that `config` leaves open.
 
     Only shapes are compared that fit the budget, and would not fit it if any width or depth were one step larger. With
     `kept`, the best shape keeps most of the teacher's energy (`energy_rule`). Otherwise, it is the shape that is
@@ -137,7 +138,7 @@ def _choose(
         rule = literature_rule(teacher, grid, costs, limit)
     else:
         towers = {name: getattr(teacher, f"{name}_config") for name in grid}
-        head_widths = {name: tower.hidden_size // tower.num_attention_heads for name, tower in towers.items()}
+        head_widths = {name: head_width(tower) for name, tower in towers.items()}
         rule = energy_rule(grid, kept, head_widths)
     total, score = (table["vision"][:, :, None, None] + table["text"] for table in (costs, rule.scores))
     sizes = [values for tower in grid.values() for values in (tower.widths, tower.depths)]

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from clipmap_hf.config import ClipMapConfig, student_config
+from clipmap_hf.config.heads import head_width
 from clipmap_hf.costs.cost import model_cost, parameter_count
 
 
@@ -55,8 +56,8 @@ Table = dict[str, torch.Tensor]  # for `vision` and `text`, values `(widths, dep
 
 def grid_of(teacher: PretrainedConfig, config: ClipMapConfig) -> Grid:
     """
-    Makes the grid of shapes to search: all multiples of the head width and all depths, up to the teacher's. Sizes that
-    `config` gives are kept.
+    Makes the grid of shapes to search: all multiples of the teacher's head width and all depths, up to the teacher's.
+    Sizes that `config` gives are kept; a number of heads that is given without a width is that of the teacher's width.
 
     Args:
         teacher: The teacher's config.
@@ -68,13 +69,10 @@ def grid_of(teacher: PretrainedConfig, config: ClipMapConfig) -> Grid:
     grid = {}
     for name in ("vision", "text"):
         tower, given = getattr(teacher, f"{name}_config"), getattr(config, name)
-        head_width = tower.hidden_size // tower.num_attention_heads
-        if given.hidden_size is None and given.num_attention_heads is not None:
-            given = dataclasses.replace(given, hidden_size=given.num_attention_heads * head_width)
-        size = given.resolve(tower, name)
+        size, step = given.resolve(tower, name, config.head_rule), head_width(tower)
         grid[name] = TowerGrid(
-            tuple(range(head_width, tower.hidden_size + 1, head_width))
-            if given.hidden_size is None
+            tuple(range(step, tower.hidden_size + 1, step))
+            if given.hidden_size is given.num_attention_heads is None
             else (size.hidden_size,),
             tuple(range(1, tower.num_hidden_layers + 1))
             if given.num_hidden_layers is None

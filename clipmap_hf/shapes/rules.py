@@ -97,11 +97,11 @@ def energy_rule(grid: Grid, kept: Mapping[str, torch.Tensor], head_widths: Mappi
     Args:
         grid: The shapes.
         kept: The result of `kept_energy`.
-        head_widths: Head width of each tower.
+        head_widths: Head width of each of the teacher's towers. A width counts as that of the whole heads in it.
     """
     scores = {}
     for name, tower in grid.items():
-        heads = torch.tensor(tower.widths) // head_widths[name] - 1
+        heads = (torch.tensor(tower.widths) // head_widths[name]).clamp(min=1) - 1
         scores[name] = kept[name][heads][:, torch.tensor(tower.depths) - 1].log()
     return Rule(
         scores,

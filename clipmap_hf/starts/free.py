@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.starts.selection.scores import selection
 
 
-__all__ = ["diagonal", "kaiming", "random", "start_by", "xavier"]
+__all__ = ["diagonal", "first_of_heads", "kaiming", "random", "start_by", "xavier"]
 
 Fill = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
@@ -23,7 +24,11 @@ def start_by(fill: Fill) -> Callable[[PreTrainedModel, MappingPlan, Iterable], W
 
 def _start_by(fill: Fill, teacher: PreTrainedModel, plan: MappingPlan, batches: Iterable) -> WeightMapper:
     generator = torch.Generator().manual_seed(plan.config.seed)
-    operators = {name: fill(shape, generator) for name, shape in plan.operator_shapes().items()}
+    operators, widths = {}, plan.head_widths()
+    for name, shape in plan.operator_shapes().items():
+        operators[name] = fill(shape, generator)
+        if fill is diagonal and name in widths:
+            operators[name] = first_of_heads(shape, *widths[name])
     return WeightMapper(plan, plan.teacher_tensors(teacher), operators, plan.layers_by_rule())
 
 
@@ -37,6 +42,19 @@ def diagonal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor
         generator: Not used.
     """
     return torch.eye(*shape[-2:]).expand(shape).clone()
+
+
+def first_of_heads(shape: tuple[int, ...], small: int, big: int) -> torch.Tensor:
+    """
+    Diagonal inheritance of heads that become narrower: the first channels of each of the first heads.
+
+    Args:
+        shape: `(layers, small, big)`.
+        small: Channels of a head of the student.
+        big: Channels of a head of the teacher.
+    """
+    entries = torch.arange(shape[-2])
+    return selection(entries // small * big + entries % small, shape[-1]).expand(shape).clone()
 
 
 def random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from clipmap_hf.config import ClipMapConfig
+from clipmap_hf.config.heads import head_width
 from clipmap_hf.families import Family, family_for
 from clipmap_hf.mapping.depth import DEPTH_RULES
 from clipmap_hf.mapping.mapper import WeightMapper
@@ -20,7 +22,7 @@ from clipmap_hf.starts.selection.mope import mope
 from clipmap_hf.starts.selection.start import select_by
 
 
-__all__ = ["STARTS", "Start", "check_start", "make_plan", "start_mapper", "start_of"]
+__all__ = ["STARTS", "Start", "check_heads", "check_start", "make_plan", "start_mapper", "start_of"]
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
 
@@ -37,6 +39,8 @@ class Start:
         depth_rule: The depth rule that it brings with it, beside those of `DEPTH_RULES`.
         folds: Whether the teacher is folded and the student's weights are corrected (`MappingPlan`).
         layerwise: Whether it goes through the teacher layer by layer, which a family must allow.
+        narrows: Whether it can make heads narrower.
+        adds: Whether a layer may have more heads than one of the teacher's, if it stands for several.
     """
 
     make: Callable[[PreTrainedModel, MappingPlan, Batches], WeightMapper]
@@ -45,16 +49,26 @@ class Start:
     depth_rule: str | None = None
     folds: bool = False
     layerwise: bool = False
+    narrows: bool = True
+    adds: bool = False
 
 
 STARTS = {
-    "calibrated": Start(calibrated, reads_pairs=True, depth_rule="similarity", folds=True, layerwise=True),
+    "calibrated": Start(calibrated, reads_pairs=True, depth_rule="similarity", folds=True, layerwise=True, adds=True),
+    "calibrated_whole": Start(
+        partial(calibrated, by_energy=True),
+        reads_pairs=True,
+        depth_rule="similarity",
+        folds=True,
+        layerwise=True,
+        narrows=False,
+    ),
     "diagonal": Start(start_by(diagonal)),
     "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=True),
     "kaiming": Start(start_by(kaiming)),
     "magnitude": Start(select_by(magnitude), depth_rule="score"),
     "manual": Start(select_by(manual), depth_rule="score"),
-    "mope": Start(select_by(mope), reads_pairs=True, matches=True, depth_rule="score", layerwise=True),
+    "mope": Start(select_by(mope), reads_pairs=True, matches=True, depth_rule="score", layerwise=True, narrows=False),
     "random": Start(start_by(random)),
     "random_selection": Start(select_by(random_selection), depth_rule="score"),
     "taylor": Start(select_by(taylor), reads_pairs=True, matches=True, depth_rule="score"),
@@ -80,7 +94,9 @@ def start_mapper(teacher: PreTrainedModel, config: ClipMapConfig, batches: Batch
     """
     check_finite(teacher.state_dict(), "The teacher")
     check_start(config, family_for(teacher.config), has_pairs=batches is not None)
-    return start_of(config).make(teacher, make_plan(teacher, config), () if batches is None else batches)
+    plan = make_plan(teacher, config)
+    check_heads(plan)
+    return start_of(config).make(teacher, plan, () if batches is None else batches)
 
 
 def make_plan(teacher: PreTrainedModel, config: ClipMapConfig) -> MappingPlan:
@@ -91,6 +107,35 @@ def make_plan(teacher: PreTrainedModel, config: ClipMapConfig) -> MappingPlan:
 def start_of(config: ClipMapConfig) -> Start:
     """The start that a config names; `diagonal`, if it names none."""
     return STARTS[config.initializer or "diagonal"]
+
+
+def check_heads(plan: MappingPlan) -> None:
+    """
+    Checks that a start can make a student's heads, before anything is computed.
+
+    Args:
+        plan: Of the mapping.
+
+    Raises:
+        ValueError: If heads become narrower or more, and the start cannot do that.
+    """
+    name, start = plan.config.initializer or "diagonal", start_of(plan.config)
+    for tower in plan.cut:
+        big, small = (getattr(config, f"{tower}_config") for config in (plan.teacher, plan.student))
+        old, new = head_width(big), head_width(small)
+        if new < old and not start.narrows:
+            others = sorted(name for name, other in STARTS.items() if other.narrows)
+            raise ValueError(
+                f"initializer={name!r} keeps whole heads, {old} wide, but those of the {tower} tower would be {new} "
+                f"wide. Give a width that is a multiple of {old} and no number of heads; or start by one of {others}."
+            )
+        if small.num_attention_heads > big.num_attention_heads and not start.adds:
+            others = sorted(name for name, other in STARTS.items() if other.adds)
+            raise ValueError(
+                f"initializer={name!r} cannot make {small.num_attention_heads} heads of the {tower} tower's "
+                f"{big.num_attention_heads}. Ask for fewer, or start by one of {others}: there, a layer may have "
+                "heads of several of the teacher's."
+            )
 
 
 def check_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> None:

@@ -5,7 +5,7 @@ import torch
 from clipmap_hf.distributed import sum_over_processes
 
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "with_constant"]
 
 
 class Moments:
@@ -72,6 +72,16 @@ class Moments:
         squares = self.input_input if self.diagonal else self.input_input.diagonal()
         return squares / self.weight - self.mean**2
 
+    @property
+    def cross_covariance(self) -> torch.Tensor:
+        """The covariance of inputs and targets, `(inputs, targets)`."""
+        return self.input_target / self.weight - torch.outer(self.mean, self.target / self.weight)
+
+    @property
+    def with_constant(self) -> torch.Tensor:
+        """The second moment of the inputs with a 1 behind them, `(inputs + 1, inputs + 1)`."""
+        return with_constant(self.second_moment, self.mean)
+
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The linear layer that gives the targets from the inputs with the least squared error.
@@ -93,5 +103,11 @@ class Moments:
         if not variance > 0:
             raise ValueError("The inputs of a layer are the same for all tokens; calibrate with more pairs.")
         damped = covariance + ridge * variance * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-        weight = torch.linalg.solve(damped, self.input_target / self.weight - torch.outer(mean, target)).T
+        weight = torch.linalg.solve(damped, self.cross_covariance).T
         return weight.float(), (target - weight @ mean).float()
+
+
+def with_constant(second_moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """The second moment of vectors with a 1 behind them, from the second moment and the mean of the vectors."""
+    last = torch.cat([mean, torch.ones_like(mean[:1])])
+    return torch.cat([torch.cat([second_moment, mean[:, None]], dim=1), last[None]])

@@ -1,22 +1,24 @@
 """Sequential refit: a student's layers are solved front to back, each on the stream that the layers before leave."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise, starmap
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from clipmap_hf.distributed import process_count
 from clipmap_hf.files.tensor_store import TensorStore
 from clipmap_hf.models.towers import Tower, pooled
+from clipmap_hf.starts.calibrated.choice import explained, most_needed
 from clipmap_hf.starts.calibrated.descent import descend
+from clipmap_hf.starts.calibrated.heads import by_head, narrow_scores, value_axes
 from clipmap_hf.starts.calibrated.moments import Moments
 from clipmap_hf.starts.calibrated.progress import layer_progress
 from clipmap_hf.starts.calibrated.statistics import TowerStatistics, normalized, token_weights
-from clipmap_hf.starts.calibrated.streams import SegmentPass, Streams
-from clipmap_hf.starts.selection.scores import head_channels, strongest
+from clipmap_hf.starts.calibrated.streams import SegmentPass, Streams, segments
+from clipmap_hf.starts.selection.scores import strongest
 
 
 __all__ = ["refit"]
@@ -24,6 +26,8 @@ __all__ = ["refit"]
 Batch = Mapping[str, torch.Tensor]
 
 _RIDGE = 1e-3
+_CANDIDATES = 3  # times as many neurons as are kept are looked at, those with most energy
+_TOKENS = 16  # per candidate are enough to choose among them
 _PROJECTION_RIDGE = 1e-2  # larger, for only one token of each pair reaches the projection
 
 
@@ -36,6 +40,8 @@ def refit(
     layers: Mapping[str, list[int]],
     batches: Iterable[Batch],
     steps: int = 0,
+    *,
+    by_energy: bool = False,
 ) -> None:
     """
     Solves all linear layers of both towers by ridge regression, front to back, and their final LayerNorms. A student
@@ -43,9 +49,10 @@ def refit(
     it left wrong:
 
     1. Of all heads in the segment, those with most energy are kept. They read the student's stream through a lift: the
-       least-squares guess of what they read in the teacher.
+       least-squares guess of what they read in the teacher. If the student's heads are narrower, they keep those
+       combinations of their channels that say most (`narrow_scores`, `narrow_values`).
     2. `out_proj` is solved for the mapped stream with all that the segment's attention adds.
-    3. Of all neurons in the segment, those with most energy are kept, and read in the same way.
+    3. Of all neurons in the segment, those that `fc2` needs most are kept (`most_needed`), and read in the same way.
     4. `fc2` is solved for the mapped stream behind the segment.
 
     Last, the projection is solved for the teacher's normalized embeddings. Gradient descent then repairs what solving
@@ -61,17 +68,18 @@ def refit(
         batches: As `calibration_batch` gives them, at least one in each process.
         steps: Steps of gradient descent on each layer after it was solved, for the mapped stream behind the segment,
             and last on all of a tower behind its embeddings, for the teacher's normalized embeddings.
+        by_energy: Whether the neurons with most energy are kept, instead of those that `most_needed` chooses.
     """
     count = sum(len(layers[name]) for name in statistics)
     with layer_progress(count) as layer_is_done:
         for name, found in statistics.items():
             towers = (Tower(teacher, name), Tower(student, name))
-            segments = list(starmap(range, pairwise([0, *layers[name][1:], len(towers[0].layers)])))
-            longest = max(len(segment) for segment in segments)
-            tower = _TowerRefit(*towers, operators[f"{name}_residual"], found, batches, longest)
-            for index, (layer, segment) in enumerate(zip(towers[1].layers, segments, strict=True)):
+            parts = segments(layers[name], len(towers[0].layers))
+            longest = max(map(len, parts))
+            tower = _TowerRefit(*towers, operators[f"{name}_residual"], found, batches, longest, by_energy)
+            for index, (layer, segment) in enumerate(zip(towers[1].layers, parts, strict=True)):
                 tower.refit_layer(layer, segment, steps)
-                layer_is_done(f"{name} layer {index + 1} of {len(segments)} stands for {_names(segment)}")
+                layer_is_done(f"{name} layer {index + 1} of {len(parts)} stands for {_names(segment)}")
             tower.refit_projection(operators.get("embed"))
             if steps:
                 tower.descend(steps)
@@ -91,8 +99,10 @@ class _TowerRefit:
         statistics: TowerStatistics,
         batches: Iterable[Batch],
         longest_segment: int,
+        by_energy: bool,
     ):
         self.teacher, self.student, self.residual, self.statistics = teacher, student, residual, statistics
+        self.by_energy = by_energy
         self.epsilon = student.config.layer_norm_eps
         self.streams, self.store = [], TensorStore()
         for batch in batches:
@@ -105,15 +115,11 @@ class _TowerRefit:
 
     def refit_layer(self, layer: nn.Module, segment: range, steps: int) -> None:
         """Solves a layer of the student for a segment of the teacher's, and goes on behind both."""
-        config = self.student.config
-        heads = _strongest_of(self.statistics.head_energy, segment, config.num_attention_heads)
-        neurons = _strongest_of(self.statistics.neuron_energy, segment, config.intermediate_size)
         for norm in (layer.layer_norm1, layer.layer_norm2):
             norm.weight.fill_(1)
             norm.bias.zero_()
-        lifts = self._follow_teacher(segment, list(heads), list(neurons)).solve(_RIDGE)
-        self._refit_attention(layer, heads, lifts)
-        self._refit_mlp(layer, neurons)
+        self._refit_attention(layer, segment, self._follow_teacher(segment))
+        self._refit_mlp(layer, segment)
         if steps:
             descend(layer, self.streams, steps, partial(self._error_behind, layer))
         for streams in self.streams:
@@ -140,18 +146,15 @@ class _TowerRefit:
         parts = nn.ModuleList([student.layers, student.final_norm, student.projection])
         descend(parts, self.streams, steps, self._error)
 
-    def _follow_teacher(self, segment: range, heads: list[int], neurons: list[int]) -> Moments:
+    def _follow_teacher(self, segment: range) -> Moments:
         """
         Takes the teacher's streams behind the segment, and keeps what the student's layer is to be solved for there.
-        Returns the moments of what the teacher's attention reads beside what the student's reads.
+        Returns the moments of what the student's attention reads, with what the teacher's reads in each layer.
         """
-        moments = Moments(
-            self.student.config.hidden_size,
-            len(heads) * self.teacher.config.hidden_size,
-            device=self.teacher.device,
-        )
+        width = self.teacher.config.hidden_size
+        moments = Moments(self.student.config.hidden_size, len(segment) * width, device=self.teacher.device)
         for streams in self.streams:
-            passed = self._pass_segment(self._load(streams.teacher), segment, heads, neurons)
+            passed = self._pass_segment(self._load(streams.teacher), segment)
             streams.add_to(moments, normalized(self._load(streams.student), self.epsilon), passed.attention_reads)
             streams.attended = self.store.keep(passed.attended @ self.residual.T)
             streams.reads = self.store.keep(passed.mlp_reads)
@@ -160,58 +163,95 @@ class _TowerRefit:
         moments.sum_over_processes()
         return moments
 
-    def _pass_segment(self, stream: torch.Tensor, segment: range, heads: list[int], neurons: list[int]) -> SegmentPass:
+    def _pass_segment(self, stream: torch.Tensor, segment: range) -> SegmentPass:
         """Runs the teacher's layers of a segment on streams, of which nothing changes."""
         attended, attention_reads, mlp_reads = stream, [], []
         for index in segment:
             layer = self.teacher.layers[index]
             middle = self.teacher.middle(layer, stream)
-            attention_reads += [normalized(stream, self.epsilon)] * (index in heads)
-            mlp_reads += [normalized(middle, self.epsilon)] * (index in neurons)
+            attention_reads.append(normalized(stream, self.epsilon))
+            mlp_reads.append(normalized(middle, self.epsilon))
             attended = attended + (middle - stream)
             stream = self.teacher.behind(layer, middle)
         return SegmentPass(torch.cat(attention_reads, dim=-1), torch.cat(mlp_reads, dim=-1), attended, stream)
 
-    def _refit_attention(
-        self, layer: nn.Module, heads: Mapping[int, torch.Tensor], lifts: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        attention = layer.self_attn
-        channels = {index: head_channels(kept, attention.head_dim) for index, kept in heads.items()}
-        for name in ("q_proj", "k_proj", "v_proj"):
-            sources = {index: getattr(self.teacher.layers[index].self_attn, name) for index in heads}
-            _set(getattr(attention, name), _reading(lifts, sources, channels))
+    def _refit_attention(self, layer: nn.Module, segment: range, moments: Moments) -> None:
+        attention, sources = layer.self_attn, [self.teacher.layers[index].self_attn for index in segment]
+        lifts, heads = moments.solve(_RIDGE), self._strongest("head", segment, attention.num_heads)
+        width, count = attention.head_dim, len(sources) * sources[0].num_heads
+        query, key, value = (
+            by_head(_reading(lifts, [getattr(source, name) for source in sources]), count)[heads]
+            for name in ("q_proj", "k_proj", "v_proj")
+        )  # (heads, the teacher's head width, hidden_size + 1)
+        seen = moments.with_constant
+        of_query, of_key = narrow_scores(query @ seen @ query.mT, key @ seen @ key.mT, width)
+        given = [self.statistics.attended[index].covariance for index in segment]
+        of_value = torch.cat([value_axes(*one, self.residual, width) for one in zip(sources, given, strict=True)])
+        _set(attention.q_proj, (of_query @ query).flatten(0, 1))
+        _set(attention.k_proj, (of_key @ key).flatten(0, 1))
+        _set(attention.v_proj, (of_value[heads] @ value).flatten(0, 1))
         inputs = ((streams, self._load(streams.student)) for streams in self.streams)
         examples = (
             (streams, self.student.attended(layer, x), self._load(streams.attended) - x) for streams, x in inputs
         )
         _set(attention.out_proj, self._solve(examples))
 
-    def _refit_mlp(self, layer: nn.Module, neurons: Mapping[int, torch.Tensor]) -> None:
-        mlp = layer.mlp
+    def _refit_mlp(self, layer: nn.Module, segment: range) -> None:
+        mlp, sources = layer.mlp, [self.teacher.layers[index].mlp.fc1 for index in segment]
         middles = self._middles(layer)
         examples = ((streams, normalized(x, self.epsilon), self._load(streams.reads)) for streams, x in middles)
-        lifts = self._solve(examples)
-        _set(mlp.fc1, _reading(lifts, {index: self.teacher.layers[index].mlp.fc1 for index in neurons}, neurons))
+        reading = _reading(self._moments(examples).solve(_RIDGE), sources)
+        _set(mlp.fc1, reading[self._neurons(layer, segment, reading)])
         middles = self._middles(layer)
         examples = (
             (streams, self.student.activated(layer, x), self._load(streams.behind) - x) for streams, x in middles
         )
         _set(mlp.fc2, self._solve(examples))
 
+    def _neurons(self, layer: nn.Module, segment: range, reading: torch.Tensor) -> torch.Tensor:
+        """Which neurons of the segment's are kept, of which `reading` says how they read the student's stream."""
+        count = layer.mlp.fc1.out_features
+        strongest_ones = self._strongest("neuron", segment, count)
+        if self.by_energy or count == len(reading):
+            return strongest_ones
+        candidates = self._strongest("neuron", segment, _CANDIDATES * count)
+        fc1 = nn.Linear(reading.shape[1] - 1, len(candidates), device=self.teacher.device)
+        _set(fc1, reading[candidates])
+        examples = (
+            (streams, layer.mlp.activation_fn(fc1(layer.layer_norm2(x))), self._load(streams.behind) - x)
+            for streams, x in self._middles(layer)
+        )
+        found = self._moments(examples, _TOKENS * len(candidates))
+        choices = (most_needed(found, count), torch.isin(candidates, strongest_ones).nonzero().flatten())
+        return candidates[max(choices, key=partial(explained, found))]
+
+    def _strongest(self, part: str, segment: range, count: int) -> torch.Tensor:
+        """The heads or neurons of the segment's layers together that have most energy; ascending."""
+        energy = getattr(self.statistics, f"{part}_energy")
+        return strongest(energy[segment.start : segment.stop].flatten(), count)
+
     def _middles(self, layer: nn.Module) -> Iterator[tuple[Streams, torch.Tensor]]:
         """What the student's `layer_norm2` reads."""
         for streams in self.streams:
             yield streams, self.student.middle(layer, self._load(streams.student))
 
-    def _solve(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of the linear layer that gives the targets from the inputs."""
-        moments = None
+    def _solve(self, examples: Examples) -> torch.Tensor:
+        """Weight, and beside it the bias, of the linear layer that gives the targets from the inputs."""
+        weight, bias = self._moments(examples).solve(_RIDGE)
+        return torch.cat([weight, bias[:, None]], dim=1)
+
+    def _moments(self, examples: Examples, tokens: float = torch.inf) -> Moments:
+        """The moments of inputs and targets; of the first batches alone that have so many tokens together."""
+        moments, count = None, 0
         for streams, inputs, targets in examples:
             if moments is None:
                 moments = Moments(inputs.shape[-1], targets.shape[-1], device=inputs.device)
             streams.add_to(moments, inputs, targets)
+            count += int((streams.weights > 0).sum()) * process_count()
+            if count >= tokens:
+                break
         moments.sum_over_processes()
-        return moments.solve(_RIDGE)
+        return moments
 
     def _error(self, streams: Streams, items: torch.Tensor) -> torch.Tensor:
         """Mean squared distance of some items' normalized embeddings."""
@@ -238,26 +278,18 @@ def _names(segment: range) -> str:
     return f"the teacher's layer {first}" if first == last else f"the teacher's layers {first} to {last}"
 
 
-def _reading(
-    lifts: tuple[torch.Tensor, torch.Tensor], sources: Mapping[int, nn.Linear], rows: Mapping[int, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias that read through lifts, side by side for the sources, what some rows of these read."""
-    weights, biases = [], []
-    for index, weight, bias in zip(sources, *(lift.chunk(len(sources)) for lift in lifts), strict=True):
-        kept = sources[index].weight[rows[index]]
-        weights.append(kept @ weight)
-        biases.append(sources[index].bias[rows[index]] + kept @ bias)
-    return torch.cat(weights), torch.cat(biases)
+def _reading(lifts: tuple[torch.Tensor, torch.Tensor], sources: Sequence[nn.Linear]) -> torch.Tensor:
+    """
+    What the sources compute, read through lifts, side by side: weight and beside it the bias, `(outputs, inputs + 1)`,
+    in fp64.
+    """
+    readings = []
+    for source, weight, bias in zip(sources, *(lift.double().chunk(len(sources)) for lift in lifts), strict=True):
+        own = source.weight.double()
+        readings.append(torch.cat([own @ weight, (source.bias + own @ bias)[:, None]], dim=1))
+    return torch.cat(readings)
 
 
-def _set(linear: nn.Linear, solved: tuple[torch.Tensor, torch.Tensor]) -> None:
-    linear.weight.copy_(solved[0])
-    linear.bias.copy_(solved[1])
-
-
-def _strongest_of(energy: torch.Tensor, segment: range, count: int) -> dict[int, torch.Tensor]:
-    """The most energetic entries of a segment's layers together, by layer, where a layer has any; ascending."""
-    size = energy.shape[1]
-    kept = strongest(energy[segment.start : segment.stop].flatten(), count)
-    by_layer = {index: kept[kept // size == index - segment.start] % size for index in segment}
-    return {index: entries for index, entries in by_layer.items() if len(entries)}
+def _set(linear: nn.Linear, reading: torch.Tensor) -> None:
+    linear.weight.copy_(reading[:, :-1])
+    linear.bias.copy_(reading[:, -1])

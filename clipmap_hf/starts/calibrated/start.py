@@ -15,6 +15,7 @@ from clipmap_hf.starts.calibrated.norms import set_gains_and_shifts, set_pre_lay
 from clipmap_hf.starts.calibrated.operators import calibrated_operators
 from clipmap_hf.starts.calibrated.refit import refit
 from clipmap_hf.starts.calibrated.statistics import calibrate
+from clipmap_hf.starts.calibrated.streams import segments
 
 
 __all__ = ["calibrated"]
@@ -22,7 +23,11 @@ __all__ = ["calibrated"]
 
 @torch.no_grad()
 def calibrated(
-    teacher: PreTrainedModel, plan: MappingPlan, batches: Iterable[Mapping[str, torch.Tensor]]
+    teacher: PreTrainedModel,
+    plan: MappingPlan,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    by_energy: bool = False,
 ) -> WeightMapper:
     """
     A mapper whose operators, and corrections of its student's weights, come from the teacher's activations.
@@ -31,28 +36,44 @@ def calibrated(
         teacher: The model to compress; the activations are computed where it lies.
         plan: A plan that folds.
         batches: Of `pixel_values` and, if there are captions, `input_ids`. Of several processes, each has its own.
+        by_energy: Whether the neurons with most energy are kept, which is faster than to choose those needed most.
 
     Raises:
         TypeError: If `batches` is an iterator.
-        ValueError: If there are no pairs, or no images.
+        ValueError: If there are no pairs, or no images; if a layer has more heads than it can take.
     """
     config, pairs = plan.config, CalibrationBatches(batches, teacher.config)
     tensors, model = plan.teacher_tensors(teacher), copy.deepcopy(teacher).float().eval()
     model.load_state_dict(tensors)
+    layers = plan.layers_by_rule() if config.depth in DEPTH_RULES else None
+    if layers is not None:
+        _check_heads(plan, layers)
     statistics = calibrate(model, pairs, plan.cut, neuron_covariance=not config.refit)
     operators = calibrated_operators(statistics, model, plan.student)
-    if config.depth in DEPTH_RULES:
-        layers = plan.layers_by_rule()
-    else:
+    if layers is None:
         layers = {name: most_changing(found.changed, plan.depths(name)[1]) for name, found in statistics.items()}
+        _check_heads(plan, layers)
     mapper = WeightMapper(plan, tensors, operators, layers)
     student = mapper.export()
     if "vision" in statistics:
         set_pre_layrnorm(student, model, statistics["vision"], operators)
     if config.refit:
-        refit(student, model, statistics, operators, layers, pairs, config.refit_steps)
+        refit(student, model, statistics, operators, layers, pairs, config.refit_steps, by_energy=by_energy)
     else:
         set_gains_and_shifts(student, model, statistics, operators, layers)
     mapper.correct(student.state_dict())
     broadcast(mapper.state_dict().values(), model.device)  # machines of different kinds may not agree to the last bit
     return mapper
+
+
+def _check_heads(plan: MappingPlan, layers: Mapping[str, list[int]]) -> None:
+    """Checks that the layers that one of the student's stands for have as many heads together as that needs."""
+    for name, begins in layers.items():
+        big, small = (getattr(config, f"{name}_config") for config in (plan.teacher, plan.student))
+        shortest = min(map(len, segments(begins, big.num_hidden_layers))) if plan.config.refit else 1
+        if small.num_attention_heads > shortest * big.num_attention_heads:
+            raise ValueError(
+                f"{name}.num_attention_heads={small.num_attention_heads} is more than a layer of the student's has to "
+                f"take them from: {shortest} of the teacher's layers with {big.num_attention_heads} heads each. Ask "
+                "for fewer heads or layers."
+            )

@@ -25,6 +25,7 @@ class TowerStatistics:
     Args:
         read: Second moments of what LayerNorms give before scale and shift, `(2 layers + 1, hidden_size,
             hidden_size)`: the first and second of each layer, then the final one, of the pooled token only.
+        means: Their means, `(2 layers + 1, hidden_size)`.
         embedded: That of the embeddings before `pre_layrnorm`, `(hidden_size, hidden_size)`; not used for text.
         embeds: That of the normalized embeddings, `(projection_dim, projection_dim)`.
         attended: Moments of what each layer's `out_proj` reads.
@@ -35,6 +36,7 @@ class TowerStatistics:
     """
 
     read: torch.Tensor
+    means: torch.Tensor
     embedded: torch.Tensor
     embeds: torch.Tensor
     attended: list[Moments]
@@ -148,6 +150,7 @@ class _TowerSums:
         ]
         return TowerStatistics(
             read=torch.stack([moments.second_moment for moments in self.read]),
+            means=torch.stack([moments.mean for moments in self.read]),
             embedded=self.embedded.second_moment,
             embeds=self.embeds.second_moment,
             attended=self.attended,

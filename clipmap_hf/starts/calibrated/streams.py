@@ -1,13 +1,15 @@
 """The residual streams of a batch while a tower is refitted, of the student and of the teacher."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, starmap
 
 import torch
 
 from clipmap_hf.starts.calibrated.moments import Moments
 
 
-__all__ = ["SegmentPass", "Streams"]
+__all__ = ["SegmentPass", "Streams", "segments"]
 
 
 @dataclass
@@ -38,3 +40,14 @@ class SegmentPass:
     mlp_reads: torch.Tensor  # in the layers with kept neurons, side by side
     attended: torch.Tensor  # the stream with all that attention adds
     behind: torch.Tensor  # the stream behind the segment
+
+
+def segments(begins: Sequence[int], layers: int) -> list[range]:
+    """
+    The teacher's layers that each of the student's stands for.
+
+    Args:
+        begins: The layers that they begin with, ascending; the first begins at 0 always.
+        layers: How many the teacher has.
+    """
+    return list(starmap(range, pairwise([0, *begins[1:], layers])))

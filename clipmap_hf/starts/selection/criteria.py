@@ -126,14 +126,18 @@ def _tower_sums(teacher: PreTrainedModel, tower: str, sums: Mapping[tuple, torch
     def by_head(found: list[torch.Tensor]) -> torch.Tensor:
         return sum(total.unflatten(0, (-1, width)).sum(dim=1).abs() for total in found)
 
-    layers = range(config.num_hidden_layers)
-    heads = torch.stack([by_head(in_layer(index, "query", "key", "value", "value.in")) for index in layers])
+    def by_channel(found: list[torch.Tensor]) -> torch.Tensor:
+        return sum(total.abs() for total in found)
+
+    layers, spaces = range(config.num_hidden_layers), ("query", "key", "value", "value.in")
+    heads = torch.stack([by_head(in_layer(index, *spaces)) for index in layers])
+    inner = torch.stack([by_channel(in_layer(index, *spaces)) for index in layers])
     neurons = torch.stack([sum(total.abs() for total in in_layer(index, "ffn", "ffn.in")) for index in layers])
     stream = ("residual", "residual.in", "patch")
     channels = sum(total.abs() for (where, _, space), total in sums.items() if where == tower and space in stream)
-    scores = TowerScores(channels, heads, neurons, heads.sum(dim=1) + neurons.sum(dim=1))
+    scores = TowerScores(channels, heads, neurons, heads.sum(dim=1) + neurons.sum(dim=1), inner=inner)
     if pool := in_layer(None, "pool", "pool.in"):
-        scores.pool_heads = by_head(pool)
+        scores.pool_heads, scores.pool_inner = by_head(pool), by_channel(pool)
         scores.pool_neurons = sum(total.abs() for total in in_layer(None, "pool_ffn", "pool_ffn.in"))
     return scores
 
@@ -152,4 +156,8 @@ def _scores_like(teacher: PreTrainedModel, scores_of: Callable[[int], torch.Tens
             scores.pool_heads = scores_of(config.num_attention_heads)
             scores.pool_neurons = scores_of(config.intermediate_size)
         towers.append(scores)
-    return Scores(*towers, embed=scores_of(embedding_width(teacher.config)))
+    found = Scores(*towers, embed=scores_of(embedding_width(teacher.config)))
+    for scores in towers:
+        scores.inner = torch.stack([scores_of(len(scores.channels)) for _ in scores.layers])
+        scores.pool_inner = scores_of(len(scores.channels))
+    return found

@@ -19,8 +19,8 @@ __all__ = ["importance"]
 def importance(teacher: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], seed: int) -> Scores:
     """
     Scores by energy. A residual channel's is the sum over the tower's LayerNorms of the mean square that leaves them
-    in it; a head's or a neuron's is the mean square of what it adds to the stream; a layer's is how far it turns the
-    stream.
+    in it; that of a head, of a channel within it or of a neuron is the mean square of what it adds to the stream; a
+    layer's is how far it turns the stream.
 
     Args:
         teacher: The model, on the device to compute on.
@@ -38,5 +38,8 @@ def importance(teacher: PreTrainedModel, batches: Iterable[Mapping[str, torch.Te
         norms = [norm for layer in tower.layers for norm in (layer.layer_norm1, layer.layer_norm2)]
         scales = torch.stack([norm.weight.double() for norm in (*norms, tower.final_norm)])
         channels = (scales.square() * found.read.diagonal(dim1=1, dim2=2)).sum(dim=0)
-        scores[name] = TowerScores(channels, found.head_energy, found.neuron_energy, found.changed)
+        written = [layer.self_attn.out_proj.weight.double().square().sum(dim=0) for layer in tower.layers]
+        given = [moments.variance for moments in found.attended]
+        inner = torch.stack(given) * torch.stack(written)
+        scores[name] = TowerScores(channels, found.head_energy, found.neuron_energy, found.changed, inner=inner)
     return Scores(**scores, embed=sum(found.embeds.diagonal() for found in statistics.values()))

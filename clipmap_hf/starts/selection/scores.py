@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from clipmap_hf.config import cut_towers, embedding_width
+from clipmap_hf.config.heads import head_width
 
 
 __all__ = ["Scores", "TowerScores", "head_channels", "keep", "selection", "strongest"]
@@ -25,6 +26,9 @@ class TowerScores:
         layers: `(layers,)`.
         pool_heads: Of a pooling head's own heads, `(heads,)`.
         pool_neurons: `(intermediate_size,)`.
+        inner: Of the channels within heads, `(layers, hidden_size)`, for heads that become narrower; `None` if heads
+            are kept whole only.
+        pool_inner: Of the channels within the pooling head's heads, `(hidden_size,)`.
     """
 
     channels: torch.Tensor
@@ -33,6 +37,8 @@ class TowerScores:
     layers: torch.Tensor
     pool_heads: torch.Tensor | None = None
     pool_neurons: torch.Tensor | None = None
+    inner: torch.Tensor | None = None
+    pool_inner: torch.Tensor | None = None
 
 
 @dataclass
@@ -67,14 +73,12 @@ def keep(scores: Scores, teacher: PretrainedConfig, student: PretrainedConfig) -
     for name in cut_towers(teacher, student):
         found, (big, small) = getattr(scores, name), (getattr(model, f"{name}_config") for model in (teacher, student))
         operators[f"{name}_residual"] = selection(strongest(found.channels, small.hidden_size), big.hidden_size)
-        width = big.hidden_size // big.num_attention_heads
-        channels = head_channels(strongest(found.heads, small.num_attention_heads), width)
-        heads = selection(channels, big.hidden_size)
+        heads = selection(_kept_channels(found.heads, found.inner, big, small), big.hidden_size)
         neurons = selection(strongest(found.neurons, small.intermediate_size), big.intermediate_size)
         operators |= {f"{name}_{space}": heads for space in ("query", "key", "value")}
         operators |= {f"{name}_{space}": neurons for space in ("ffn", "ffn_in")}
         if found.pool_heads is not None:
-            heads = head_channels(strongest(found.pool_heads, small.num_attention_heads), width)
+            heads = _kept_channels(found.pool_heads, found.pool_inner, big, small)
             neurons = strongest(found.pool_neurons, small.intermediate_size)
             operators[f"{name}_pool"] = selection(heads, big.hidden_size)
             operators[f"{name}_pool_ffn"] = selection(neurons, big.intermediate_size)
@@ -87,6 +91,17 @@ def strongest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of the highest along the last dimension, ascending; of equal ones, the first."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order[..., :count].sort().values
+
+
+def _kept_channels(
+    heads: torch.Tensor, inner: torch.Tensor | None, big: PretrainedConfig, small: PretrainedConfig
+) -> torch.Tensor:
+    """The channels of the strongest heads; of heads that become narrower, the strongest channels within."""
+    kept, width = strongest(heads, small.num_attention_heads), head_width(big)
+    if head_width(small) == width:
+        return head_channels(kept, width)
+    within = strongest(inner.unflatten(-1, (-1, width)), head_width(small))  # (..., heads, channels kept)
+    return (kept[..., None] * width + within.take_along_dim(kept[..., None], dim=-2)).flatten(-2)
 
 
 def head_channels(heads: torch.Tensor, width: int) -> torch.Tensor:

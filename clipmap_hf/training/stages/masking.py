@@ -57,6 +57,12 @@ class MaskingStage(DistillationStage):
         self.plan = plan = MappingPlan.make(trained, dataclasses.replace(student, initializer="manual"))
         if not plan.cut:
             raise ValueError("The student is as large as its source; masks need a smaller one to select.")
+        if narrower := plan.head_widths():
+            small, big = next(iter(narrower.values()))
+            raise ValueError(
+                f"Masks keep whole heads, {big} wide, but the student's have {small} channels. Give a width that is a "
+                f"multiple of {big}, and no number of heads; or start from a selection instead."
+            )
         self.masks = Masks(trained.config, plan.family, plan.cut)
         self.multipliers = nn.Parameter(torch.full((2,), _MULTIPLIER))
         self.register_buffer("step", torch.zeros((), dtype=torch.long))

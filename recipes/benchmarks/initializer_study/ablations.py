@@ -15,9 +15,9 @@ def first(energy: torch.Tensor, count: int) -> torch.Tensor:
     return torch.arange(count).expand(*energy.shape[:-1], count)
 
 
-def first_of_segment(energy: torch.Tensor, segment: range, count: int) -> dict[int, torch.Tensor]:
-    """Keeps the first entries of a segment's first layer."""
-    return {segment.start: torch.arange(count)}
+def first_of_segment(refit, part: str, segment: range, count: int) -> torch.Tensor:
+    """Keeps the first entries of a segment."""
+    return torch.arange(count)
 
 
 def patches_as_residual(statistics, teacher, student) -> dict[str, torch.Tensor]:
@@ -47,10 +47,14 @@ REPLACEMENTS = {
         f"{_CALIBRATED}.start.calibrated_operators": patches_as_residual,
     },
     "gains": {f"{_CALIBRATED}.norms._gain": lambda residual, moment: 1.0},
-    "lifts": {f"{_CALIBRATED}.operators._lifts": lambda moments, kept: selection(kept, len(moments[0].mean))},
+    "lifts": {
+        f"{_CALIBRATED}.operators._lifts": lambda moments, kept: selection(kept, len(moments[0].mean)),
+        f"{_CALIBRATED}.operators._head_lifts": lambda moments, operators: operators,
+    },
     "energy": {
         f"{_CALIBRATED}.operators.strongest": first,
-        f"{_CALIBRATED}.refit._strongest_of": first_of_segment,
+        f"{_CALIBRATED}.refit._TowerRefit._strongest": first_of_segment,
+        f"{_CALIBRATED}.refit.most_needed": lambda moments, count: torch.arange(count),
     },
     "gradient steps of whole towers": {f"{_CALIBRATED}.refit._TowerRefit.descend": nothing},
     "weight of the pooled token": {f"{_CALIBRATED}.statistics.POOLED_WEIGHT": 1.0},
