@@ -112,8 +112,9 @@ def test_cost_compares_teacher_and_student(shared_compressor, shared_teacher):
     cost = shared_compressor.cost()
     assert cost["teacher"].parameters == shared_teacher.num_parameters()
     assert cost["student"].parameters == shared_compressor.export().num_parameters()
-    header, _, teacher, student = str(cost).splitlines()
+    header, _, teacher, student, _, note = str(cost).splitlines()
     assert header.startswith("| model") and teacher.startswith("| teacher") and student.startswith("| student")
+    assert note.startswith("Attention heads: vision 2 of 16 channels, as wide as the teacher's; text ")
 
 
 def test_export_is_a_plain_clip_model_of_the_size_asked_for(shared_compressor):
@@ -355,7 +356,7 @@ def test_an_initializer_may_stand_in_the_config_or_beside_it(teacher_folder, bat
             OPEN,
             "importance",
             False,
-            r"initializer='importance' needs calibration_data. .* \['calibrated', 'importance', 'mope', 'taylor'\]",
+            r"initializer='importance' needs calibration_data. .* \['calibrated', 'calibrated_whole', 'importance'",
         ),
         (OPEN, "calibrated", False, "initializer='calibrated' needs calibration_data"),
         (dataclasses.replace(OPEN, initializer="calibrated"), None, False, "'calibrated' needs calibration_data"),
@@ -363,8 +364,8 @@ def test_an_initializer_may_stand_in_the_config_or_beside_it(teacher_folder, bat
         (SMALL, None, True, "initializer='diagonal' does not start from data"),
         (SMALL, "random", False, "initializer='random', but the student's config says 'diagonal'"),
         (SMALL, "calibrated", True, "initializer='calibrated', but the student's config says 'diagonal'"),
-        (OPEN, "svd", False, r"initializer='svd' is unknown; allowed are \['calibrated', 'diagonal'"),
-        (OPEN, "svd", True, r"initializer='svd' is unknown; allowed are \['calibrated', 'diagonal'"),
+        (OPEN, "svd", False, r"initializer='svd' is unknown; allowed are \['calibrated', 'calibrated_whole'"),
+        (OPEN, "svd", True, r"initializer='svd' is unknown; allowed are \['calibrated', 'calibrated_whole'"),
         ("huge", None, True, r"student='huge' is unknown; it must be one of \['base', 'small', 'tiny'\]"),
         (
             dataclasses.replace(OPEN, depth="similarity"),

@@ -184,6 +184,23 @@ def test_a_selection_ranks_channels_within_the_heads_that_it_keeps(tiny_teacher)
         assert channels == expected[0] + expected[1]
 
 
+@pytest.mark.parametrize("family", ["siglip", "chinese_clip"])
+@pytest.mark.parametrize("initializer", ["diagonal", "magnitude", "manual", "xavier"])
+def test_heads_of_other_families_become_narrower_too(request, family, initializer):
+    """The four of SigLIP's pooling head as well."""
+    teacher = request.getfixturevalue(family)
+    mapper = start_mapper(teacher, dataclasses.replace(HALF, initializer=initializer))
+    student = mapper.export()
+    assert student.vision_model.encoder.layers[0].self_attn.head_dim == 8
+    pixels = torch.zeros(2, 3, teacher.config.vision_config.image_size, teacher.config.vision_config.image_size)
+    with torch.no_grad():
+        assert student.vision_model(pixels).pooler_output.isfinite().all()
+    if family == "siglip" and initializer != "xavier":
+        channels = mapper.operators["vision_pool"]().detach().argmax(dim=-1).unflatten(0, (4, 8))
+        assert torch.equal(channels // 16, torch.arange(4)[:, None].expand(4, 8))  # of each head its own
+        assert initializer == "magnitude" or torch.equal(channels % 16, torch.arange(8).expand(4, 8))
+
+
 @pytest.mark.parametrize("initializer", sorted(set(STARTS) - set(NARROWING)))
 def test_starts_of_whole_heads_refuse_narrower_ones(shared_teacher, batches, initializer):
     with pytest.raises(

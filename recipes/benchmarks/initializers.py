@@ -29,7 +29,7 @@ from study.rates import best_trial, keep_tuned, read_tuned
 from transformers.utils import logging
 
 
-METHODS = ("random", "kaiming", "xavier", "diagonal", "importance", "calibrated")
+METHODS = ("random", "kaiming", "xavier", "diagonal", "importance", "calibrated_whole", "calibrated")
 # Width, depth and, where it is not four times the width, FFN width of the vision and of the text tower. Of the
 # teacher's parameters in blocks, "10 %" (the student of the demo) has 7 % and "1 %" has 1.1 %; the others have the
 # share that is their name, and are only evaluated untrained.
@@ -70,9 +70,12 @@ TRIALS = {"mapping_rate": (2.5e-4, 5e-4, 1e-3, 2e-3), "distillation_rate": (5e-4
 MAPPED, DIRECT, FEATURE = {"mapping": 80}, {"mapping": 0}, {"mapping": 0, "losses": {"feature": 2000.0}}
 TUNED = {method: {"mapped": MAPPED} for method in METHODS}  # ways to train, each with rates of its own
 TUNED["importance"] = {"mapped": MAPPED, "direct": DIRECT}
-TUNED |= {method: {"mapped": MAPPED, "direct": DIRECT, "feature": FEATURE} for method in ("diagonal", "calibrated")}
+TUNED |= {
+    method: {"mapped": MAPPED, "direct": DIRECT, "feature": FEATURE}
+    for method in ("diagonal", "calibrated_whole", "calibrated")
+}
 # How large the rates to try are beside those above: a good start is soon lost, unless the loss is its own.
-TRIALS_OF = {("calibrated", "mapped"): 0.25, ("calibrated", "direct"): 0.25}
+TRIALS_OF = {(method, way): 0.25 for method in ("calibrated_whole", "calibrated") for way in ("mapped", "direct")}
 
 # The rows of each part. A row without a method has that which is best in validation, and is mapped or not as there.
 STARTS = {method: {"method": method} for method in METHODS}
@@ -82,7 +85,15 @@ PARTS = {
     "ablations": ABLATED,
     "untrained": {
         name: {**(STARTS | ABLATED)[name], "untrained": True}
-        for name in ("diagonal", "importance", "no refit", "no gradient steps", "calibrated", "4096 calibration pairs")
+        for name in (
+            "diagonal",
+            "importance",
+            "calibrated_whole",
+            "no refit",
+            "no gradient steps",
+            "calibrated",
+            "4096 calibration pairs",
+        )
     },
     "splits": {
         f"{method}, {mapping} + {BUDGET - mapping}": {"method": method, "mapping": mapping}
@@ -101,6 +112,8 @@ PARTS = {
         "manual inheritance, mapped": {"method": "diagonal", "mapping": 80},
         "manual inheritance, feature loss": {"method": "diagonal", **FEATURE},
         "importance": {"method": "importance"},
+        "calibrated_whole": {"method": "calibrated_whole"},
+        "calibrated_whole, feature loss": {"method": "calibrated_whole", **FEATURE},
         "calibrated": {"method": "calibrated"},
         "calibrated, feature loss": {"method": "calibrated", **FEATURE},
     },
