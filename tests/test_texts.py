@@ -189,8 +189,8 @@ def test_a_loss_of_pairs_is_refused_with_those_that_are_not(loss, tiny_teacher, 
     with pytest.raises(
         ValueError, match=rf"\['{loss}'\] need texts .* Take of \['affinity', 'feature', 'hidden', 'rel"
     ):
-        check_unmatched({"feature": 1.0, loss: 1.0})
-    check_unmatched({"feature": 1.0, loss: 0.0})
+        check_unmatched({"feature": 1.0, loss: 1.0}, "others are named", "leave them out")
+    check_unmatched({"feature": 1.0, loss: 0.0}, "others are named", "leave them out")
     trainer = DistillationTrainer(
         tiny_teacher,
         str(teacher_folder),

@@ -70,6 +70,12 @@ class ReadingArguments:
         default=0.0, metadata={"help": "Largest relative change of brightness, contrast and saturation."}
     )
     grayscale: float = field(default=0.0, metadata={"help": "Probability of turning an image gray."})
+    mix: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability of mixing an image with another one, by mixup or cutmix. The teacher embeds the mix."
+        },
+    )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Largest share of unusable rows to skip. With more, the run stops."}
     )
@@ -90,6 +96,10 @@ class ReadingArguments:
                 setattr(self, name, [column])
         check_ranges(self, at_least_0=("flip", "rotation", "color_jitter", "grayscale", "max_bad_fraction"))
         check_ranges(self, above_0=("shuffle_buffer",))
+        if not 0 <= self.mix <= 1:
+            raise ValueError(f"mix={self.mix} must be a probability, between 0 and 1.")
+        if self.mix and self.streaming:
+            raise ValueError("A stream has no images at hand to mix others with; leave out mix, or streaming.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction} must be at least 0 and below 1.")
         if self.validation_fraction and self.streaming:

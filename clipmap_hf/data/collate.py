@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -159,6 +160,7 @@ class PairCollator:
         seed: Seed of all random choices.
         views: Number of different examples of a row before they repeat; unlimited by default.
         texts: Texts to draw from in place of the row's own caption. Without captions among them, no column is read.
+        mixing: A `Mixing` of some augmented images with others.
         teacher_cache: A `TeacherCache` that adds `teacher_embeds`, its teachers' embeddings of the same views.
 
     Raises:
@@ -174,6 +176,7 @@ class PairCollator:
     seed: int = 0
     views: int | None = None
     texts: Texts | None = None
+    mixing: Any = None
     teacher_cache: Any = None
     pixels: TrainingPixels | None = field(init=False, default=None)
 
@@ -214,7 +217,10 @@ class PairCollator:
         key = content_key(content)
         rng = random.Random(f"{self.seed}-{key}-{view}")
         # Before the caption is drawn: equal images get equal crops.
-        image = self.augmentation(image, self.pixels.size, rng, self.pixels.resample)
+        augment = partial(self.augmentation, size=self.pixels.size, rng=rng, resample=self.pixels.resample)
+        image = augment(image)
+        if self.mixing is not None:
+            image = self.mixing(image, augment, rng)
         return _Example(image, self._texts(row, rng), key, view)
 
     def _example(self, row: Mapping[str, Any]) -> _Example:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
@@ -16,6 +16,7 @@ from clipmap_hf.data.augment import Augmentation, SeededTransform
 from clipmap_hf.data.collate import PairCollator, content_key
 from clipmap_hf.data.evaluation_pairs import evaluation_pairs
 from clipmap_hf.data.loader import PairDataset, PairStream
+from clipmap_hf.data.mixing import Mixing
 from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, name_and_config
 from clipmap_hf.data.validation import validation_part
 
@@ -56,7 +57,11 @@ def described(source: PairSource) -> str:
 
 
 def training_collator(
-    data: DataArguments, processor: ProcessorMixin, seed: int, transform: Callable[[Any], Any] | None = None
+    data: DataArguments,
+    processor: ProcessorMixin,
+    seed: int,
+    transform: Callable[[Any], Any] | None = None,
+    partners: Dataset | IterableDataset | None = None,
 ) -> PairCollator:
     """
     Makes the collator of training pairs, which augments images.
@@ -66,6 +71,7 @@ def training_collator(
         processor: A `CLIPProcessor`.
         seed: Seed of all that is random.
         transform: Takes the place of the augmentation, as in `SeededTransform`.
+        partners: Rows of images to mix others with, if `data` asks for that.
     """
     augmentation = Augmentation(
         scale=tuple(data.crop_scale),
@@ -83,6 +89,7 @@ def training_collator(
         augmentation if transform is None else SeededTransform(transform),
         seed,
         texts=data.texts,
+        mixing=Mixing(data.mix, partners) if data.mix else None,
     )
 
 

@@ -69,12 +69,14 @@ def check_losses(losses: Mapping[str, float | Callable]) -> None:
         raise ValueError("The hidden loss alone would not train the projections; add a loss that reads embeddings.")
 
 
-def check_unmatched(losses: Mapping[str, float | Callable]) -> None:
+def check_unmatched(losses: Mapping[str, float | Callable], why: str, remedy: str) -> None:
     """
     Checks that losses can be trained on texts that do not belong to their images.
 
     Args:
         losses: As for `check_losses`.
+        why: Why they do not belong to them, for the error message.
+        remedy: What else can be done about it.
 
     Raises:
         ValueError: If one of them cannot.
@@ -82,8 +84,8 @@ def check_unmatched(losses: Mapping[str, float | Callable]) -> None:
     matched = sorted(name for name, weight in loss_weights(losses).items() if weight and name in MATCHED_LOSSES)
     if matched:
         raise ValueError(
-            f"The losses {matched} need texts that belong to their images, and train_texts names others. Take of "
-            f"{sorted(set(LOSSES) - set(MATCHED_LOSSES))}, or leave train_texts out."
+            f"The losses {matched} need texts that belong to their images, and {why}. Take of "
+            f"{sorted(set(LOSSES) - set(MATCHED_LOSSES))}, or {remedy}."
         )
 
 

@@ -74,6 +74,9 @@ class RunContext:
                 "transform is the one whose views it holds. Leave one of them out."
             )
 
+        if self.transform is not None and self.data.mix:
+            raise ValueError("A transform of your own makes its own images; mix them there, and leave out mix.")
+
     @classmethod
     def of(
         cls,

@@ -92,13 +92,18 @@ class StageTrainer:
         if self.context.run.load_best_model_at_end and self._evaluate is None:
             raise ValueError("load_best_model_at_end needs evaluation pairs; give an eval_dataset (eval_data).")
         context = self.context
+        losses = getattr(self.args, "losses", CONTRASTIVE)
         if context.data.texts is not None and not context.data.texts.pairs:
-            check_unmatched(getattr(self.args, "losses", CONTRASTIVE))
+            check_unmatched(losses, "train_texts names others", "leave train_texts out")
+        if context.data.mix:
+            check_unmatched(losses, "mix changes the images", "leave mix out")
         stage = self.stage
         run = dataclasses.replace(context.run, seed=stage_seed(self.name, context.run.seed))
         if resume_from_checkpoint is not None:
             run.resume = "auto" if resume_from_checkpoint else "never"
-        collator = training_collator(context.data, self.processing_class, run.seed, context.transform)
+        collator = training_collator(
+            context.data, self.processing_class, run.seed, context.transform, context.pairs.pairs
+        )
         if (cache := self._teacher_cache) is not None:
             collator.teacher_cache, collator.views = cache, cache.views
         decisive = {name: value for name, value in context.data_values().items() if name not in _MAY_CHANGE}
