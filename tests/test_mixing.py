@@ -45,7 +45,7 @@ def test_mixup_is_the_weighted_mean():
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
 def test_cutmix_keeps_the_share_of_the_area(share):
     mixed = cutmix(RED, BLUE, share, random.Random(0))
-    colors = dict((color, count) for count, color in mixed.getcolors())
+    colors = {color: count for count, color in mixed.getcolors()}
     assert set(colors) <= {(200, 0, 0), (0, 0, 100)}
     assert colors.get((200, 0, 0), 0) / (32 * 16) == pytest.approx(share, abs=0.05)
     assert RED.getcolors() == [(512, (200, 0, 0))]  # the image itself is left alone
