@@ -1,4 +1,4 @@
-"""Mixes of training images."""
+"""Mixes of training images and texts."""
 
 import random
 
@@ -10,9 +10,10 @@ from PIL import Image
 from clipmap_hf import ClipMapConfig, DistillationArguments, TowerConfig, compress
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.mixing import Mixing, cutmix, mixup
+from clipmap_hf.data.collate import PairCollator, decoded
+from clipmap_hf.data.mixing import Mixing, cutmix, mixed_text, mixup
 from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.texts import Texts
 from clipmap_hf.teacher_cache.manifest import cache_manifest
 
 
@@ -27,9 +28,9 @@ def rows(pairs_parquet) -> Dataset:
 
 @pytest.fixture
 def collator(tiny_processor):
-    def make(mixing: Mixing | None) -> PairCollator:
+    def make(mixing: Mixing | None, texts: Texts | None = None) -> PairCollator:
         processors = (tiny_processor.tokenizer, tiny_processor.image_processor)
-        return PairCollator(*processors, augmentation=Augmentation(), mixing=mixing)
+        return PairCollator(*processors, augmentation=Augmentation(), mixing=mixing, texts=texts)
 
     return make
 
@@ -51,6 +52,35 @@ def test_cutmix_keeps_the_share_of_the_area(share):
     assert RED.getcolors() == [(512, (200, 0, 0))]  # the image itself is left alone
 
 
+def test_a_mixed_text_has_words_that_stand_side_by_side_in_the_texts():
+    texts = ["a red  circle", "blue bar"]
+    found = {mixed_text(texts, random.Random(seed)) for seed in range(500)}
+    first, second = ["a", "red", "circle", "a red", "red circle", "a red circle"], ["blue", "bar", "blue bar"]
+    assert found == {f"{one}{between}{other}" for one in first for other in second for between in (" ", ", ")}
+    assert {mixed_text(texts[1:], random.Random(seed)) for seed in range(50)} == set(second)
+
+
+def test_texts_that_are_named_are_taught_as_they_are(collator, rows):
+    texts = Texts({"given": ["red circle", "blue bar"]}, {"given": 1.0})
+    own = collator(Mixing(1.0, rows), texts)
+    drawn = {own.view(row, *decoded(row), view).texts[0] for row in rows for view in range(3)}
+    assert drawn == {"red circle", "blue bar"}
+
+
+def test_captions_are_mixed_as_often_as_the_probability_says(collator, rows):
+    own = collator(Mixing(0.4, rows))
+    kept = [own.view(row, *decoded(row), view).texts[0] == row["caption"] for row in rows for view in range(20)]
+    assert sum(kept) / len(kept) == pytest.approx(0.6, abs=0.1)  # and some of one caption alone are whole
+
+
+def test_own_captions_are_mixed_with_those_of_partners(collator, rows):
+    captions = {row["caption"] for row in rows}
+    own = collator(Mixing(1.0, rows))
+    drawn = {own.view(row, *decoded(row), view).texts[0] for row in rows for view in range(5)}
+    words = {word for caption in captions for word in caption.split()}
+    assert len(drawn - captions) > 30 and {word for text in drawn for word in text.replace(",", "").split()} <= words
+
+
 def test_mixes_depend_on_seed_row_and_view_alone(collator, rows):
     mixed = pixels(collator(Mixing(1.0, rows)), rows)
     torch.testing.assert_close(pixels(collator(Mixing(1.0, rows)), list(rows)[::-1]).flip(0), mixed, rtol=0, atol=0)
@@ -66,10 +96,15 @@ def test_the_probability_says_how_many_are_mixed(collator, rows):
     torch.testing.assert_close(pixels(collator(Mixing(0.0, rows)), rows), pixels(collator(None), rows), rtol=0, atol=0)
 
 
-def test_a_partner_that_cannot_be_decoded_leaves_the_image_as_it_is(collator, rows):
-    broken = Dataset.from_list([{"image": {"bytes": b"no image", "path": None}}])
+def test_a_partner_that_cannot_be_read_leaves_the_example_as_it_is(collator, rows):
+    broken = Dataset.from_list([{"image": {"bytes": b"no image", "path": None}, "caption": None}])
     torch.testing.assert_close(
         pixels(collator(Mixing(1.0, broken)), rows), pixels(collator(None), rows), rtol=0, atol=0
+    )
+    mixed = collator(Mixing(1.0, broken))
+    drawn = [mixed.view(row, *decoded(row), view).texts[0] for row in rows for view in range(3)]
+    assert all(
+        text in row["caption"] for text, row in zip(drawn, [row for row in rows for _ in range(3)], strict=True)
     )
 
 

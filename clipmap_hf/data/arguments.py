@@ -73,7 +73,8 @@ class ReadingArguments:
     mix: float = field(
         default=0.0,
         metadata={
-            "help": "Probability of mixing an image with another one, by mixup or cutmix. The teacher embeds the mix."
+            "help": "Probability of mixing an image with another one (mixup or cutmix), and of mixing the words of "
+            "captions. The teacher embeds the mix."
         },
     )
     max_bad_fraction: float = field(

@@ -160,7 +160,7 @@ class PairCollator:
         seed: Seed of all random choices.
         views: Number of different examples of a row before they repeat; unlimited by default.
         texts: Texts to draw from in place of the row's own caption. Without captions among them, no column is read.
-        mixing: A `Mixing` of some augmented images with others.
+        mixing: A `Mixing` of some examples with others, after their augmentation.
         teacher_cache: A `TeacherCache` that adds `teacher_embeds`, its teachers' embeddings of the same views.
 
     Raises:
@@ -220,8 +220,10 @@ class PairCollator:
         augment = partial(self.augmentation, size=self.pixels.size, rng=rng, resample=self.pixels.resample)
         image = augment(image)
         if self.mixing is not None:
-            image = self.mixing(image, augment, rng)
-        return _Example(image, self._texts(row, rng), key, view)
+            image = self.mixing.image(image, augment, rng)
+        if not self.caption_columns and self.texts is None:
+            return _Example(image, [], key, view)
+        return _Example(image, [self._text(row, rng)], key, view)
 
     def _example(self, row: Mapping[str, Any]) -> _Example:
         content, image = decoded(row)
@@ -229,23 +231,27 @@ class PairCollator:
             return self.view(row, content, image, row["epoch"] % self.views if self.views else row["epoch"])
         if self.texts is not None:  # to calibrate: one text, as in training
             key = content_key(content)
-            return _Example(image, self._texts(row, random.Random(f"{self.seed}-{key}")), key, 0)
+            return _Example(image, [self._text(row, random.Random(f"{self.seed}-{key}"))], key, 0)
         if not self.caption_columns:
             return _Example(image, [], 0, 0)
         captions = row[self.caption_columns[0]]
         return _Example(image, filled_texts(captions) or [caption_text(captions)], content_key(content), 0)
 
-    def _texts(self, row: Mapping[str, Any], rng: random.Random) -> list[str]:
+    def _text(self, row: Mapping[str, Any], rng: random.Random) -> str:
         if self.texts is not None and (text := self.texts.draw(rng)) is not None:
-            return [text]
+            return text
+        caption = self._caption(row, rng)
+        return caption if self.mixing is None else self.mixing.text(caption, partial(self._caption, rng=rng), rng)
+
+    def _caption(self, row: Mapping[str, Any], rng: random.Random) -> str:
         first = row[self.caption_columns[0]]
         if self.caption_sampling == "first":
-            return [caption_text(_draw_text(first, rng))]
+            return caption_text(_draw_text(first, rng))
         columns = [*self.caption_columns, *self.keyword_columns]
         filled = [column for column in columns if filled_texts(row[column])]  # some rows have no keywords
         column = rng.choice(filled) if filled else columns[0]
         is_keywords = column in self.keyword_columns
-        return [caption_text(row[column] if is_keywords else _draw_text(row[column], rng), rng)]
+        return caption_text(row[column] if is_keywords else _draw_text(row[column], rng), rng)
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         if self.augmentation is None:

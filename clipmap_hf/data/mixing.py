@@ -1,9 +1,9 @@
-"""Mixes a training image with another one, so that few images give many that the teacher can answer for."""
+"""Mixes training examples two by two, so that few of them give many that the teacher can answer for."""
 
 import hashlib
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from clipmap_hf.data.collate import content_key, decoded
 from clipmap_hf.data.images import BadRowError, image_bytes
 
 
-__all__ = ["Mixing", "cutmix", "mixup"]
+__all__ = ["Mixing", "cutmix", "mixed_text", "mixup"]
 
 
 def mixup(image: Image.Image, other: Image.Image, share: float) -> Image.Image:
@@ -47,22 +47,39 @@ def cutmix(image: Image.Image, other: Image.Image, share: float, rng: random.Ran
     return mixed
 
 
+def mixed_text(texts: Sequence[str], rng: random.Random) -> str:
+    """
+    Joins words of some texts. Of each text, some of the words that stand side by side are taken.
+
+    Args:
+        texts: The texts, in order.
+        rng: Random generator.
+    """
+    parts = []
+    for text in texts:
+        words = text.split()
+        count = rng.randint(1, len(words))
+        first = rng.randint(0, len(words) - count)
+        parts.append(" ".join(words[first : first + count]))
+    return rng.choice((" ", ", ")).join(parts)
+
+
 @dataclass(frozen=True)
 class Mixing:
     """
-    Mixes some images with another one that is drawn from all, by `mixup` or `cutmix`. The teacher embeds the mix
-    itself, so no target has to be made up (arXiv 2106.05237).
+    Mixes some images with another one by `mixup` or `cutmix`, and some captions with another one or none by
+    `mixed_text`. The teacher embeds the mix itself, so no target has to be made up (arXiv 2106.05237).
 
     Args:
-        probability: How many of the images are mixed.
-        partners: Rows with undecoded images, of which one is drawn. An image stays as it is if its partner cannot be
-            decoded.
+        probability: How many of the images, and of the captions, are mixed.
+        partners: Rows with undecoded images, one of which is drawn. What cannot be read there leaves an example as it
+            is.
     """
 
     probability: float
     partners: Dataset
 
-    def __call__(
+    def image(
         self, image: Image.Image, augment: Callable[[Image.Image], Image.Image], rng: random.Random
     ) -> Image.Image:
         """
@@ -76,11 +93,32 @@ class Mixing:
         if rng.random() >= self.probability:
             return image
         try:
-            _, other = decoded(self.partners[rng.randrange(len(self.partners))])
+            _, other = decoded(self._partner(rng))
         except BadRowError:  # which is counted when the row's own turn comes
             return image
         other, share = augment(other), rng.random()
         return mixup(image, other, share) if rng.random() < 0.5 else cutmix(image, other, share, rng)
+
+    def text(self, caption: str, caption_of: Callable[[Mapping[str, Any]], str], rng: random.Random) -> str:
+        """
+        Mixes a caption, or returns it as it is.
+
+        Args:
+            caption: A text with words.
+            caption_of: Draws the caption of a row.
+            rng: Random generator of all draws.
+        """
+        if rng.random() >= self.probability:
+            return caption
+        if rng.random() < 1 / 3:
+            return mixed_text([caption], rng)
+        try:
+            return mixed_text([caption, caption_of(self._partner(rng))], rng)
+        except BadRowError:
+            return caption
+
+    def _partner(self, rng: random.Random) -> Mapping[str, Any]:
+        return self.partners[rng.randrange(len(self.partners))]
 
     @cached_property
     def digest(self) -> str:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, ReadingArguments
-from clipmap_hf.data.calibration_pairs import CalibrationPairs, calibration_rows
+from clipmap_hf.data.calibration_pairs import CROPS, CalibrationPairs, calibration_rows
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import PairSource, given_pairs
@@ -225,6 +225,7 @@ class RunContext:
                 self.run.seed,
                 caption_column=caption if caption in rows.column_names else None,
                 texts=self.data.texts,
+                augmentation=CROPS,
             )
             self.loaded.calibration[key] = HeldBatches(pairs)
         return self.loaded.calibration[key]
