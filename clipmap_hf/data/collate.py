@@ -1,6 +1,5 @@
 """Turns undecoded pairs into a batch for the model: decodes and preprocesses images, draws and tokenizes captions."""
 
-import hashlib
 import json
 import logging
 import random
@@ -17,20 +16,15 @@ from PIL import Image
 from clipmap_hf.data.augment import Augmentation, SeededTransform
 from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
+from clipmap_hf.data.keys import content_key
 from clipmap_hf.data.preprocess import preprocessed
 from clipmap_hf.data.texts import Texts
 from clipmap_hf.data.training_pixels import USUAL_DIVISOR, TrainingPixels, training_pixels
 
 
-__all__ = ["PairCollator", "caption_text", "content_key", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
+__all__ = ["PairCollator", "caption_text", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
 
 logger = logging.getLogger(__name__)
-
-
-def content_key(content: bytes | str) -> int:
-    """Returns a 64-bit key of an image file or a text, which depends on nothing but its content."""
-    content = content.encode() if isinstance(content, str) else content
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def filled_texts(caption: Any) -> list[str]:
