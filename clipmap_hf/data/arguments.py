@@ -139,7 +139,7 @@ class DataArguments(ReadingArguments, _Sources):
 
     @cached_property
     def parted_texts(self) -> PartedTexts | None:
-        """The texts that `train_texts` names; a share is held out where captions are not read. `None` if there are none."""
+        """The texts that `train_texts` names, a share held out where captions are not read; `None` without any."""
         texts = self._given_texts
         return texts and parted_texts(texts, 0.0 if texts.has_captions else self.validation_fraction)
 

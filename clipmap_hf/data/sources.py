@@ -102,17 +102,24 @@ def training_collator(
     )
 
 
-def evaluation_rows(data: DataArguments) -> Dataset | None:
+def evaluation_rows(data: DataArguments, other: PairSource | None = None) -> Dataset | None:
     """
     Loads the evaluation pairs that `data` names, in `eval_data` or as a `validation_fraction` of `train_data`; `None`
     if it names none. They are images without captions if those of a held-out share are not read; or if `eval_data` has
     none, and there are texts to measure agreement on.
+
+    Args:
+        data: Names the pairs.
+        other: Read in place of what `data` names, as `eval_data`.
+
+    Raises:
+        MissingColumnError: If captions are not there, and cannot be done without.
     """
-    source, split = data.evaluated
+    source, split = data.evaluated if other is None else (other, data.eval_split)
     if source is None:
         return None
     reading = {"split": split, "image_column": data.image_column}
-    if data.validation_fraction:
+    if data.validation_fraction and other is None:
         rows = load_pairs(source, caption_columns=data.read_columns[:1], **reading)
         return validation_part(rows, data.validation_fraction, held_out=True)
     if data.parted_texts is not None and data.parted_texts.evaluated:

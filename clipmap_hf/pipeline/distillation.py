@@ -88,7 +88,7 @@ class DistillationTrainer(StageTrainer):
     def _make_stage(self) -> DistillationStage:
         arguments, teachers, cache = self.args, self.teachers, self._teacher_cache
         if self._evaluate is not None:
-            self.teacher_metrics = self.context.teacher_metrics(teachers[0], self._evaluate)
+            self.teacher_metrics = self._evaluate.of_teacher()
         if cache is not None:  # the stage moves those that it uses
             for teacher in teachers:
                 teacher.model.cpu()
@@ -153,7 +153,7 @@ class DistillationTrainer(StageTrainer):
         )
 
     @property
-    def _index_teacher(self) -> Teacher:
+    def _first_teacher(self) -> Teacher:
         return self.teachers[0]
 
 
