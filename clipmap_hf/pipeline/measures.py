@@ -63,8 +63,9 @@ class RecallMeasure:
         return self._recall(*embeds) | self.teacher().agreement(*embeds[:2])
 
     def of_teacher(self) -> dict[str, float]:
-        """The teacher's own recall."""
-        return self._recall(*self.teacher()[:3])
+        """The teacher's own recall; it agrees with itself."""
+        images, texts, image_of_text, _ = self.teacher()
+        return self._recall(images, texts, image_of_text) | self.teacher().agreement(images, texts)
 
     def _recall(self, images: torch.Tensor, texts: torch.Tensor, image_of_text: torch.Tensor) -> dict[str, float]:
         recall = retrieval_metrics(images, texts, image_of_text)
@@ -92,9 +93,9 @@ class AgreementMeasure:
         (student,) = embed_unpaired([model], watched(self.batches), self.texts, self.tokenizer)
         return agreement(student, self.teacher())
 
-    def of_teacher(self) -> None:
-        """Embeds by the teacher what it is asked for; its agreement with itself says nothing."""
-        self.teacher()
+    def of_teacher(self) -> dict[str, float]:
+        """The teacher's agreement with itself."""
+        return agreement(self.teacher(), self.teacher())
 
 
 Measure = RecallMeasure | AgreementMeasure
