@@ -299,6 +299,19 @@ def test_two_processes_without_pairs_end_with_the_start_as_one_does(workshop, tm
     assert all("the weights are those of the start" in (output / "README.md").read_text() for output in outputs)
 
 
+def test_two_processes_measure_agreement_beside_recall_as_one_does(workshop, tmp_path):
+    argv = ["--teacher", workshop / "teacher", "--student_model", workshop / "teacher", "--train_data"]
+    argv += [workshop / "odd.parquet", "--eval_data", workshop / "captions.parquet", "--distillation_batch_size", 8]
+    argv += ["--distillation_steps", 1, "--distillation_learning_rate", 1e-2, "--distillation_warmup_steps", 0]
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        finish(RECIPES / "distill.py", *argv, "--output_dir", output, processes=processes)
+        line = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+        found.append({name: value for name, value in line.items() if name.startswith("eval_")})
+    assert found[1] == pytest.approx(found[0], abs=1e-4) and found[0]["eval_mean_agreement"] < 1
+
+
 @pytest.mark.parametrize("numbers", [(1, 2), (2, 1)], ids=["one to two", "two to one"])
 @pytest.mark.parametrize("recipe", ["map.py", "mask.py"])
 def test_a_run_is_gone_on_with_by_another_number_of_processes(workshop, tmp_path, recipe, numbers):

@@ -44,7 +44,7 @@ class DistillationTrainer(StageTrainer):
             are frozen.
         args: The arguments; with `context`, the stage's numbers do.
         train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
-        eval_dataset: Pairs to measure retrieval on, in the same forms.
+        eval_dataset: Pairs to measure retrieval on, in the same forms; or images alone, if training reads no captions.
         processing_class: Tokenizer and image processor of the student; by default the first teacher's.
         callbacks: Callbacks of transformers, as instances or classes.
         transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
