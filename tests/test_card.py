@@ -236,7 +236,7 @@ def test_results_on_sets_are_read_with_the_teachers(tmp_path):
     student, teacher = write_results(tmp_path / "s", cars=0.25, pets=0.125), write_results(tmp_path / "t", cars=0.5)
     cars, pets = read_results(student, teacher)
     expected = ("cars", {"accuracy@1": 0.25}, {"accuracy@1": 0.5}, "me/wds_cars", "c0ffee", "test")
-    assert dataclasses.astuple(cars) == (*expected, "zero-shot-image-classification", None)
+    assert dataclasses.astuple(cars) == (*expected, "zero-shot-image-classification", None, None)
     assert pets.teacher is None
     assert len(read_results(student, teacher, weights="of a student")) == 2
     with pytest.raises(ValueError, match="'cars' .* was measured with other weights"):

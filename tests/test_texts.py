@@ -138,12 +138,6 @@ def test_columns_of_captions_are_read_if_they_are_a_source(queries):
     assert DataArguments("pairs", train_texts=[str(queries), "captions"]).read_columns == ["caption"]
 
 
-def test_a_share_without_captions_cannot_be_held_out(queries):
-    with pytest.raises(ValueError, match="train_texts reads none. Name 'captions' among them, or"):
-        DataArguments("pairs", train_texts=[str(queries)], validation_fraction=0.1)
-    assert DataArguments("pairs", train_texts=[str(queries), "captions"], validation_fraction=0.1).read_columns
-
-
 # Runs
 
 

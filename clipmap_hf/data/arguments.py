@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Literal
 
 from clipmap_hf.config.ranges import check_ranges
+from clipmap_hf.data.held_texts import PartedTexts, parted_texts
 from clipmap_hf.data.texts import Texts, load_texts
 
 
@@ -25,7 +26,7 @@ class ReadingArguments:
         default=0.0,
         metadata={
             "help": "Share of `train_data` to hold out and evaluate on, in place of `eval_data`; equal images "
-            "are never on both sides."
+            "are never on both sides. Without captions, the same share of the texts is held out too."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split of `train_data`."})
@@ -120,7 +121,11 @@ class _Sources:
         }
     )
     eval_data: str | None = field(
-        default=None, metadata={"help": "Pairs to measure retrieval on, in the same forms as `train_data`."}
+        default=None,
+        metadata={
+            "help": "Pairs to measure retrieval on, in the same forms as `train_data`; or, with `train_texts`, images "
+            "alone, to measure agreement with the teacher on."
+        },
     )
 
 
@@ -132,16 +137,17 @@ class DataArguments(ReadingArguments, _Sources):
         super().__post_init__()
         if self.validation_fraction and self.eval_data is not None:
             raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
-        if self.validation_fraction and not self.read_columns:
-            raise ValueError(
-                "A validation_fraction is evaluated with its captions, and train_texts reads none. Name 'captions' "
-                "among them, or give eval_data that has captions."
-            )
 
     @cached_property
+    def parted_texts(self) -> PartedTexts | None:
+        """The texts that `train_texts` names, a share held out where captions are not read; `None` without any."""
+        texts = self._given_texts
+        return texts and parted_texts(texts, 0.0 if texts.has_captions else self.validation_fraction)
+
+    @property
     def texts(self) -> Texts | None:
         """The texts to train beside the images, read when they are first asked for; `None` for their own captions."""
-        return self.train_texts if isinstance(self.train_texts, Texts) else load_texts(self.train_texts)
+        return self.parted_texts and self.parted_texts.trained
 
     @property
     def sampling(self) -> Literal["first", "random"]:
@@ -152,7 +158,7 @@ class DataArguments(ReadingArguments, _Sources):
     @property
     def read_columns(self) -> list[str]:
         """The columns of the training data that texts come from; none if the images' own captions are not read."""
-        reads_captions = self.texts is None or self.texts.has_captions
+        reads_captions = self._given_texts is None or self._given_texts.has_captions
         return [*self.caption_column, *self.keyword_column] if reads_captions else []
 
     @property
@@ -161,6 +167,10 @@ class DataArguments(ReadingArguments, _Sources):
         if self.validation_fraction:
             return self.train_data, self.train_split
         return self.eval_data, self.eval_split
+
+    @cached_property
+    def _given_texts(self) -> Texts | None:
+        return self.train_texts if isinstance(self.train_texts, Texts) else load_texts(self.train_texts)
 
 
 @dataclass

@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader
 
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator, normalized_pixels
-from clipmap_hf.data.columns import ERROR_COLUMN, MissingColumnError, split_names, undecoded
-from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
+from clipmap_hf.data.columns import ERROR_COLUMN, split_names, undecoded
+from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, pairs_or_images
 from clipmap_hf.data.tally import RowTally
-from clipmap_hf.data.tar_shards import IMAGE_EXTENSIONS
 from clipmap_hf.data.texts import Texts
 from clipmap_hf.distributed import process_count, process_index
 
@@ -127,13 +126,10 @@ def calibration_rows(
         columns["split"] = split_names(columns["split"])[0]
     if caption_column is None:
         return load_pairs(source, caption_columns=[], **columns)
-    try:
-        return load_pairs(source, caption_columns=[caption_column], **columns)
-    except MissingColumnError as error:
-        if not set(error.there) <= {image_column, "label", "labels", "cls", *IMAGE_EXTENSIONS}:
-            raise
-    logger.warning("The calibration data has images alone; texts of random tokens take the place of captions.")
-    return load_pairs(source, caption_columns=[], **columns)
+    rows = pairs_or_images(source, caption_column=caption_column, **columns)
+    if caption_column not in rows.column_names:
+        logger.warning("The calibration data has images alone; texts of random tokens take the place of captions.")
+    return rows
 
 
 def sampled_pairs(

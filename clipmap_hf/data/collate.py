@@ -1,6 +1,5 @@
 """Turns undecoded pairs into a batch for the model: decodes and preprocesses images, draws and tokenizes captions."""
 
-import hashlib
 import json
 import logging
 import random
@@ -17,20 +16,15 @@ from PIL import Image
 from clipmap_hf.data.augment import Augmentation, SeededTransform
 from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
+from clipmap_hf.data.keys import content_key
 from clipmap_hf.data.preprocess import preprocessed
 from clipmap_hf.data.texts import Texts
 from clipmap_hf.data.training_pixels import USUAL_DIVISOR, TrainingPixels, training_pixels
 
 
-__all__ = ["PairCollator", "caption_text", "content_key", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
+__all__ = ["PairCollator", "caption_text", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
 
 logger = logging.getLogger(__name__)
-
-
-def content_key(content: bytes | str) -> int:
-    """Returns a 64-bit key of an image file or a text, which depends on nothing but its content."""
-    content = content.encode() if isinstance(content, str) else content
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def filled_texts(caption: Any) -> list[str]:
@@ -139,8 +133,8 @@ class PairCollator:
     - `input_ids` and `attention_mask`, `(texts, length)`, and `image_of_text`, `(texts,)`, if there are captions,
     - `bad_rows`, the number of rows left out, by reason. If no row is left, there is no other entry.
 
-    In training, there is one text per image. In evaluation, all captions of the first caption column are kept, and
-    there is `image_key`, `(images,)`: equal for images of equal files.
+    In training, there is one text per image. In evaluation, all captions of the first caption column are kept. There
+    are `image_key`, `(images,)`, equal for images of equal files, and `text_key`, `(texts,)`, equal for equal texts.
 
     In training, the crop and the caption depend only on `seed`, on the row, and on the number of the view. They are
     the same in any batch, order, process and worker. The number of the view is the row's `epoch`, modulo `views` if
@@ -206,7 +200,8 @@ class PairCollator:
             "image_of_text": torch.tensor(owners),
         }
         if self.augmentation is None:
-            batch["image_key"] = torch.tensor([example.key - 2**63 for example in examples])  # (images,), signed
+            batch["image_key"] = _signed([example.key for example in examples])
+            batch["text_key"] = _signed([content_key(text) for text in texts])
         if self.teacher_cache is not None:
             keys, views = ([getattr(example, name) for example in examples] for name in ("key", "view"))
             batch["teacher_embeds"] = self.teacher_cache.lookup(keys, views, [content_key(text) for text in texts])
@@ -267,6 +262,11 @@ class PairCollator:
         # The usual one is a plain number: by a tensor on the device, GPUs divide in another way, to other last bits.
         unusual = self.pixels.divisor != USUAL_DIVISOR
         return batch | ({"image_divisor": torch.tensor(self.pixels.divisor)} if unusual else {})
+
+
+def _signed(keys: Sequence[int]) -> torch.Tensor:
+    """Keys of 64 bits as torch holds them."""
+    return torch.tensor([key - 2**63 for key in keys])
 
 
 def _draw_text(caption: Any, rng: random.Random) -> Any:

@@ -9,13 +9,13 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, List, Value
 
 from clipmap_hf.data.builders import parquet_pairs
-from clipmap_hf.data.columns import ERROR_COLUMN, undecoded
+from clipmap_hf.data.columns import ERROR_COLUMN, MissingColumnError, undecoded
 from clipmap_hf.data.folders import TAR_FILES, folder_pairs, named_pairs
-from clipmap_hf.data.tar_shards import tar_pairs
+from clipmap_hf.data.tar_shards import IMAGE_EXTENSIONS, tar_pairs
 from clipmap_hf.files.hub_ids import check_hub_id
 
 
-__all__ = ["Datasets", "PairSource", "given_pairs", "holds_pairs", "load_pairs", "name_and_config"]
+__all__ = ["Datasets", "PairSource", "given_pairs", "holds_pairs", "load_pairs", "name_and_config", "pairs_or_images"]
 
 Datasets = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 PairSource = str | os.PathLike | Datasets | Sequence[tuple[Any, Any]]
@@ -80,6 +80,30 @@ def load_pairs(
         pairs = named_pairs(name, split, **columns, config=config)
     of_tars = ERROR_COLUMN in (pairs.column_names or ())  # their columns are selected
     return pairs if of_tars else undecoded(pairs, repr(source), image_column, caption_columns)
+
+
+def pairs_or_images(
+    source: PairSource, *, caption_column: str, image_column: str = "image", **reading: Any
+) -> Dataset | IterableDataset:
+    """
+    Loads pairs, or images alone where a source has nothing else, such as a folder of images without captions. Then
+    there is no column of captions.
+
+    Args:
+        source: What `load_pairs` reads.
+        caption_column: Column of the captions.
+        image_column: Column of the images.
+        reading: Further arguments of `load_pairs`.
+
+    Raises:
+        MissingColumnError: If there are no captions, and the source has other columns that may hold texts.
+    """
+    try:
+        return load_pairs(source, image_column=image_column, caption_columns=[caption_column], **reading)
+    except MissingColumnError as error:
+        if not set(error.there) <= {image_column, "label", "labels", "cls", *IMAGE_EXTENSIONS}:
+            raise
+    return load_pairs(source, image_column=image_column, caption_columns=[], **reading)
 
 
 def name_and_config(source: str) -> tuple[str, str | None]:

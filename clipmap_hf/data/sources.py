@@ -13,15 +13,24 @@ from transformers import ProcessorMixin
 
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.augment import Augmentation, SeededTransform
-from clipmap_hf.data.collate import PairCollator, content_key
+from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.evaluation_pairs import evaluation_pairs
+from clipmap_hf.data.keys import content_key
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.mixing import Mixing
-from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, name_and_config
+from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, name_and_config, pairs_or_images
 from clipmap_hf.data.validation import validation_part
 
 
-__all__ = ["described", "evaluation_batches", "source_files", "stage_seed", "training_collator", "training_pairs"]
+__all__ = [
+    "described",
+    "evaluation_batches",
+    "evaluation_rows",
+    "source_files",
+    "stage_seed",
+    "training_collator",
+    "training_pairs",
+]
 
 _SAMPLE = 16  # rows of a data set that tell it from another
 
@@ -93,15 +102,40 @@ def training_collator(
     )
 
 
+def evaluation_rows(data: DataArguments, other: PairSource | None = None) -> Dataset | None:
+    """
+    Loads the evaluation pairs that `data` names, in `eval_data` or as a `validation_fraction` of `train_data`; `None`
+    if it names none. They are images without captions if those of a held-out share are not read; or if `eval_data` has
+    none, and there are texts to measure agreement on.
+
+    Args:
+        data: Names the pairs.
+        other: Read in place of what `data` names, as `eval_data`.
+
+    Raises:
+        MissingColumnError: If captions are not there, and cannot be done without.
+    """
+    source, split = data.evaluated if other is None else (other, data.eval_split)
+    if source is None:
+        return None
+    reading = {"split": split, "image_column": data.image_column}
+    if data.validation_fraction and other is None:
+        rows = load_pairs(source, caption_columns=data.read_columns[:1], **reading)
+        return validation_part(rows, data.validation_fraction, held_out=True)
+    if data.parted_texts is not None and data.parted_texts.evaluated:
+        return pairs_or_images(source, caption_column=data.caption_column[0], **reading)
+    return load_pairs(source, caption_columns=data.caption_column[:1], **reading)
+
+
 def evaluation_batches(
     data: DataArguments, processor: ProcessorMixin, batch_size: int = 256, num_workers: int = 0
 ) -> DataLoader | None:
     """
-    Loads batches of preprocessed evaluation pairs, with all captions of the first caption column. Several processes
-    share the pairs.
+    Loads batches of preprocessed evaluation pairs, with all captions of the first caption column, or of images alone
+    (`evaluation_rows`). Several processes share them.
 
     Args:
-        data: Names the pairs, in `eval_data` or as a `validation_fraction` of `train_data`.
+        data: Names the pairs.
         processor: Tokenizer and image processor of the model.
         batch_size: Images per batch.
         num_workers: Worker processes that decode images.
@@ -112,14 +146,14 @@ def evaluation_batches(
     Raises:
         ValueError: If there are fewer pairs than processes.
     """
-    source, split = data.evaluated
-    if source is None:
+    rows = evaluation_rows(data)
+    if rows is None:
         return None
-    pairs = load_pairs(source, split=split, image_column=data.image_column, caption_columns=data.caption_column[:1])
+    caption = data.caption_column[0]
     return evaluation_pairs(
-        validation_part(pairs, data.validation_fraction, held_out=True),
+        rows,
         processor,
-        caption_column=data.caption_column[0],
+        caption_column=caption if caption in rows.column_names else None,
         batch_size=batch_size,
         num_workers=num_workers,
     )

@@ -71,6 +71,7 @@ def render_card(
         **license,
         **index,
     )
+    notes = [result.note for result in results if result.note]
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -79,7 +80,7 @@ def render_card(
         projection="WithProjection" if hasattr(transformers, with_projection) else "",
         method=method,
         cost_table=cost_table,
-        results=results_table(results) if results else None,
+        results="\n\n".join([results_table(results), *notes]) if results else None,
         recipe=recipe and yaml.safe_dump(_shorten_paths(arguments), sort_keys=False, allow_unicode=True),
         license=license,
         status=status,

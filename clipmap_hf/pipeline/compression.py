@@ -87,7 +87,7 @@ def compress(
         student: A key of `PRESETS`, a `Budget` or its values by name, or a `ClipMapConfig`.
         args: The arguments of the run, of its data and of distillation.
         train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
-        eval_dataset: Pairs to measure retrieval on, in the same forms.
+        eval_dataset: Pairs to measure retrieval on, in the same forms; or images alone, if training reads no captions.
         initializer: How the operators start, if `student` does not say it; `calibrated` by default.
         calibration_data: Pairs that the start reads, in the same forms; by default some of the training pairs.
         calibration_pairs: How many.

@@ -19,7 +19,6 @@ from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import PairSource, given_pairs
 from clipmap_hf.data.sources import described, training_pairs
 from clipmap_hf.data.texts import Texts, load_texts
-from clipmap_hf.distributed import join_processes
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.arguments import part
@@ -39,7 +38,7 @@ class _Loaded:
     pairs: PairDataset | PairStream | None = None
     teachers: dict[ModelId, Teacher] = field(default_factory=dict)
     calibration: dict[tuple, HeldBatches] = field(default_factory=dict)
-    teacher_metrics: dict[ModelId, dict[str, float]] = field(default_factory=dict)
+    teacher_embeds: dict[ModelId, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,19 +178,17 @@ class RunContext:
         several = isinstance(given, (list, tuple)) and not isinstance(given, ModelId)
         return [self._taken(source) for source in (given if several else [given])]
 
-    def teacher_metrics(
-        self, teacher: Teacher, evaluate: Callable[[PreTrainedModel], dict[str, float]]
-    ) -> dict[str, float]:
+    def teacher_embeds(self, teacher: Teacher, embed: Callable[[], Any]) -> Any:
         """
-        What a teacher reaches on the evaluation pairs, measured when it is first asked for.
+        A teacher's embeddings of the evaluation data, computed when they are first asked for.
 
         Args:
             teacher: The teacher.
-            evaluate: Measures a model on the evaluation pairs.
+            embed: Computes them.
         """
-        known = self.loaded.teacher_metrics
+        known = self.loaded.teacher_embeds
         if teacher.source not in known:
-            known[teacher.source] = evaluate(teacher.model.to(join_processes().device))
+            known[teacher.source] = embed()
         return known[teacher.source]
 
     def _taken(self, source: GivenTeacher) -> Teacher:

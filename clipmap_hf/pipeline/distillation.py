@@ -44,7 +44,7 @@ class DistillationTrainer(StageTrainer):
             are frozen.
         args: The arguments; with `context`, the stage's numbers do.
         train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
-        eval_dataset: Pairs to measure retrieval on, in the same forms.
+        eval_dataset: Pairs to measure retrieval on, in the same forms; or images alone, if training reads no captions.
         processing_class: Tokenizer and image processor of the student; by default the first teacher's.
         callbacks: Callbacks of transformers, as instances or classes.
         transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
@@ -88,7 +88,7 @@ class DistillationTrainer(StageTrainer):
     def _make_stage(self) -> DistillationStage:
         arguments, teachers, cache = self.args, self.teachers, self._teacher_cache
         if self._evaluate is not None:
-            self.teacher_metrics = self.context.teacher_metrics(teachers[0], self._evaluate)
+            self.teacher_metrics = self._evaluate.of_teacher()
         if cache is not None:  # the stage moves those that it uses
             for teacher in teachers:
                 teacher.model.cpu()
@@ -153,7 +153,7 @@ class DistillationTrainer(StageTrainer):
         )
 
     @property
-    def _index_teacher(self) -> Teacher:
+    def _first_teacher(self) -> Teacher:
         return self.teachers[0]
 
 
