@@ -5,7 +5,8 @@ from functools import cached_property
 from typing import Literal
 
 from clipmap_hf.config.ranges import check_ranges
-from clipmap_hf.data.texts import Texts, load_texts
+from clipmap_hf.data.text_sources import CAPTIONS
+from clipmap_hf.data.texts import Texts, load_texts, with_words
 
 
 __all__ = ["CalibrationArguments", "DataArguments", "ReadingArguments"]
@@ -28,7 +29,7 @@ class ReadingArguments:
             "are never on both sides."
         },
     )
-    train_split: str = field(default="train", metadata={"help": "Split of `train_data`."})
+    train_split: str = field(default="train", metadata={"help": "Split of `train_data` and `train_images`."})
     eval_split: str = field(
         default="train", metadata={"help": "Split of `eval_data` (plain files have only `train`)."}
     )
@@ -102,14 +103,22 @@ class ReadingArguments:
 
 @dataclass
 class _Sources:
-    train_data: str = field(
+    train_data: str | None = field(
+        default=None,
         metadata={
-            "help": "Folder, path or glob of parquet files or webdataset tars, or Hub id, with `:config` if it has "
-            "several configurations."
-        }
+            "help": "Pairs: folder, path or glob of parquet files or webdataset tars, or Hub id, with `:config` if it "
+            "has several configurations."
+        },
     )
     eval_data: str | None = field(
         default=None, metadata={"help": "Pairs to measure retrieval on, in the same forms as `train_data`."}
+    )
+    train_images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images whose captions are not read, in place of `train_data` or beside it, in the same forms. "
+            "`train_texts` names texts for them; by default `words`."
+        },
     )
 
 
@@ -119,6 +128,8 @@ class DataArguments(ReadingArguments, _Sources):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_images()
+        self._complete_texts()
         if self.validation_fraction and self.eval_data is not None:
             raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
         if self.validation_fraction and not self.read_columns:
@@ -127,9 +138,37 @@ class DataArguments(ReadingArguments, _Sources):
                 "among them, or give eval_data that has captions."
             )
 
+    def _check_images(self) -> None:
+        if self.train_data is None and self.train_images is None:
+            raise ValueError("Name what to train on: pairs in train_data, or images without captions in train_images.")
+        if self.train_data is not None and self.train_images is not None and self.streaming:
+            raise ValueError("A stream is of one source; leave out streaming, or one of train_data and train_images.")
+
+    def _complete_texts(self) -> None:
+        """Adds `words` where images without captions have too few texts, and says so in `train_texts`."""
+        if self.train_images is None and not self.train_texts:
+            return
+        no_texts = Texts({CAPTIONS: []}, {CAPTIONS: 1.0}) if self.train_data is not None else Texts({}, {})
+        texts = self.texts or no_texts
+        if self.train_data is None and texts.has_captions:
+            raise ValueError("train_images are read without captions; name others in train_texts, or give train_data.")
+        if self.train_images is not None or not texts.pairs:
+            self.texts = with_words(texts)
+            self.train_texts = self.texts if isinstance(self.train_texts, Texts) else self.texts.names
+
+    @property
+    def paired(self) -> bool:
+        """Whether each text belongs to its image."""
+        return self.train_images is None and (self.texts is None or self.texts.pairs)
+
+    @property
+    def shown_texts(self) -> dict[str, list[str]]:
+        """The entry of texts in a recipe, with those that are added by default; empty without."""
+        return {"train_texts": self.texts.names} if self.texts is not None and self.texts.names else {}
+
     @cached_property
     def texts(self) -> Texts | None:
-        """The texts to train beside the images, read when they are first asked for; `None` for their own captions."""
+        """The texts to train beside the images; `None` for their own captions."""
         return self.train_texts if isinstance(self.train_texts, Texts) else load_texts(self.train_texts)
 
     @property

@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader
 
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.columns import ERROR_COLUMN, MissingColumnError, split_names, undecoded
-from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
+from clipmap_hf.data.pairs import PairSource, given_pairs, images_alone, load_pairs
 from clipmap_hf.data.tally import RowTally
-from clipmap_hf.data.tar_shards import IMAGE_EXTENSIONS
 from clipmap_hf.data.texts import Texts
 from clipmap_hf.distributed import process_count, process_index
 
@@ -109,7 +108,7 @@ def calibration_rows(
     try:
         return load_pairs(source, caption_columns=[caption_column], **columns)
     except MissingColumnError as error:
-        if not set(error.there) <= {image_column, "label", "labels", "cls", *IMAGE_EXTENSIONS}:
+        if not images_alone(error.there, image_column):
             raise
     logger.warning("The calibration data has images alone; texts of random tokens take the place of captions.")
     return load_pairs(source, caption_columns=[], **columns)

@@ -158,7 +158,8 @@ class PairCollator:
         augmentation: Augmentation of training images; `None` in evaluation.
         seed: Seed of all random choices.
         views: Number of different examples of a row before they repeat; unlimited by default.
-        texts: Texts to draw from in place of the row's own caption. Without captions among them, no column is read.
+        texts: Texts to draw from in place of the row's own caption. Without captions among them, no column is read;
+            with them, a row without a caption draws from the others.
         teacher_cache: A `TeacherCache` that adds `teacher_embeds`, its teachers' embeddings of the same views.
 
     Raises:
@@ -230,16 +231,27 @@ class PairCollator:
         return _Example(image, filled_texts(captions) or [caption_text(captions)], content_key(content), 0)
 
     def _texts(self, row: Mapping[str, Any], rng: random.Random) -> list[str]:
-        if self.texts is not None and (text := self.texts.draw(rng)) is not None:
+        if self.texts is not None and (text := self._drawn(row, rng)) is not None:
             return [text]
         first = row[self.caption_columns[0]]
         if self.caption_sampling == "first":
             return [caption_text(_draw_text(first, rng))]
-        columns = [*self.caption_columns, *self.keyword_columns]
+        columns = self._columns
         filled = [column for column in columns if filled_texts(row[column])]  # some rows have no keywords
         column = rng.choice(filled) if filled else columns[0]
         is_keywords = column in self.keyword_columns
         return [caption_text(row[column] if is_keywords else _draw_text(row[column], rng), rng)]
+
+    def _drawn(self, row: Mapping[str, Any], rng: random.Random) -> str | None:
+        """A text that is drawn; `None` for the row's own caption, in whose place a row without one draws another."""
+        text = self.texts.draw(rng)
+        if text is None and not any(filled_texts(row.get(name)) for name in self._columns):
+            return self.texts.draw(rng, captions=False)
+        return text
+
+    @property
+    def _columns(self) -> list[str]:
+        return [*self.caption_columns, *self.keyword_columns]
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         if self.augmentation is None:

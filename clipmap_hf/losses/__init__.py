@@ -82,8 +82,8 @@ def check_unmatched(losses: Mapping[str, float | Callable]) -> None:
     matched = sorted(name for name, weight in loss_weights(losses).items() if weight and name in MATCHED_LOSSES)
     if matched:
         raise ValueError(
-            f"The losses {matched} need texts that belong to their images, and train_texts names others. Take of "
-            f"{sorted(set(LOSSES) - set(MATCHED_LOSSES))}, or leave train_texts out."
+            f"The losses {matched} need texts that belong to their images, and not all of these do. Take of "
+            f"{sorted(set(LOSSES) - set(MATCHED_LOSSES))}, or give pairs alone, without train_images and train_texts."
         )
 
 

@@ -107,7 +107,8 @@ def compress(
     )
     teachers = [taken.source for taken in context.given_teachers(teacher)]
     config = requested_config(student, initializer, has_data=None)
-    given = {name: stage for name, stage in (("masking", masking), ("mapping", mapping)) if stage is not None}
+    stages = {"masking": masking, "mapping": mapping}
+    given = {name: stage.for_texts(context.data.paired) for name, stage in stages.items() if stage is not None}
     calibration = CalibrationArguments(calibration_data, calibration_pairs)
     stages = CompressionArguments(calibration, distillation=args, **given)
     return compress_in_run(teachers[0], teachers, config, context, stages)

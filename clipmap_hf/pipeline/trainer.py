@@ -51,7 +51,8 @@ class StageTrainer:
     numbers: type[StageArguments] = StageArguments  # which of the arguments are the stage's
 
     def __init__(self, args: StageArguments, context: RunContext, processing_class: ProcessorMixin):
-        self.args, self.context, self.processing_class = args, context, processing_class
+        self.args = args.for_texts(context.data.paired)
+        self.context, self.processing_class = context, processing_class
         self.callback_handler = callback_handler(context.run, context.callbacks)
         self.callback_handler.processing_class = processing_class
         self.state = TrainerState()
@@ -92,7 +93,7 @@ class StageTrainer:
         if self.context.run.load_best_model_at_end and self._evaluate is None:
             raise ValueError("load_best_model_at_end needs evaluation pairs; give an eval_dataset (eval_data).")
         context = self.context
-        if context.data.texts is not None and not context.data.texts.pairs:
+        if not context.data.paired:
             check_unmatched(getattr(self.args, "losses", CONTRASTIVE))
         stage = self.stage
         run = dataclasses.replace(context.run, seed=stage_seed(self.name, context.run.seed))
