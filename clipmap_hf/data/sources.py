@@ -13,17 +13,27 @@ from transformers import ProcessorMixin
 
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.augment import Augmentation, SeededTransform
-from clipmap_hf.data.collate import PairCollator, content_key
+from clipmap_hf.data.collate import PairCollator, content_key, filled_texts
 from clipmap_hf.data.columns import MissingColumnError
 from clipmap_hf.data.evaluation_pairs import evaluation_pairs
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import PairSource, given_pairs, images_alone, load_pairs, name_and_config
+from clipmap_hf.data.text_sources import WORDS
 from clipmap_hf.data.validation import validation_part
 
 
-__all__ = ["described", "evaluation_batches", "source_files", "stage_seed", "training_collator", "training_pairs"]
+__all__ = [
+    "described",
+    "evaluation_batches",
+    "some_texts",
+    "source_files",
+    "stage_seed",
+    "training_collator",
+    "training_pairs",
+]
 
 _SAMPLE = 16  # rows of a data set that tell it from another
+_TEXTS = 64  # of a source that stand for all
 
 
 def training_pairs(data: DataArguments) -> PairDataset | PairStream:
@@ -52,6 +62,22 @@ def _rows(data: DataArguments, source: PairSource, columns: Sequence[str]) -> Da
             f"{error} Images without captions need texts: give the images as train_images, or name the texts in "
             "train_texts (`words` will do)."
         ) from error
+
+
+def some_texts(data: DataArguments, rows: Dataset | IterableDataset) -> list[str]:
+    """
+    Takes some of the texts that a run is trained on, of each source but `words`, which are known.
+
+    Args:
+        data: Names the texts.
+        rows: The training pairs, of which the first captions are read.
+    """
+    texts, caption = [], data.caption_column[0]
+    for name, source in (data.texts.sources if data.texts is not None else {}).items():
+        texts += source[:: max(1, len(source) // _TEXTS)][:_TEXTS] if name != WORDS else []
+    if data.read_columns:
+        texts += [text for row in rows.select_columns([caption]).take(_TEXTS) for text in filled_texts(row[caption])]
+    return texts
 
 
 def described(source: PairSource) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
+from transformers.utils import logging
 
 from clipmap_hf.data.evaluation_pairs import evaluation_pairs
+from clipmap_hf.data.language import spelling_warning
 from clipmap_hf.data.pairs import PairSource
-from clipmap_hf.data.sources import described, evaluation_batches, stage_seed, training_collator
+from clipmap_hf.data.sources import described, evaluation_batches, some_texts, stage_seed, training_collator
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.evaluation.retrieval import evaluate_beside_index, evaluate_retrieval
 from clipmap_hf.hub.card import hub_dataset
@@ -32,6 +34,8 @@ from clipmap_hf.training.trainer import Trainer
 
 
 __all__ = ["StageTrainer"]
+
+logger = logging.get_logger(__name__)
 
 # What may change between a run and its resumption.
 _MAY_CHANGE = {"eval_data", "eval_split", "image_backend", "max_bad_fraction", "teacher_index"}
@@ -95,6 +99,7 @@ class StageTrainer:
         context = self.context
         if not context.data.paired:
             check_unmatched(getattr(self.args, "losses", CONTRASTIVE))
+        self._warn_of_language()
         stage = self.stage
         run = dataclasses.replace(context.run, seed=stage_seed(self.name, context.run.seed))
         if resume_from_checkpoint is not None:
@@ -199,6 +204,12 @@ class StageTrainer:
     def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Removes a callback, or the first of a class."""
         self.callback_handler.remove_callback(callback)
+
+    def _warn_of_language(self) -> None:
+        texts = some_texts(self.context.data, self.context.pairs.pairs)
+        warning = spelling_warning(self.processing_class.tokenizer, texts)
+        if warning is not None and join_processes().is_main_process:
+            logger.warning_once(warning)  # other stages of the run read the same texts
 
     def _make_stage(self) -> Stage:
         raise NotImplementedError
