@@ -2,14 +2,17 @@
 
 import dataclasses
 import random
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from datasets import Dataset, concatenate_datasets
 from PIL import Image
+from test_recipe_configs import load_recipe
 
 import clipmap_hf.data.text_sources
 from clipmap_hf import (
@@ -292,3 +295,85 @@ def test_a_picture_that_cannot_be_read_is_a_bad_row(tiny_pairs, teacher_folder, 
         paths.append(tmp_path / f"{index}.png")
     result = compress(str(teacher_folder), SMALL, args, [*paths, tmp_path / "broken.png", tmp_path / "none.png"])
     assert result.bad_rows and isinstance(pictures[0], Image.Image)
+
+
+# Recipes
+
+
+@pytest.fixture
+def recipe(monkeypatch, teacher_folder, tmp_path):
+    """Runs a recipe in this process."""
+
+    def run(name: str, *argv: str) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        output = [] if name == "cache" else ["--output_dir", str(tmp_path / "out")]
+        teacher = [] if name == "pretrain" else ["--teacher", str(teacher_folder)]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *teacher, *output, *map(str, argv)])
+        load_recipe(name).main()
+
+    return run
+
+
+def options(stage: str) -> list[str]:
+    return [f"--{stage}_steps", "2", f"--{stage}_batch_size", "8"]
+
+
+SIZES = ["--vision_hidden_size", "32", "--text_hidden_size", "32"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("compress", [*SIZES, "--initializer", "manual", *options("distillation")]),
+        ("map", [*SIZES, "--initializer", "diagonal", *options("mapping")]),
+        ("mask", [*SIZES, *options("masking")]),
+        ("ternarize", options("ternary")),
+    ],
+)
+def test_recipes_take_images_and_texts_apart(recipe, name, words, images, queries, tmp_path):
+    recipe(name, "--train_images", images, "--train_texts", queries, *words)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    written = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    stage = words[-2].removeprefix("--").removesuffix("_batch_size")
+    assert written[stage]["losses"] == {"feature": 2000.0} and written["train_images"] == "images"
+    assert written["train_texts"] == ["queries.txt"] and "train_data" not in written
+
+
+def test_a_teacher_cache_is_made_of_images_and_texts_apart(recipe, images, queries, tmp_path, teacher_folder):
+    cache = ["--teacher_cache", tmp_path / "cache", "--views", "2", "--train_images", images, "--train_texts", queries]
+    recipe("cache", *cache)
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    student = ["--student_model", teacher_folder, *options("distillation")]
+    recipe("distill", *cache, *student)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == made
+
+
+def test_recipe_and_python_make_the_same_of_images_and_texts(recipe, images, queries, tmp_path, teacher_folder):
+    words = [*SIZES, "--refit_steps", "0", *options("distillation")]
+    recipe("compress", "--train_images", images, "--train_texts", queries, *words)
+    args = DistillationArguments(str(tmp_path / "python"), max_steps=2, batch_size=8, train_texts=[queries])
+    compress(str(teacher_folder), CALIBRATED, args, images)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "python")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mope", "Pruning errors are of retrieval; give pairs, without train_images and train_texts"),
+        ("pretrain", "A tokenizer is learned from captions; give pairs, without train_images and train_texts"),
+    ],
+)
+@pytest.mark.parametrize("source", ["--train_images", "--train_data"])
+def test_recipes_that_need_pairs_say_so(recipe, name, words, source, images, queries):
+    with pytest.raises(ValueError, match=words):
+        recipe(name, source, images, "--train_texts", queries)
+
+
+def test_a_recipe_needs_pairs_or_images(recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe("compress")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "compress.py: error: Name what to train on: pairs in train_data, or images without captions in train_images."
+    )
