@@ -34,8 +34,10 @@ from clipmap_hf.data import texts as texts_module
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator
+from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.data.sources import source_files, training_pairs
 from clipmap_hf.data.texts import Texts
+from clipmap_hf.data.validation import validation_part
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.training.arguments import DistillationStageArguments
 from clipmap_hf.training.run_arguments import RunArguments
@@ -283,6 +285,22 @@ def test_images_are_calibrated_on_themselves_beside_their_texts(
         (batch,) = context.calibration_batches(teacher, CalibrationArguments(source, 8))
         known = tiny_processor.tokenizer(["red circle", "blue bar"], padding=True, return_tensors="pt")["input_ids"]
         assert all(any(torch.equal(ids, text) for text in known) for ids in batch["input_ids"])
+
+
+def test_a_single_text_is_too_few_to_start_from_and_two_are_enough(images, teacher_folder, tmp_path):
+    args = arguments(tmp_path / "out", max_steps=0)
+    with pytest.raises(ValueError, match="calibrate with more pairs, of different texts"):
+        compress(str(teacher_folder), CALIBRATED, args, images, text_dataset=["a dog"])
+    assert compress(str(teacher_folder), CALIBRATED, args, images, text_dataset=["a dog", "a cat"]).steps == 0
+
+
+def test_images_that_are_held_out_with_pairs_are_not_trained_on_without_captions(pairs_parquet, queries):
+    path = str(pairs_parquet)
+    data = DataArguments(path, train_images=path, train_texts=["captions", queries], validation_fraction=0.4)
+    trained = {row["image"]["bytes"] for row in training_pairs(data).pairs}
+    every = {row["image"]["bytes"] for row in load_pairs(path)}
+    held_out = {row["image"]["bytes"] for row in validation_part(load_pairs(path), 0.4, held_out=True)}
+    assert held_out and trained == every - held_out
 
 
 def test_a_picture_that_cannot_be_read_is_a_bad_row(tiny_pairs, teacher_folder, queries, tmp_path):
