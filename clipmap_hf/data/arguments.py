@@ -58,7 +58,8 @@ class ReadingArguments:
         default_factory=list,
         metadata={
             "help": "Texts to train beside the images, which need not belong to them: queries.txt, labels:names.txt, "
-            "pairs.parquet:title, words, or captions (the images' own, the default). name=2 draws twice as often."
+            "titles.csv:title, owner/name:title, words, or captions (the images' own, the default). name=2 draws "
+            "twice as often."
         },
     )
     crop_scale: list[float] = field(
@@ -198,7 +199,8 @@ class CalibrationArguments:
     calibration_data: str | None = field(
         default=None,
         metadata={
-            "help": "Calibration pairs, with the columns of `train_data`, which is the default; images alone will do."
+            "help": "Calibration pairs, with the columns of `train_data`; by default what is trained on. Images alone "
+            "will do."
         },
     )
     calibration_pairs: int = field(

@@ -86,7 +86,8 @@ def compress(
             together teach.
         student: A key of `PRESETS`, a `Budget` or its values by name, or a `ClipMapConfig`.
         args: The arguments of the run, of its data and of distillation.
-        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id;
+            or images alone, in the same forms.
         eval_dataset: Pairs to measure retrieval on, in the same forms.
         initializer: How the operators start, if `student` does not say it; `calibrated` by default.
         calibration_data: Pairs that the start reads, in the same forms; by default some of the training pairs.
