@@ -138,6 +138,16 @@ def test_training_sets_of_the_hub_are_named(cost_table, pairs_parquet):
     assert sets(train_data="me/pairs", calibration_data="me/pairs") == ["me/pairs"]
     assert sets(train_data=str(pairs_parquet)) is None and sets(train_data="data/pairs.parquet") is None
     assert sets(train_data="data/pairs-*.tar") is None and sets(output_dir="me/out") is None
+    named = sets(train_images="me/photos:large", train_texts=["you/texts:title=2", "words"])
+    assert named == ["me/photos", "you/texts"]
+    assert sets(train_texts=["data/queries.txt", "labels:data/names.txt", "data/titles.csv:title", "captions"]) is None
+
+
+def test_a_card_shows_no_folder_of_texts(cost_table):
+    recipe = yaml.safe_dump({"train_texts": ["/me/queries.txt=2", "labels:/me/names.txt", "/me/pairs.parquet:title"]})
+    text = str(render_card("me/clip", cost_table, model_class="CLIPModel", method=METHOD, recipe=recipe))
+    assert all(f"- {name}" in text for name in ("queries.txt=2", "labels:names.txt", "pairs.parquet:title"))
+    assert "/me/" not in text
 
 
 @pytest.mark.parametrize("source", ["./pairs", "pairs", "a/b/c", "data/a.tar.gz", "data/*", "/data/pairs"])

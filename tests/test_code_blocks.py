@@ -75,6 +75,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("recipes", "clipmap_hf", "docs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "small").mkdir()
+    (tmp_path / "queries.txt").write_text("a red circle\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -6,7 +6,12 @@ from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import optional, parse_arguments
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
+from clipmap_hf.training.arguments import (
+    DistillationStageArguments,
+    MappingStageArguments,
+    MaskingStageArguments,
+    StageArguments,
+)
 from clipmap_hf.training.run_arguments import RunArguments
 
 
@@ -44,16 +49,18 @@ def parse_recipe(
         description: Shown by `--help`.
 
     Returns:
-        An instance of each type, then of each stage.
+        An instance of each type, then of each stage, which has its losses: of those that are not named, the default.
 
     Raises:
         ValueError: If the YAML file has a key that no dataclass knows.
     """
     stages = stages or {}
-    return parse_arguments(
+    parsed = parse_arguments(
         *types,
         stages=stages,
         others=tuple(kind for kind in SHARED if kind not in types),
         other_stages={name: stage for name, stage in STAGES.items() if name not in stages},
         description=description,
     )
+    paired = all(values.paired for values in parsed if isinstance(values, DataArguments))
+    return tuple(values.for_texts(paired) if isinstance(values, StageArguments) else values for values in parsed)

@@ -6,7 +6,8 @@ from typing import Literal
 
 from clipmap_hf.config.ranges import check_ranges
 from clipmap_hf.data.held_texts import PartedTexts, parted_texts
-from clipmap_hf.data.texts import Texts, load_texts
+from clipmap_hf.data.text_sources import CAPTIONS
+from clipmap_hf.data.texts import Texts, load_texts, with_words
 
 
 __all__ = ["CalibrationArguments", "DataArguments", "ReadingArguments"]
@@ -29,7 +30,7 @@ class ReadingArguments:
             "are never on both sides. Without captions, the same share of the texts is held out too."
         },
     )
-    train_split: str = field(default="train", metadata={"help": "Split of `train_data`."})
+    train_split: str = field(default="train", metadata={"help": "Split of `train_data` and `train_images`."})
     eval_split: str = field(
         default="train", metadata={"help": "Split of `eval_data` (plain files have only `train`)."}
     )
@@ -58,7 +59,8 @@ class ReadingArguments:
         default_factory=list,
         metadata={
             "help": "Texts to train beside the images, which need not belong to them: queries.txt, labels:names.txt, "
-            "pairs.parquet:title, words, or captions (the images' own, the default). name=2 draws twice as often."
+            "titles.csv:title, owner/name:title, words, or captions (the images' own, the default). name=2 draws "
+            "twice as often."
         },
     )
     crop_scale: list[float] = field(
@@ -114,17 +116,25 @@ class ReadingArguments:
 
 @dataclass
 class _Sources:
-    train_data: str = field(
+    train_data: str | None = field(
+        default=None,
         metadata={
-            "help": "Folder, path or glob of parquet files or webdataset tars, or Hub id, with `:config` if it has "
-            "several configurations."
-        }
+            "help": "Pairs: folder, path or glob of parquet files or webdataset tars, or Hub id, with `:config` if it "
+            "has several configurations."
+        },
     )
     eval_data: str | None = field(
         default=None,
         metadata={
             "help": "Pairs to measure retrieval on, in the same forms as `train_data`; or, with `train_texts`, images "
             "alone, to measure agreement with the teacher on."
+        },
+    )
+    train_images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images whose captions are not read, in place of `train_data` or beside it, in the same forms. "
+            "`train_texts` names texts for them; by default `words`."
         },
     )
 
@@ -135,8 +145,39 @@ class DataArguments(ReadingArguments, _Sources):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_images()
+        self._complete_texts()
         if self.validation_fraction and self.eval_data is not None:
             raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
+
+    def _check_images(self) -> None:
+        if self.train_data is None and self.train_images is None:
+            raise ValueError("Name what to train on: pairs in train_data, or images without captions in train_images.")
+        if self.train_data is not None and self.train_images is not None and self.streaming:
+            raise ValueError("A stream is of one source; leave out streaming, or one of train_data and train_images.")
+
+    def _complete_texts(self) -> None:
+        """Adds `words` where images without captions have too few texts, and says so in `train_texts`."""
+        if self.train_images is None and not self.train_texts:
+            return
+        no_texts = Texts({CAPTIONS: []}, {CAPTIONS: 1.0}) if self.train_data is not None else Texts({}, {})
+        texts = self._given_texts or no_texts
+        if self.train_data is None and texts.has_captions:
+            raise ValueError("train_images are read without captions; name others in train_texts, or give train_data.")
+        if self.train_images is not None or not texts.pairs:
+            self._given_texts = with_words(texts)
+            self.train_texts = self._given_texts if isinstance(self.train_texts, Texts) else self._given_texts.names
+
+    @property
+    def paired(self) -> bool:
+        """Whether each text belongs to its image."""
+        return self.train_images is None and (self._given_texts is None or self._given_texts.pairs)
+
+    @property
+    def shown_texts(self) -> dict[str, list[str]]:
+        """The entry of texts in a recipe, with those that are added by default; empty without."""
+        names = self._given_texts.names if self._given_texts is not None else []
+        return {"train_texts": names} if names else {}
 
     @cached_property
     def parted_texts(self) -> PartedTexts | None:
@@ -146,7 +187,7 @@ class DataArguments(ReadingArguments, _Sources):
 
     @property
     def texts(self) -> Texts | None:
-        """The texts to train beside the images, read when they are first asked for; `None` for their own captions."""
+        """The texts to train beside the images; `None` for their own captions."""
         return self.parted_texts and self.parted_texts.trained
 
     @property
@@ -165,7 +206,7 @@ class DataArguments(ReadingArguments, _Sources):
     def evaluated(self) -> tuple[str | None, str]:
         """Source and split of the evaluation pairs. The source is `None` if nothing is evaluated."""
         if self.validation_fraction:
-            return self.train_data, self.train_split
+            return self.train_images if self.train_data is None else self.train_data, self.train_split
         return self.eval_data, self.eval_split
 
     @cached_property
@@ -180,7 +221,8 @@ class CalibrationArguments:
     calibration_data: str | None = field(
         default=None,
         metadata={
-            "help": "Calibration pairs, with the columns of `train_data`, which is the default; images alone will do."
+            "help": "Calibration pairs, with the columns of `train_data`; by default what is trained on. Images alone "
+            "will do."
         },
     )
     calibration_pairs: int = field(

@@ -153,7 +153,8 @@ class PairCollator:
         augmentation: Augmentation of training images; `None` in evaluation.
         seed: Seed of all random choices.
         views: Number of different examples of a row before they repeat; unlimited by default.
-        texts: Texts to draw from in place of the row's own caption. Without captions among them, no column is read.
+        texts: Texts to draw from in place of the row's own caption. Without captions among them, no column is read;
+            with them, a row without a caption draws from the others.
         mixing: A `Mixing` of some examples with others, after their augmentation.
         teacher_cache: A `TeacherCache` that adds `teacher_embeds`, its teachers' embeddings of the same views.
 
@@ -233,7 +234,7 @@ class PairCollator:
         return _Example(image, filled_texts(captions) or [caption_text(captions)], content_key(content), 0)
 
     def _text(self, row: Mapping[str, Any], rng: random.Random) -> str:
-        if self.texts is not None and (text := self.texts.draw(rng)) is not None:
+        if self.texts is not None and (text := self._drawn(row, rng)) is not None:
             return text
         caption = self._caption(row, rng)
         return caption if self.mixing is None else self.mixing.text(caption, partial(self._caption, rng=rng), rng)
@@ -242,11 +243,22 @@ class PairCollator:
         first = row[self.caption_columns[0]]
         if self.caption_sampling == "first":
             return caption_text(_draw_text(first, rng))
-        columns = [*self.caption_columns, *self.keyword_columns]
+        columns = self._columns
         filled = [column for column in columns if filled_texts(row[column])]  # some rows have no keywords
         column = rng.choice(filled) if filled else columns[0]
         is_keywords = column in self.keyword_columns
         return caption_text(row[column] if is_keywords else _draw_text(row[column], rng), rng)
+
+    def _drawn(self, row: Mapping[str, Any], rng: random.Random) -> str | None:
+        """A text that is drawn; `None` for the row's own caption, in whose place a row without one draws another."""
+        text = self.texts.draw(rng)
+        if text is None and not any(filled_texts(row.get(name)) for name in self._columns):
+            return self.texts.draw(rng, captions=False)
+        return text
+
+    @property
+    def _columns(self) -> list[str]:
+        return [*self.caption_columns, *self.keyword_columns]
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         if self.augmentation is None:

@@ -11,8 +11,9 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from clipmap_hf.data.collate import content_key, decoded
+from clipmap_hf.data.collate import decoded
 from clipmap_hf.data.images import BadRowError, image_bytes
+from clipmap_hf.data.keys import content_key
 
 
 __all__ = ["Mixing", "cutmix", "mixed_text", "mixup"]

@@ -21,6 +21,7 @@ __all__ = ["add_to_card", "config_yaml", "hub_dataset", "render_card", "shown_na
 _BEGIN, _END = "<!-- results on sets -->", "<!-- end of results on sets -->"  # lines of the template
 # SigLIP was trained on texts that are padded to the full length, without a mask.
 _SIGLIP_PADDING = 'padding="max_length", return_attention_mask=False'
+_FILES = (".parquet", ".tar", "gz", ".txt", ".csv", ".tsv", ".jsonl")
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
@@ -140,13 +141,15 @@ def config_yaml(teacher: str, config: ClipMapConfig) -> str:
 
 def hub_dataset(source: str) -> str | None:
     """Returns a source of pairs if it is a Hub id, and `None` if it names files or a folder."""
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not source.endswith((".parquet", ".tar", "gz"))
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not source.endswith(_FILES)
     return source if is_id and not os.path.exists(source) else None
 
 
 def _find_training_sets(arguments: Mapping[str, Any]) -> list[str]:
-    sources = [arguments.get("train_data"), arguments.get("calibration_data")]
-    return list(dict.fromkeys(source for source in sources if source is not None and hub_dataset(source)))
+    named = [arguments.get(name) for name in ("train_data", "train_images", "calibration_data")]
+    named += arguments.get("train_texts") or []
+    sources = (source.partition(":")[0] for source in named if source)  # a configuration or a column may follow
+    return list(dict.fromkeys(source for source in sources if hub_dataset(source)))
 
 
 def _shorten_paths(value: Any) -> Any:
@@ -155,5 +158,7 @@ def _shorten_paths(value: Any) -> Any:
         return {key: _shorten_paths(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_shorten_paths(inner) for inner in value]
-    is_path = isinstance(value, str) and os.path.isabs(value)
-    return os.path.basename(os.path.normpath(value)) if is_path else value
+    if not isinstance(value, str):
+        return value
+    label, colon, path = value.rpartition(":") if value.startswith("labels:") else ("", "", value)
+    return f"{label}{colon}{os.path.basename(os.path.normpath(path))}" if os.path.isabs(path) else value

@@ -86,7 +86,8 @@ def compress(
             together teach.
         student: A key of `PRESETS`, a `Budget` or its values by name, or a `ClipMapConfig`.
         args: The arguments of the run, of its data and of distillation.
-        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id;
+            or images alone, in the same forms.
         eval_dataset: Pairs to measure retrieval on, in the same forms; or images alone, if training reads no captions.
         initializer: How the operators start, if `student` does not say it; `calibrated` by default.
         calibration_data: Pairs that the start reads, in the same forms; by default some of the training pairs.
@@ -107,7 +108,8 @@ def compress(
     )
     teachers = [taken.source for taken in context.given_teachers(teacher)]
     config = requested_config(student, initializer, has_data=None)
-    given = {name: stage for name, stage in (("masking", masking), ("mapping", mapping)) if stage is not None}
+    stages = {"masking": masking, "mapping": mapping}
+    given = {name: stage.for_texts(context.data.paired) for name, stage in stages.items() if stage is not None}
     calibration = CalibrationArguments(calibration_data, calibration_pairs)
     stages = CompressionArguments(calibration, distillation=args, **given)
     return compress_in_run(teachers[0], teachers, config, context, stages)

@@ -16,9 +16,9 @@ from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, Readi
 from clipmap_hf.data.calibration_pairs import CROPS, CalibrationPairs, calibration_rows
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import PairSource, given_pairs
+from clipmap_hf.data.pairs import Datasets, PairSource, given_pairs, images_alone
 from clipmap_hf.data.sources import described, training_pairs
-from clipmap_hf.data.texts import Texts, load_texts
+from clipmap_hf.data.texts import load_texts
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.arguments import part
@@ -92,7 +92,7 @@ class RunContext:
 
         Args:
             args: Arguments of a trainer.
-            train_dataset: Training pairs.
+            train_dataset: Training pairs, or images alone.
             eval_dataset: Evaluation pairs.
             callbacks: As in the class.
             transform: As in the class.
@@ -101,20 +101,20 @@ class RunContext:
         Raises:
             TypeError: If pairs cannot be read, or the texts are one string.
         """
-        sources = {
-            name: source if source is None or isinstance(source, (str, os.PathLike)) else given_pairs(source)
-            for name, source in (("train_data", train_dataset), ("eval_data", eval_dataset))
-        }
+        train, evaluated = map(_opened, (train_dataset, eval_dataset))
         reading = json_values(part(args, ReadingArguments))
-        reading["streaming"] |= isinstance(sources["train_data"], IterableDataset)
+        reading["streaming"] |= isinstance(train, IterableDataset)
         if len(text_dataset):
             reading["train_texts"] = load_texts(reading["train_texts"], text_dataset)
-        has_cache = hasattr(args, "teacher_cache")
+        name = "train_images" if _has_images_alone(train, args.image_column) else "train_data"
+        data = DataArguments(**{name: train}, eval_data=evaluated, **reading)
+        has_cache, values = hasattr(args, "teacher_cache"), json_values(args.for_texts(data.paired))
+        sources = {name: train, "eval_data": evaluated}
         named = {name: described(source) for name, source in sources.items() if source is not None}
         return cls(
             part(args, RunArguments),
-            DataArguments(**sources, **reading),
-            yaml.safe_dump(named | json_values(args), sort_keys=False, allow_unicode=True),
+            data,
+            yaml.safe_dump(named | values | data.shown_texts, sort_keys=False, allow_unicode=True),
             part(args, TeacherCacheArguments) if has_cache else TeacherCacheArguments(),
             callbacks=callbacks,
             transform=transform,
@@ -152,13 +152,15 @@ class RunContext:
     def data_values(self) -> dict[str, Any]:
         """What says where the pairs come from and how they are read, as JSON values."""
         data = {f.name: getattr(self.data, f.name) for f in dataclasses.fields(self.data)}
-        named = {name: source and described(source) for name in ("train_data", "eval_data") if (source := data[name])}
+        sources = ("train_data", "eval_data", "train_images")
+        named = {name: described(source) for name in sources if (source := data[name]) is not None}
         own = {} if self.transform is None else {"transform": json_values(self.transform)}
         own["caption_sampling"] = self.data.sampling
-        texts = data.pop("train_texts")
+        data.pop("train_texts")
+        if data["train_images"] is None:
+            data.pop("train_images")
         if self.data.texts is not None:
-            names = list(texts.sources) if isinstance(texts, Texts) else texts
-            own |= {"train_texts": names, "digest_of_texts": self.data.texts.digest}
+            own |= {"train_texts": list(self.data.texts.sources), "digest_of_texts": self.data.texts.digest}
         return json_values(data | named | own)
 
     def teacher(self, source: ModelId) -> Teacher:
@@ -209,19 +211,20 @@ class RunContext:
             teacher: The model that reads them.
             calibration: How many, and where they come from.
         """
-        source = calibration.calibration_data and described(calibration.calibration_data)
+        data, source = self.data, calibration.calibration_data and described(calibration.calibration_data)
         key = (teacher.source, self.run.seed, source, calibration.calibration_pairs)
         if key not in self.loaded.calibration:
             rows = self._calibration_rows(calibration)
-            caption = self.data.caption_column[0]
+            caption = data.caption_column[0] if data.caption_column[0] in rows.column_names else None
+            needs_captions = data.texts is not None and data.texts.pairs
             pairs = CalibrationPairs(
                 rows,
                 teacher.processor,
                 calibration.calibration_pairs,
-                self.data.max_bad_fraction,
+                data.max_bad_fraction,
                 self.run.seed,
-                caption_column=caption if caption in rows.column_names else None,
-                texts=self.data.texts,
+                caption_column=caption,
+                texts=None if caption is None and needs_captions else data.texts,
                 augmentation=CROPS,
             )
             self.loaded.calibration[key] = HeldBatches(pairs)
@@ -236,10 +239,21 @@ class RunContext:
         data = self.data
         if calibration.calibration_data in (None, data.train_data):
             return self.pairs.pairs
+        reads_captions = data.read_columns and calibration.calibration_data != data.train_images
         return calibration_rows(
             calibration.calibration_data,
             split=data.train_split,
             image_column=data.image_column,
-            caption_column=data.caption_column[0] if data.read_columns else None,
+            caption_column=data.caption_column[0] if reads_captions else None,
             streaming=data.streaming,
         )
+
+
+def _opened(source: PairSource | None) -> str | os.PathLike | Datasets | None:
+    return source if source is None or isinstance(source, (str, os.PathLike)) else given_pairs(source)
+
+
+def _has_images_alone(source: str | os.PathLike | Datasets | None, image_column: str) -> bool:
+    """Whether a data set that a program holds has no texts; of a path or an id it must be said."""
+    columns = getattr(source, "column_names", None)
+    return columns is not None and images_alone(columns, image_column)

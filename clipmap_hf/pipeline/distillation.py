@@ -43,7 +43,8 @@ class DistillationTrainer(StageTrainer):
         teacher: Hub id or folder of a `CLIPModel`, or the model itself; or several, whose targets are averaged. They
             are frozen.
         args: The arguments; with `context`, the stage's numbers do.
-        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id;
+            or images alone, in the same forms.
         eval_dataset: Pairs to measure retrieval on, in the same forms; or images alone, if training reads no captions.
         processing_class: Tokenizer and image processor of the student; by default the first teacher's.
         callbacks: Callbacks of transformers, as instances or classes.

@@ -34,7 +34,8 @@ class MappingTrainer(StageTrainer):
     Args:
         compressor: Trained in place.
         args: The arguments; with `context`, the stage's numbers do.
-        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id;
+            or images alone, in the same forms.
         eval_dataset: Pairs to measure retrieval on, in the same forms; or images alone, if training reads no captions.
         callbacks: Callbacks of transformers, as instances or classes.
         transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.

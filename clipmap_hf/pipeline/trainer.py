@@ -9,9 +9,11 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
+from transformers.utils import logging
 
+from clipmap_hf.data.language import spelling_warning
 from clipmap_hf.data.pairs import PairSource
-from clipmap_hf.data.sources import described, stage_seed, training_collator
+from clipmap_hf.data.sources import described, some_texts, stage_seed, training_collator
 from clipmap_hf.distributed import join_processes
 from clipmap_hf.evaluation.agreement import AGREEMENT_METRICS
 from clipmap_hf.hub.card import hub_dataset
@@ -33,6 +35,8 @@ from clipmap_hf.training.trainer import Trainer
 
 __all__ = ["StageTrainer"]
 
+logger = logging.get_logger(__name__)
+
 # What may change between a run and its resumption.
 _MAY_CHANGE = {"eval_data", "eval_split", "image_backend", "max_bad_fraction", "teacher_index"}
 
@@ -51,7 +55,8 @@ class StageTrainer:
     numbers: type[StageArguments] = StageArguments  # which of the arguments are the stage's
 
     def __init__(self, args: StageArguments, context: RunContext, processing_class: ProcessorMixin):
-        self.args, self.context, self.processing_class = args, context, processing_class
+        self.args = args.for_texts(context.data.paired)
+        self.context, self.processing_class = context, processing_class
         self.callback_handler = callback_handler(context.run, context.callbacks)
         self.callback_handler.processing_class = processing_class
         self.state = TrainerState()
@@ -92,12 +97,13 @@ class StageTrainer:
             )
         context = self.context
         losses = getattr(self.args, "losses", CONTRASTIVE)
-        if context.data.texts is not None and not context.data.texts.pairs:
-            check_unmatched(losses, "train_texts names others", "leave train_texts out")
+        if not context.data.paired:
+            check_unmatched(losses, "not all of these do", "give pairs alone, without train_images and train_texts")
         if context.data.mix:
             check_unmatched(losses, "mix changes the images", "leave mix out")
         if context.run.load_best_model_at_end and self._evaluate is None:
             raise ValueError("load_best_model_at_end needs evaluation pairs; give an eval_dataset (eval_data).")
+        self._warn_of_language()
         stage = self.stage
         run = dataclasses.replace(context.run, seed=stage_seed(self.name, context.run.seed))
         if resume_from_checkpoint is not None:
@@ -199,6 +205,12 @@ class StageTrainer:
     def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Removes a callback, or the first of a class."""
         self.callback_handler.remove_callback(callback)
+
+    def _warn_of_language(self) -> None:
+        texts = some_texts(self.context.data, self.context.pairs.pairs)
+        warning = spelling_warning(self.processing_class.tokenizer, texts)
+        if warning is not None and join_processes().is_main_process:
+            logger.warning_once(warning)  # other stages of the run read the same texts
 
     def _make_stage(self) -> Stage:
         raise NotImplementedError
