@@ -7,12 +7,14 @@ from clipmap_hf.losses.contrastive import contrastive_loss
 from clipmap_hf.losses.feature import feature_loss
 from clipmap_hf.losses.hidden import hidden_loss
 from clipmap_hf.losses.interactive import interactive_loss
+from clipmap_hf.losses.labels import labels_loss
 from clipmap_hf.losses.relational import relational_loss
 from clipmap_hf.losses.sigmoid import sigmoid_loss
 
 
 __all__ = [
     "EMBEDDING_LOSSES",
+    "LIST_LOSSES",
     "LOSSES",
     "MATCHED_LOSSES",
     "PAIR_LOSSES",
@@ -23,6 +25,7 @@ __all__ = [
     "feature_loss",
     "hidden_loss",
     "interactive_loss",
+    "labels_loss",
     "loss_weights",
     "relational_loss",
     "sigmoid_loss",
@@ -34,12 +37,14 @@ LOSSES = {
     "feature": feature_loss,
     "hidden": hidden_loss,
     "interactive": interactive_loss,
+    "labels": labels_loss,
     "relational": relational_loss,
     "sigmoid": sigmoid_loss,
 }
 EMBEDDING_LOSSES = ("feature", "interactive")  # compare embeddings directly: student and teacher must be equally wide
 PAIR_LOSSES = ("contrastive", "sigmoid")  # need no teacher
 MATCHED_LOSSES = (*PAIR_LOSSES, "interactive")  # need texts that belong to their images
+LIST_LOSSES = ("labels",)  # need a fixed list of texts
 
 
 def check_losses(losses: Mapping[str, float | Callable]) -> None:
@@ -83,7 +88,7 @@ def check_unmatched(losses: Mapping[str, float | Callable]) -> None:
     if matched:
         raise ValueError(
             f"The losses {matched} need texts that belong to their images, and train_texts names others. Take of "
-            f"{sorted(set(LOSSES) - set(MATCHED_LOSSES))}, or leave train_texts out."
+            f"{sorted(set(LOSSES) - {*MATCHED_LOSSES, *LIST_LOSSES})}, or leave train_texts out."
         )
 
 
