@@ -25,6 +25,11 @@ class LabelArguments:
         },
     )
 
+    @property
+    def loaded(self) -> "Labels | None":
+        """The list, read; `None` if there is none."""
+        return None if self.labels is None else load_labels(self.labels)
+
 
 @dataclass(frozen=True)
 class Labels:

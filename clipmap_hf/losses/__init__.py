@@ -20,7 +20,7 @@ __all__ = [
     "PAIR_LOSSES",
     "affinity_loss",
     "check_losses",
-    "check_unmatched",
+    "check_texts",
     "contrastive_loss",
     "feature_loss",
     "hidden_loss",
@@ -74,22 +74,26 @@ def check_losses(losses: Mapping[str, float | Callable]) -> None:
         raise ValueError("The hidden loss alone would not train the projections; add a loss that reads embeddings.")
 
 
-def check_unmatched(losses: Mapping[str, float | Callable]) -> None:
+def check_texts(losses: Mapping[str, float | Callable], *, paired: bool, listed: bool = False) -> None:
     """
-    Checks that losses can be trained on texts that do not belong to their images.
+    Checks that losses can be trained on the texts that there are.
 
     Args:
         losses: As for `check_losses`.
+        paired: Whether texts belong to their images.
+        listed: Whether they are a fixed list.
 
     Raises:
-        ValueError: If one of them cannot.
+        ValueError: If one of the losses cannot.
     """
-    matched = sorted(name for name, weight in loss_weights(losses).items() if weight and name in MATCHED_LOSSES)
-    if matched:
+    trained = sorted(name for name, weight in loss_weights(losses).items() if weight)
+    if not paired and (matched := [name for name in trained if name in MATCHED_LOSSES]):
         raise ValueError(
             f"The losses {matched} need texts that belong to their images, and train_texts names others. Take of "
             f"{sorted(set(LOSSES) - {*MATCHED_LOSSES, *LIST_LOSSES})}, or leave train_texts out."
         )
+    if not listed and (of_lists := [name for name in trained if name in LIST_LOSSES]):
+        raise ValueError(f"The losses {of_lists} need a fixed list of texts; give labels, or leave the losses out.")
 
 
 def loss_weights(losses: Mapping[str, float | Callable]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from clipmap_hf.evaluation.retrieval import evaluate_beside_index, evaluate_retr
 from clipmap_hf.hub.card import hub_dataset
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
-from clipmap_hf.losses import check_unmatched
+from clipmap_hf.losses import check_texts
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.arguments import part
 from clipmap_hf.pipeline.context import RunContext
@@ -92,8 +92,8 @@ class StageTrainer:
         if self.context.run.load_best_model_at_end and self._evaluate is None:
             raise ValueError("load_best_model_at_end needs evaluation pairs; give an eval_dataset (eval_data).")
         context = self.context
-        if context.data.texts is not None and not context.data.texts.pairs:
-            check_unmatched(getattr(self.args, "losses", CONTRASTIVE))
+        losses, texts = getattr(self.args, "losses", CONTRASTIVE), context.data.texts
+        check_texts(losses, paired=texts is None or texts.pairs, listed=context.labels is not None)
         stage = self.stage
         run = dataclasses.replace(context.run, seed=stage_seed(self.name, context.run.seed))
         if resume_from_checkpoint is not None:
