@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +17,20 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, CLIPModel, CLIPVisionModelWithProjection
 
+import clipmap_hf
 from clipmap_hf import ClipMapConfig, DistillationArguments, LabelTrainer, MappingStageArguments, TowerConfig, compress
 from clipmap_hf.data.labels import load_labels
 from clipmap_hf.data.texts import load_texts
 from clipmap_hf.evaluation.zero_shot import DEFAULT_TEMPLATES
+from clipmap_hf.hub.folder import write_student_folder
+from clipmap_hf.models.label_model import load_label_model
 from clipmap_hf.models.vision_tower import vision_tower, with_vision
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.training.stages.labels import LabelStage
 
 
 SMALL = ClipMapConfig(TowerConfig(hidden_size=32), TowerConfig(hidden_size=32), initializer="diagonal")
+RECIPES = Path(clipmap_hf.__file__).parents[1] / "recipes"
 LABELS = ["red circle", "blue bar", "green square", "a dog", "a cat"]
 
 
@@ -275,5 +282,105 @@ def test_the_code_of_the_card_needs_transformers_alone(teacher_folder, images, t
     assert ran.returncode == 0, ran.stderr
     printed = [line.split(" ", 1) for line in ran.stdout.splitlines()]
     assert sorted(label for _, label in printed) == sorted(LABELS)
+    weights = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert f"| student | {weights / 1e6:.2f} |" in re.sub(" +", " ", card)
     assert sum(float(score) for score, _ in printed) == pytest.approx(1, abs=0.01)
-    assert "Texts outside the list" in card and "labels=1" not in card and "| student |" in card.replace("  ", "")
+    assert "Texts outside the list" in card
+
+
+# What reads the folder
+
+
+@pytest.fixture(scope="module")
+def label_folder(shared_teacher, tiny_processor, pairs_parquet, teacher_folder, tmp_path_factory) -> Path:
+    """A student for the captions of the tiny pairs."""
+    folder = tmp_path_factory.mktemp("labels") / "out"
+    compress(str(teacher_folder), SMALL, arguments(folder), str(pairs_parquet), labels=f"{pairs_parquet}:caption")
+    return folder
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys, label_folder):
+    """Runs the recipe on the student for captions, and returns what it prints by name."""
+    spec = spec_from_file_location("evaluate_recipe", RECIPES / "evaluate.py")
+    recipe = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, recipe)
+    spec.loader.exec_module(recipe)
+
+    def run(*argv) -> dict[str, float]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(label_folder), *map(str, argv)])
+        recipe.main()
+        lines = capsys.readouterr().out.splitlines()
+        return {line.split(": ")[0]: float(line.split(": ")[1]) for line in lines if ": " in line}
+
+    return run
+
+
+@pytest.fixture
+def similarities(label_folder, shared_teacher, tiny_processor, tiny_pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of student and teacher, images and captions, by plain transformers: `(24, 24)` each."""
+    tower = CLIPVisionModelWithProjection.from_pretrained(label_folder).eval()
+    pixels = tiny_processor(images=[row["image"] for row in tiny_pairs], return_tensors="pt")["pixel_values"]
+    tokens = tiny_processor.tokenizer([row["caption"] for row in tiny_pairs], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = shared_teacher(pixel_values=pixels, **tokens)
+        own = F.normalize(tower(pixel_values=pixels).image_embeds, dim=-1)
+    return own @ output.text_embeds.T, output.image_embeds @ output.text_embeds.T
+
+
+def test_captions_of_the_list_are_retrieved(evaluate, similarities, pairs_parquet):
+    found = evaluate("--eval_data", pairs_parquet)
+    student, _ = similarities
+    right = student.argsort(dim=1, descending=True) == torch.arange(24)[:, None]
+    for k in (1, 5, 10):
+        assert found[f"image_to_text_recall@{k}"] == pytest.approx(
+            right[:, :k].any(dim=1).float().mean().item(), abs=1e-4
+        )
+
+
+def test_labels_of_the_list_are_classes(evaluate, similarities, pairs_parquet):
+    found = evaluate("--eval_data", pairs_parquet, "--label_column", "caption")
+    right = similarities[0].argmax(dim=1) == torch.arange(24)
+    assert found["accuracy@1"] == pytest.approx(right.float().mean().item(), abs=1e-4)
+
+
+def test_a_student_agrees_with_its_teacher_on_its_own_list(evaluate, similarities, pairs_parquet, teacher_folder):
+    found = evaluate("--eval_data", pairs_parquet, "--agreement_with", teacher_folder)
+    assert found.keys() == {"image_neighbors", "decisions", "image_cosine"}
+    student, teacher = (scores.argmax(dim=1) for scores in similarities)
+    assert found["decisions"] == pytest.approx((student == teacher).float().mean().item(), abs=1e-4)
+
+
+def test_a_caption_that_is_not_in_the_list_is_named(evaluate, tiny_pairs, tmp_path):
+    path = tmp_path / "pairs.parquet"
+    rows = {"image": [tiny_pairs[0]["image"]] * 2, "caption": ["red circle", "a dog"]}
+    Dataset.from_dict(rows).to_parquet(path)
+    with pytest.raises(ValueError, match=r"1 of 2 texts are not among the 24 labels of this model.*: \['a dog'\]"):
+        evaluate("--eval_data", path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "asked"),
+    [
+        (("--sets", "cifar10", "--output", "x"), "sets"),
+        (("--eval_data", "x", "--index_model", "y"), "index_model"),
+        (("--eval_data", "x", "--agreement_with", "y", "--texts", "words"), "texts"),
+        (("--eval_data", "x", "--label_column", "y", "--templates", "a {}"), "templates"),
+    ],
+)
+def test_other_texts_cannot_be_asked(evaluate, argv, asked):
+    with pytest.raises(ValueError, match=rf"is a student for a fixed list of texts, and \['{asked}'\] ask for others"):
+        evaluate(*argv)
+
+
+def test_files_that_do_not_belong_together_are_an_error(label_folder, tmp_path):
+    shutil.copytree(label_folder, tmp_path / "copy")
+    (tmp_path / "copy" / "labels.json").write_text('["a dog"]')
+    with pytest.raises(ValueError, match=r"do not belong together: 1 labels, text embeddings \(24, 32\)"):
+        load_label_model(str(tmp_path / "copy"))
+
+
+def test_a_whole_student_takes_the_place_of_one_for_labels(label_folder, tiny_teacher, tiny_processor, tmp_path):
+    shutil.copytree(label_folder, tmp_path / "copy")
+    write_student_folder(tmp_path / "copy", tiny_teacher, tiny_processor)
+    assert not {"labels.json", "text_embeds.safetensors"} & {path.name for path in (tmp_path / "copy").iterdir()}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from clipmap_hf.config import Budget, ClipMapConfig, requested_config
 from clipmap_hf.config.json_values import json_values
-from clipmap_hf.costs.cost import CostReport, model_cost
+from clipmap_hf.costs.cost import CostReport, model_cost, vision_cost
 from clipmap_hf.data.arguments import CalibrationArguments
 from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.distributed import join_processes
@@ -211,7 +211,8 @@ def _smaller_model(
         return compressor.export()
     model = start_student(source, student, context, arguments.calibration)
     whole = teacher_of(source, student, context).model.config
-    join_processes().print(CostReport(teacher=model_cost(whole), student=model_cost(model.config)))
+    cost = model_cost if context.labels is None else vision_cost
+    join_processes().print(CostReport(teacher=model_cost(whole), student=cost(model.config)))
     return model
 
 

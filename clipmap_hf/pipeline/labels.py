@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from clipmap_hf.config import ClipMapConfig, TowerConfig, embedding_width
-from clipmap_hf.costs.cost import Cost, model_cost
+from clipmap_hf.costs.cost import Cost, model_cost, vision_cost
 from clipmap_hf.data.labels import Labels
 from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.distributed import join_processes
@@ -120,10 +120,7 @@ class LabelTrainer(DistillationTrainer):
 
     @cached_property
     def _costs(self) -> dict[str, Cost]:
-        cost = model_cost(self.student.config)
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        tower = Cost(parameters, 0, cost.vision_macs, 0, 4 * parameters)
-        return {"teacher": model_cost(self.teachers[0].model.config), "student": tower}
+        return {"teacher": model_cost(self.teachers[0].model.config), "student": vision_cost(self.student.config)}
 
     def _config(self) -> dict[str, Any]:
         return {**super()._config(), "labels": [self.labels.texts.digest, len(self.labels.templates)]}
