@@ -89,13 +89,20 @@ class LabelModel(nn.Module):
         return SimpleNamespace(pooler_output=self.text_embeds[input_ids[:, 0]])
 
 
-def is_label_folder(source: str, *, revision: str | None = None) -> bool:
-    """Whether a folder or Hub id holds a vision tower alone, rather than a whole model."""
-    return load_config(source, revision=revision).model_type in VISION_TOWERS
+def is_label_folder(source: str, *, revision: str | None = None, **kwargs: Any) -> bool:
+    """
+    Whether a folder or Hub id holds a vision tower alone, rather than a whole model.
+
+    Args:
+        source: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        kwargs: Passed to the download.
+    """
+    return load_config(source, revision=revision, **kwargs).model_type in VISION_TOWERS
 
 
 def load_label_model(
-    source: str, *, revision: str | None = None, backend: str = "pil"
+    source: str, *, revision: str | None = None, backend: str = "pil", **kwargs: Any
 ) -> tuple[LabelModel, SimpleNamespace]:
     """
     Loads a student for a fixed list of texts, in eval mode.
@@ -104,6 +111,7 @@ def load_label_model(
         source: Folder or Hub id.
         revision: Branch, tag or commit on the Hub.
         backend: Of the image processor, `pil` or `torchvision`.
+        kwargs: Passed to every download (`token`, `cache_dir`, `local_files_only`, …).
 
     Returns:
         The model, and in place of a processor its `image_processor` and a `LabelTokenizer` as its `tokenizer`.
@@ -112,13 +120,12 @@ def load_label_model(
         OSError: If a file is missing or the Hub cannot be reached.
         ValueError: If a tensor is missing, not finite, or does not fit the others.
     """
-    tower, info = VISION_TOWERS[load_config(source, revision=revision).model_type].from_pretrained(
-        source, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    options = {"revision": revision, **kwargs}
+    tower, info = VISION_TOWERS[load_config(source, **options).model_type].from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
     )
-    labels_file, embeds_file = (
-        Path(cached_file(source, name, revision=revision)) for name in (LABELS_FILE, TEXT_EMBEDS_FILE)
-    )
-    labels, stored = json.loads(labels_file.read_text(encoding="utf-8")), load_file(embeds_file)
+    labels = json.loads(Path(cached_file(source, LABELS_FILE, **options)).read_text(encoding="utf-8"))
+    stored = load_file(cached_file(source, TEXT_EMBEDS_FILE, **options))
     embeds = stored["text_embeds"].float()
     if info["missing_keys"] or embeds.shape != (len(labels), tower.config.projection_dim):
         raise ValueError(
@@ -127,6 +134,6 @@ def load_label_model(
             f"{sorted(info['missing_keys'])}."
         )
     check_finite(tower.state_dict() | stored, f"The student in {source!r}")
-    processor = AutoImageProcessor.from_pretrained(source, revision=revision, backend=backend)
+    processor = AutoImageProcessor.from_pretrained(source, backend=backend, **options)
     model = LabelModel(tower, F.normalize(embeds, dim=-1), stored["logit_scale"].float()).eval()
     return model, SimpleNamespace(tokenizer=LabelTokenizer(labels), image_processor=processor)
