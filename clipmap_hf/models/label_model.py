@@ -20,7 +20,8 @@ from clipmap_hf.models.vision_tower import VISION_TOWERS
 
 __all__ = ["LABELS_FILE", "TEXT_EMBEDS_FILE", "LabelModel", "LabelTokenizer", "is_label_folder", "load_label_model"]
 
-LABELS_FILE, TEXT_EMBEDS_FILE = "labels.json", "text_embeds.safetensors"
+LABELS_FILE = "labels.json"
+TEXT_EMBEDS_FILE = "text_embeds.safetensors"
 
 
 class LabelTokenizer:
