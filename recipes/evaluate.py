@@ -109,6 +109,8 @@ def main() -> None:
         arguments.templates = ["{}"]  # its labels as they are
         model, processor = load_label_model(**source, backend=arguments.image_backend)
     else:
+        if arguments.agreement_with is not None and not arguments.texts:
+            raise ValueError("An agreement is with a model and on texts; give texts too, such as --texts queries.txt.")
         model, processor = load_model(**source), load_processor(**source, backend=arguments.image_backend)
     model.to(processes.device)
     if sets is not None:
@@ -161,8 +163,6 @@ def retrieval(arguments: EvaluateArguments, model, processor) -> dict[str, float
 
 
 def agreement(arguments: EvaluateArguments, model, processor) -> dict[str, float]:
-    if not arguments.texts:
-        raise ValueError("An agreement is on texts; give them too, such as --texts queries.txt.")
     from clipmap_hf.data.texts import load_texts
     from clipmap_hf.evaluation.agreement import evaluate_agreement
     from clipmap_hf.models.loading import load_model
