@@ -165,6 +165,7 @@ def test_images_and_labels_are_enough_for_a_tower(teacher_folder, images, tmp_pa
     assert result.steps == 2 and result.pairs == 16 and not result.bad_rows
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["loss"] == pytest.approx(line["labels"] + 2000 * line["feature"], rel=1e-5)
+    assert line["logit_scale"] == pytest.approx(torch.tensor(2.0).exp().item())  # the teacher's own
     tower, info = CLIPVisionModelWithProjection.from_pretrained(folder, output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert tower.config.hidden_size == 32 and type(result.model) is CLIPVisionModelWithProjection
@@ -172,8 +173,14 @@ def test_images_and_labels_are_enough_for_a_tower(teacher_folder, images, tmp_pa
     assert json.loads((folder / "labels.json").read_text(encoding="utf-8")) == LABELS
     stored = load_file(folder / "text_embeds.safetensors")
     torch.testing.assert_close(stored["text_embeds"], label_embeds, atol=1e-6, rtol=0)
-    assert stored["logit_scale"].item() == pytest.approx(torch.tensor(2.0).exp().item())  # the teacher's own
+    assert stored["logit_scale"].item() == pytest.approx(torch.tensor(2.0).exp().item())
     assert AutoImageProcessor.from_pretrained(folder) is not None and not (folder / "tokenizer.json").exists()
+
+
+def test_a_temperature_of_ones_own_is_trained_at(teacher_folder, images, tmp_path):
+    compress(str(teacher_folder), SMALL, arguments(tmp_path / "out", logit_scale=30.0), images, labels=LABELS)
+    line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["logit_scale"] == pytest.approx(30)
 
 
 def test_a_student_learns_to_choose_as_its_teacher(teacher_folder, images, tmp_path):

@@ -26,6 +26,7 @@ from clipmap_hf.pipeline.distillation import DistillationTrainer
 from clipmap_hf.training.arguments import DistillationStageArguments
 from clipmap_hf.training.stages.base import AFFINITY
 from clipmap_hf.training.stages.labels import LabelStage
+from clipmap_hf.training.stages.logits import MAX_LOGIT_SCALE
 
 
 __all__ = ["LabelTrainer", "arguments_for_labels", "load_label_student", "student_for_labels"]
@@ -48,7 +49,8 @@ class LabelTrainer(DistillationTrainer):
     Args:
         student: A `CLIPModel` whose joint embedding is as wide as the first teacher's, or its Hub id or folder.
         teacher: As in `DistillationTrainer`. Of several, the first one's text embeddings are written.
-        args: The arguments; without losses of your own, these are `labels=1 feature=2000`.
+        args: The arguments. The defaults of other distillations stand for what labels need: the losses
+            `labels=1 feature=2000`, and the first teacher's own logit scale.
         train_dataset: Images, as `DistillationTrainer` takes pairs; captions are not read.
         eval_dataset: Pairs to measure retrieval on.
         labels: The list, or a source of it, as `load_labels` takes it.
@@ -89,6 +91,9 @@ class LabelTrainer(DistillationTrainer):
         super().__init__(student, teacher, args, processing_class=processing_class, context=context)
         check_vision_tower(self.teachers[0].model.config)
         self.student = with_vision(self.teachers[0].model, self.student)
+        if self.args.logit_scale == DistillationStageArguments.logit_scale:
+            scale = self.teachers[0].model.logit_scale.exp().item()
+            self.args = dataclasses.replace(self.args, logit_scale=min(scale, MAX_LOGIT_SCALE))  # CLIP's is 100.00001
 
     @property
     def labels(self) -> Labels:

@@ -41,7 +41,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="drawn by the seed from the embedded training images")
     parser.add_argument("--steps", type=int, default=250, help="of 128 views")
     parser.add_argument("--seed", type=int, default=0, help="of the draw and of training")
-    parser.add_argument("--logit_scale", type=float, default=50, help="of the losses")
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="which")
     parser.add_argument("--half", action="store_true", help="leave every second caption out of the list")
     arguments = parser.parse_args()
@@ -78,14 +77,13 @@ def split_by_list(labels: list[str]) -> dict[str, datasets.Dataset]:
 
 def trained(arguments: argparse.Namespace, rows: datasets.Dataset, labels: list[str], name: str) -> Path:
     """The folder of a student that is trained on some losses."""
-    cell = f"{arguments.images}-{arguments.steps}-{arguments.seed}-{arguments.logit_scale:g}-{len(labels)}"
+    cell = f"{arguments.images}-{arguments.steps}-{arguments.seed}-{len(labels)}"
     args = DistillationArguments(
         str(arguments.output_dir / f"{cell}-{name.replace(' ', '-')}"),
         max_steps=arguments.steps,
         batch_size=128,
         learning_rate=2e-3,
         losses=LOSSES[name],
-        logit_scale=arguments.logit_scale,
         crop_scale=[0.7, 1.0],
         seed=arguments.seed,
         disable_tqdm=True,
