@@ -32,6 +32,10 @@ RUNS = {
         "--output_dir {folder} --parts table --sizes '1 %' --methods diagonal --seeds 0 --steps 4 --batch_size 8",
         ["| 100 % | teacher |", "| 1 % | diagonal |"],
     ),
+    "labels.py": (
+        "--output_dir {folder} --images 128 --steps 1 --half --losses labels",
+        ["| teacher |", "| labels  |"],
+    ),
     "mapping_step.py": (
         "--student tiny --batch_size 4 --micro_batch_size 2 --rounds 1",
         ["| contrastive |", "| mapping |", "mapping / contrastive: median "],

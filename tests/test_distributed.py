@@ -255,6 +255,18 @@ def test_two_processes_classify_labeled_images_as_one_does(workshop, tmp_path):
     assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
 
 
+def test_two_processes_make_the_student_for_labels_that_one_does(workshop, tmp_path):
+    (tmp_path / "names.txt").write_text("red circle\nblue bar\na dog\n")
+    for processes in (1, 2):
+        argv = ["--teacher", workshop / "teacher", "--vision_hidden_size", 32, "--initializer", "diagonal"]
+        argv += ["--train_data", workshop / "pairs.parquet", "--labels", tmp_path / "names.txt"]
+        argv += ["--distillation_steps", 3, "--distillation_batch_size", 8, "--distillation_losses", "labels=1"]
+        argv += ["--distillation_learning_rate", 1e-3, "--output_dir", tmp_path / str(processes)]
+        finish(RECIPES / "compress.py", *argv, processes=processes)
+    one, two = (load_file(tmp_path / str(processes) / "model.safetensors") for processes in (1, 2))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+
+
 def test_a_cache_of_two_processes_answers_as_that_of_one(reports, workshop):
     one, two = (TeacherCache.open(workshop / f"recipes-{count}" / "cache") for count in (1, 2))
     assert one.views == two.views == 2

@@ -122,13 +122,19 @@ def test_images_of_a_run_and_pairs_of_the_same_files_are_described_alike(images,
 def test_without_texts_images_are_trained_beside_words(images):
     pytest.importorskip("wonderwords")
     data = DataArguments(train_images=images)
-    assert data.train_texts == ["words"] and len(data.texts.distinct) == 20_000 and data.read_columns == []
+    assert (
+        data.shown_texts["train_texts"] == ["words"] and len(data.texts.distinct) == 20_000 and data.read_columns == []
+    )
 
 
 def test_beside_pairs_images_get_words_and_pairs_both(images, pairs_parquet):
     pytest.importorskip("wonderwords")
     data = DataArguments(str(pairs_parquet), train_images=images)
-    assert data.train_texts == ["captions", "words"] and data.read_columns == ["caption"] and not data.paired
+    assert (
+        data.shown_texts["train_texts"] == ["captions", "words"]
+        and data.read_columns == ["caption"]
+        and not data.paired
+    )
 
 
 def test_texts_that_are_named_stay_as_they_are_and_so_do_pairs(images, pairs_parquet, queries):
@@ -141,17 +147,19 @@ def test_words_join_fewer_texts_than_the_constant_says(monkeypatch, images, quer
     pytest.importorskip("wonderwords")
     monkeypatch.setattr(texts_module, "FEW_TEXTS", 3)
     with caplog.at_level("INFO"):
-        assert DataArguments(train_images=images, train_texts=[queries]).train_texts == [queries, "words"]
+        assert DataArguments(train_images=images, train_texts=[queries]).shown_texts == {
+            "train_texts": [queries, "words"]
+        }
     assert "There are 2 different texts beside captions; 20000 of `words` are added." in caplog.text
     monkeypatch.setattr(texts_module, "FEW_TEXTS", 2)
-    assert DataArguments(train_images=images, train_texts=[queries]).train_texts == [queries]
+    assert DataArguments(train_images=images, train_texts=[queries]).shown_texts == {"train_texts": [queries]}
 
 
 def test_words_that_are_missing_stop_a_run_only_if_there_are_no_others(no_words, monkeypatch, images, queries, caplog):
     with pytest.raises(ImportError, match=r"Name some in train_texts, or: .* pip install 'clipmap_hf\[words\]'"):
-        DataArguments(train_images=images)
+        _ = DataArguments(train_images=images).texts
     monkeypatch.setattr(texts_module, "FEW_TEXTS", 3)
-    assert DataArguments(train_images=images, train_texts=[queries]).train_texts == [queries]
+    assert DataArguments(train_images=images, train_texts=[queries]).shown_texts == {"train_texts": [queries]}
     assert "only 2 different texts, and `words` cannot be added to them: wonderwords cannot be imp" in caplog.text
 
 

@@ -146,7 +146,8 @@ class DataArguments(ReadingArguments, _Sources):
     def __post_init__(self):
         super().__post_init__()
         self._check_images()
-        self._complete_texts()
+        if self.train_texts:
+            _ = self._given_texts  # what cannot be read is an error before anything is loaded
         if self.validation_fraction and self.eval_data is not None:
             raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
 
@@ -156,17 +157,10 @@ class DataArguments(ReadingArguments, _Sources):
         if self.train_data is not None and self.train_images is not None and self.streaming:
             raise ValueError("A stream is of one source; leave out streaming, or one of train_data and train_images.")
 
-    def _complete_texts(self) -> None:
-        """Adds `words` where images without captions have too few texts, and says so in `train_texts`."""
-        if self.train_images is None and not self.train_texts:
-            return
-        no_texts = Texts({CAPTIONS: []}, {CAPTIONS: 1.0}) if self.train_data is not None else Texts({}, {})
-        texts = self._given_texts or no_texts
-        if self.train_data is None and texts.has_captions:
-            raise ValueError("train_images are read without captions; name others in train_texts, or give train_data.")
-        if self.train_images is not None or not texts.pairs:
-            self._given_texts = with_words(texts)
-            self.train_texts = self._given_texts if isinstance(self.train_texts, Texts) else self._given_texts.names
+    def name_texts(self) -> None:
+        """Names in `train_texts` also those that are added by default."""
+        if not isinstance(self.train_texts, Texts):
+            self.train_texts = self.shown_texts.get("train_texts", [])
 
     @property
     def paired(self) -> bool:
@@ -211,7 +205,14 @@ class DataArguments(ReadingArguments, _Sources):
 
     @cached_property
     def _given_texts(self) -> Texts | None:
-        return self.train_texts if isinstance(self.train_texts, Texts) else load_texts(self.train_texts)
+        """The texts that are named, with `words` where images without captions have too few."""
+        named = self.train_texts if isinstance(self.train_texts, Texts) else load_texts(self.train_texts)
+        if self.train_images is None and (named is None or named.pairs):
+            return named
+        if self.train_data is None and named is not None and named.has_captions:
+            raise ValueError("train_images are read without captions; name others in train_texts, or give train_data.")
+        captions = {} if self.train_data is None else {CAPTIONS: []}
+        return with_words(named or Texts(captions, dict.fromkeys(captions, 1.0)))
 
 
 @dataclass

@@ -22,7 +22,7 @@ _BEGIN, _END = "<!-- results on sets -->", "<!-- end of results on sets -->"  # 
 # SigLIP was trained on texts that are padded to the full length, without a mask.
 _SIGLIP_PADDING = 'padding="max_length", return_attention_mask=False'
 _FILES = (".parquet", ".tar", "gz", ".txt", ".csv", ".tsv", ".jsonl")
-_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_card(
@@ -38,6 +38,7 @@ def render_card(
     status: str | None = None,
     figures: str | None = None,
     packed: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> ModelCard:
     """
     Renders the card. Nothing is looked up on the Hub.
@@ -55,6 +56,7 @@ def render_card(
         status: A notice that readers must see first.
         figures: Figures that others published, as Markdown with their source.
         packed: Whether the weights are packed trits, which transformers can load only with this package.
+        labels: The fixed list of texts of a student that is a vision tower alone.
     """
     is_local = names_folder(teacher)
     license = teacher_license(teacher, revision) if license is None else license
@@ -66,7 +68,7 @@ def render_card(
         base_model=None if is_local else teacher,
         base_model_relation=None if is_local else ("quantized" if packed else "finetune"),
         library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag="zero-shot-image-classification" if labels is None else "image-feature-extraction",
         tags=["clip", "clipmap_hf", "model-compression", *(["ternary", "1.58-bit"] if packed else [])],
         datasets=_find_training_sets(arguments) or None,
         **license,
@@ -75,7 +77,7 @@ def render_card(
     notes = [result.note for result in results if result.note]
     return ModelCard.from_template(
         data,
-        template_path=str(_TEMPLATE),
+        template_path=str(_TEMPLATES / ("model_card.md" if labels is None else "label_card.md")),
         teacher=shown,
         model_class=model_class,
         projection="WithProjection" if hasattr(transformers, with_projection) else "",
@@ -87,6 +89,7 @@ def render_card(
         status=status,
         figures=figures,
         packed=packed,
+        labels=labels,
         padding=_SIGLIP_PADDING if model_class == "SiglipModel" else "padding=True",
     )
 

@@ -15,6 +15,7 @@ from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, ReadingArguments
 from clipmap_hf.data.calibration_pairs import CROPS, CalibrationPairs, calibration_rows
 from clipmap_hf.data.held_batches import HeldBatches
+from clipmap_hf.data.labels import Labels, load_labels
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import Datasets, PairSource, given_pairs, images_alone
 from clipmap_hf.data.sources import described, training_pairs
@@ -54,6 +55,7 @@ class RunContext:
         origin: All that decides what training begins with, as JSON values; a checkpoint of another origin is refused.
         callbacks: Of transformers, for all stages.
         transform: Of training images, in place of the built-in augmentation (`SeededTransform`).
+        labels: The fixed list of texts that the student is made for; images are then read without captions.
         loaded: Left to the class.
     """
 
@@ -64,6 +66,7 @@ class RunContext:
     origin: Mapping[str, Any] | None = None
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
     transform: Callable[[Any], Any] | None = None
+    labels: Labels | None = None
     loaded: _Loaded = field(default_factory=_Loaded, repr=False)
 
     def __post_init__(self):
@@ -72,6 +75,8 @@ class RunContext:
                 "A transform of your own and a teacher_cache do not go together: the cache cannot tell whether the "
                 "transform is the one whose views it holds. Leave one of them out."
             )
+        if self.labels is not None:
+            object.__setattr__(self, "data", self._labeled())
 
         if self.transform is not None and self.data.mix:
             raise ValueError("A transform of your own makes its own images; mix them there, and leave out mix.")
@@ -86,6 +91,7 @@ class RunContext:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         transform: Callable[[Any], Any] | None = None,
         text_dataset: Sequence[str] = (),
+        labels: str | Sequence[str] | None = None,
     ) -> "RunContext":
         """
         Makes a run of what a trainer takes.
@@ -97,6 +103,7 @@ class RunContext:
             callbacks: As in the class.
             transform: As in the class.
             text_dataset: Texts to train beside the images, with those of `train_texts`.
+            labels: As `load_labels` takes them.
 
         Raises:
             TypeError: If pairs cannot be read, or the texts are one string.
@@ -111,6 +118,7 @@ class RunContext:
         has_cache, values = hasattr(args, "teacher_cache"), json_values(args.for_texts(data.paired))
         sources = {name: train, "eval_data": evaluated}
         named = {name: described(source) for name, source in sources.items() if source is not None}
+        named |= {} if labels is None else {"labels": labels if isinstance(labels, str) else f"{len(labels)} texts"}
         return cls(
             part(args, RunArguments),
             data,
@@ -118,6 +126,7 @@ class RunContext:
             part(args, TeacherCacheArguments) if has_cache else TeacherCacheArguments(),
             callbacks=callbacks,
             transform=transform,
+            labels=None if labels is None else load_labels(labels),
         )
 
     @property
@@ -192,6 +201,17 @@ class RunContext:
         if teacher.source not in known:
             known[teacher.source] = embed()
         return known[teacher.source]
+
+    def _labeled(self) -> DataArguments:
+        """The data, of which nothing but images is read: the texts are those of the labels."""
+        if self.data.train_texts is self.labels.texts:
+            return self.data
+        if self.data.train_texts or self.data.validation_fraction:
+            raise ValueError(
+                "labels are the texts of the training, which reads no captions: leave out train_texts and "
+                "text_dataset, and in place of a validation_fraction give eval_data."
+            )
+        return dataclasses.replace(self.data, train_texts=self.labels.texts)
 
     def _taken(self, source: GivenTeacher) -> Teacher:
         if isinstance(source, ModelId):

@@ -117,18 +117,21 @@ class DistillationTrainer(StageTrainer):
     def _save(self, folder: Path, metrics: dict[str, float]) -> None:
         teacher, results = self.teachers[0].source, self._results(metrics, self.teacher_metrics)
         written = self.model
-        write_student_folder(folder, written, self.processing_class)
+        self._write(folder, written)
         costs = self._costs | {"student": with_bytes_of(self._costs["student"], written)}
         card = render_card(
             teacher.id,
             str(CostReport(costs)),
-            model_class=type(self.student).__name__,
+            **{"model_class": type(self.student).__name__, **self._card()},
             revision=teacher.revision,
             results=results,
             recipe=self.context.recipe,
-            **self._card(),
         )
         write_card(folder, card, results)
+
+    def _write(self, folder: Path, model: PreTrainedModel) -> None:
+        """Writes what belongs to the student besides its card."""
+        write_student_folder(folder, model, self.processing_class)
 
     @cached_property
     def _costs(self) -> dict[str, Cost]:  # counted once: every save shows them

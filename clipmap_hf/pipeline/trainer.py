@@ -19,7 +19,7 @@ from clipmap_hf.evaluation.agreement import AGREEMENT_METRICS
 from clipmap_hf.hub.card import hub_dataset
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
-from clipmap_hf.losses import check_unmatched
+from clipmap_hf.losses import check_texts
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.arguments import part
 from clipmap_hf.pipeline.context import RunContext
@@ -96,11 +96,8 @@ class StageTrainer:
                 "last checkpoint in its own output_dir."
             )
         context = self.context
-        losses = getattr(self.args, "losses", CONTRASTIVE)
-        if not context.data.paired:
-            check_unmatched(losses, "not all of these do", "give pairs alone, without train_images and train_texts")
-        if context.data.mix:
-            check_unmatched(losses, "mix changes the images", "leave mix out")
+        losses, data = getattr(self.args, "losses", CONTRASTIVE), context.data
+        check_texts(losses, paired=data.paired, listed=context.labels is not None, mixed=bool(data.mix))
         if context.run.load_best_model_at_end and self._evaluate is None:
             raise ValueError("load_best_model_at_end needs evaluation pairs; give an eval_dataset (eval_data).")
         self._warn_of_language()

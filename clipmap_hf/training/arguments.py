@@ -17,6 +17,7 @@ __all__ = [
 
 
 _UNPAIRED_LOSSES = {"feature": 2000.0}  # where texts do not belong to their images
+_LISTED_LOSSES = {"labels": 1.0, "feature": 2000.0}
 
 
 @dataclass
@@ -88,17 +89,19 @@ class StageArguments:
         if self.logit_scale > 100:
             raise ValueError(f"logit_scale={self.logit_scale} must not exceed 100, CLIP's bound.")
 
-    def for_texts(self, paired: bool) -> Self:
+    def for_texts(self, paired: bool, listed: bool = False) -> Self:
         """
         These numbers with the stage's default losses, if it has losses and none are named.
 
         Args:
             paired: Whether each text belongs to its image. If not, the default is the feature loss.
+            listed: Whether the texts are a fixed list. Then the default is the labels loss beside that.
         """
         if getattr(self, "losses", ()) is not None:
             return self
         resolved = copy.copy(self)
-        resolved.losses = dict(self.default_losses if paired else _UNPAIRED_LOSSES)
+        unmatched = _LISTED_LOSSES if listed else _UNPAIRED_LOSSES
+        resolved.losses = dict(self.default_losses if paired and not listed else unmatched)
         return resolved
 
     @property
