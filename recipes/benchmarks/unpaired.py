@@ -7,7 +7,7 @@ some of the embedded images, and tested on a style that no model was trained on.
     python recipes/benchmarks/unpaired.py --output_dir unpaired --size "25 %" --recipes few --texts list --seeds 0
 
 Recipes: `manual` and `calibrated` are starts, trained with light crops; `few` is the calibrated start trained as
-`recipes/configs/few.yaml` says. Texts: the images' own captions and keywords; those and the word list; or all captions
+`recipes/configs/few.yaml` says; `few-…` is that without one of its parts. Texts: the images' own captions and keywords; those and the word list; or all captions
 of the embedded data as a list, which belong to no image then, as somebody has them who knows what will be asked.
 
 Prints recall in percent, image to text / text to image; the share of the teacher's recall@5, the mean of both; and the
@@ -46,7 +46,16 @@ def recipes() -> dict[str, tuple[str, dict[str, Any]]]:
     few = yaml.safe_load(shipped_configs()["few"].read_text(encoding="utf-8"))
     stage, start = few.pop("distillation"), few.pop("initializer")
     few.pop("calibration_pairs")  # the default
-    return {"manual": ("manual", LIGHT), "calibrated": ("calibrated", LIGHT), "few": (start, few | stage)}
+    whole = few | stage
+    light = {name: whole[name] for name in whole if name not in ("flip", "rotation", "color_jitter", "grayscale")}
+    return {
+        "manual": ("manual", LIGHT),
+        "calibrated": ("calibrated", LIGHT),
+        "few": (start, whole),
+        "few-unmixed": (start, whole | {"mix": 0.0}),
+        "few-light": (start, light | {"crop_scale": LIGHT["crop_scale"]}),
+        "few-slow": (start, whole | {"learning_rate": LIGHT["learning_rate"]}),
+    }
 
 
 def main() -> None:
@@ -55,7 +64,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="drawn by the seed from the embedded training images")
     parser.add_argument("--steps", type=int, default=1000, help="of 128 views")
     parser.add_argument("--size", choices=SHAPES, default="10 %", help="of the teacher's parameters")
-    parser.add_argument("--recipes", nargs="+", choices=recipes(), default=list(recipes()))
+    parser.add_argument("--recipes", nargs="+", choices=recipes(), default=["manual", "calibrated", "few"])
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the draw and of training")
     arguments = parser.parse_args()
