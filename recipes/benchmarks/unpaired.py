@@ -7,8 +7,9 @@ some of the embedded images, and tested on a style that no model was trained on.
     python recipes/benchmarks/unpaired.py --output_dir unpaired --size "25 %" --recipes few --texts list --seeds 0
 
 Recipes: `manual` and `calibrated` are starts, trained with light crops; `few` is the calibrated start trained as
-`recipes/configs/few.yaml` says; `few-…` is that without one of its parts. Texts: the images' own captions and keywords; those and the word list; or all captions
-of the embedded data as a list, which belong to no image then, as somebody has them who knows what will be asked.
+`recipes/configs/few.yaml` says; `few-…` is that without one of its parts. Texts: the images' own captions and
+keywords; those and the word list; or all captions of the embedded data as a list, which belong to no image then, as
+somebody has them who knows what will be asked.
 
 Prints recall in percent, image to text / text to image; the share of the teacher's recall@5, the mean of both; and the
 minutes of a student, its start included. After an interruption, the same command goes on.
