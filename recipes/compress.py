@@ -13,15 +13,19 @@ does not say otherwise; that start is kept in `start/` inside the output folder 
 is mapped only if `--mapping_steps` or `--mapping_epochs` say so: in our trials that made such a start worse. The
 mapped student and its map lie in `mapped/`. A student that starts by `diagonal` and is not mapped is TinyCLIP's manual
 inheritance; with `--masking_steps` or `--masking_epochs`, learned masks select it (the automatic one).
+
+With `--labels queries.txt`, the student is a vision tower alone, for the texts of that list; images need no captions.
 """
 
 from clipmap_hf.cli.parsing import arguments_yaml
 from clipmap_hf.cli.recipes import COMPRESSION_STAGES, SHARED, parse_recipe
+from clipmap_hf.data.labels import LabelArguments
 
 
 def main() -> None:
-    data, teacher, cache, student, calibration, run, masking, mapping, distillation = parse_recipe(
+    data, teacher, cache, student, calibration, run, labels, masking, mapping, distillation = parse_recipe(
         *SHARED,
+        LabelArguments,
         stages=COMPRESSION_STAGES,
         description=__doc__,
     )
@@ -29,13 +33,16 @@ def main() -> None:
     from clipmap_hf.cli.summary import print_summary
     from clipmap_hf.pipeline.compression import CompressionArguments, compress_in_run
     from clipmap_hf.pipeline.context import RunContext
+    from clipmap_hf.pipeline.labels import arguments_for_labels
 
+    distillation = distillation if labels.labels is None else arguments_for_labels(distillation)
     stages = {"masking": masking, "mapping": mapping, "distillation": distillation}
+    recipe = arguments_yaml(data, teacher, cache, student, calibration, run, labels, **stages)
     result = compress_in_run(
         teacher.teachers[0],
         teacher.teachers,
         map_config(student, run.seed),
-        RunContext(run, data, arguments_yaml(data, teacher, cache, student, calibration, run, **stages), cache),
+        RunContext(run, data, recipe, cache, labels=labels.loaded),
         CompressionArguments(calibration=calibration, **stages),
     )
     print_summary(run.output_dir, result)

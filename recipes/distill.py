@@ -5,6 +5,7 @@ Distills any student `CLIPModel`, mapped or not, from its teacher: the retrainin
         --train_data pairs.parquet --output_dir distilled
 
 With `--teacher_cache DIR`, the teachers' embeddings are computed first (or by recipes/cache.py), and then only read.
+With `--labels queries.txt`, only the vision tower is trained and written, for the texts of that list.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from clipmap_hf.cli.arguments import TeacherArguments
 from clipmap_hf.cli.parsing import arguments_yaml
 from clipmap_hf.cli.recipes import parse_recipe
 from clipmap_hf.data.arguments import DataArguments
+from clipmap_hf.data.labels import LabelArguments
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.training.arguments import DistillationStageArguments
 from clipmap_hf.training.run_arguments import RunArguments
@@ -25,12 +27,13 @@ class StudentModelArguments:
 
 
 def main() -> None:
-    data, teacher, cache, student, run, distillation = parse_recipe(
+    data, teacher, cache, student, run, labels, distillation = parse_recipe(
         DataArguments,
         TeacherArguments,
         TeacherCacheArguments,
         StudentModelArguments,
         RunArguments,
+        LabelArguments,
         stages={"distillation": DistillationStageArguments},
         description=__doc__,
     )
@@ -39,16 +42,19 @@ def main() -> None:
     from clipmap_hf.models.loading import load_model, load_processor
     from clipmap_hf.pipeline.context import RunContext
     from clipmap_hf.pipeline.distillation import DistillationTrainer
+    from clipmap_hf.pipeline.labels import LabelTrainer, arguments_for_labels
 
     join_processes()
-    recipe = arguments_yaml(data, teacher, cache, student, run, distillation=distillation)
+    has_labels = labels.labels is not None
+    distillation = arguments_for_labels(distillation) if has_labels else distillation
+    recipe = arguments_yaml(data, teacher, cache, student, run, labels, distillation=distillation)
     source = {"revision": student.student_revision}
-    trainer = DistillationTrainer(
+    trainer = (LabelTrainer if has_labels else DistillationTrainer)(
         load_model(student.student_model, **source),
         teacher.teachers,
         distillation,
         processing_class=load_processor(student.student_model, backend=data.image_backend, **source),
-        context=RunContext(run, data, recipe, cache),
+        context=RunContext(run, data, recipe, cache, labels=labels.loaded),
     )
     print_summary(run.output_dir, trainer.train())
 

@@ -9,6 +9,11 @@ Retrieval is measured on image–text pairs, classification on labeled images, a
     python recipes/evaluate.py --model student --eval_data test.parquet --label_column group --templates 'a {}'
     python recipes/evaluate.py --model student --index_model teacher --eval_data test.parquet
 
+    python recipes/evaluate.py --model student --eval_data photos/ --agreement_with teacher --texts queries.txt
+
+A student for a fixed list of texts (`compress.py --labels`) is evaluated on that list: its labels are the classes and
+captions that it knows, and the texts of an agreement.
+
 With `--index_model`, the student's texts search the other model's images, and the student's images its texts: what an
 index that was made by the teacher is worth to the student.
 """
@@ -23,7 +28,9 @@ from clipmap_hf.cli.parsing import parse_arguments
 
 @dataclass
 class EvaluateArguments:
-    model: str = field(metadata={"help": "Hub id or folder of a CLIPModel."})
+    model: str = field(
+        metadata={"help": "Hub id or folder of a CLIPModel, or of a student for a fixed list of texts."}
+    )
     eval_data: str | None = field(
         default=None, metadata={"help": "Hub id, image folder, or glob of parquet files or webdataset tars."}
     )
@@ -73,8 +80,8 @@ class EvaluateArguments:
             raise ValueError("Sets need an output folder, and have labels and templates of their own.")
         if self.classnames is not None and self.label_column is None:
             raise ValueError("classnames name the classes of label_column; give that too, or leave them out.")
-        if bool(self.texts) != (self.agreement_with is not None):
-            raise ValueError("An agreement is with a model and on texts; give both agreement_with and texts.")
+        if self.texts and self.agreement_with is None:
+            raise ValueError("The texts are those of an agreement; give agreement_with too, or leave them out.")
         if self.agreement_with is not None and (
             by_sets or self.label_column is not None or self.index_model is not None
         ):
@@ -91,17 +98,26 @@ def main() -> None:
 
     from clipmap_hf.distributed import join_processes
     from clipmap_hf.evaluation.sets import chosen_sets
+    from clipmap_hf.models.label_model import is_label_folder, load_label_model
     from clipmap_hf.models.loading import load_model, load_processor
 
     sets = None if arguments.eval_data is not None else chosen_sets(arguments.sets, arguments.suite)
     processes = join_processes()
-    model = load_model(arguments.model, revision=arguments.model_revision).to(processes.device)
-    processor = load_processor(arguments.model, revision=arguments.model_revision, backend=arguments.image_backend)
+    source = {"source": arguments.model, "revision": arguments.model_revision}
+    if of_labels := is_label_folder(**source):
+        check_labels(arguments)
+        arguments.templates = ["{}"]  # its labels as they are
+        model, processor = load_label_model(**source, backend=arguments.image_backend)
+    else:
+        if arguments.agreement_with is not None and not arguments.texts:
+            raise ValueError("An agreement is with a model and on texts; give texts too, such as --texts queries.txt.")
+        model, processor = load_model(**source), load_processor(**source, backend=arguments.image_backend)
+    model.to(processes.device)
     if sets is not None:
         processes.print(on_sets(arguments, model, processor, sets))
         return
     if arguments.agreement_with is not None:
-        measure = agreement
+        measure = agreement_on_labels if of_labels else agreement
     else:
         measure = retrieval if arguments.label_column is None else classification
     metrics = measure(arguments, model, processor)
@@ -109,6 +125,16 @@ def main() -> None:
     if arguments.output is not None and processes.is_main_process:
         result = {"metrics": metrics, "arguments": asdict(arguments), "transformers": transformers.__version__}
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def check_labels(arguments: EvaluateArguments) -> None:
+    """Refuses what a student that knows a list of texts and no others cannot be asked."""
+    asked = [name for name in ("sets", "suite", "index_model", "texts", "templates") if getattr(arguments, name)]
+    if asked:
+        raise ValueError(
+            f"{arguments.model!r} is a student for a fixed list of texts, and {asked} ask for others. Leave them out; "
+            "what it knows is measured on eval_data."
+        )
 
 
 def on_sets(arguments: EvaluateArguments, model, processor, sets) -> str:
@@ -151,6 +177,26 @@ def agreement(arguments: EvaluateArguments, model, processor) -> dict[str, float
         split=arguments.eval_split,
         batch_size=arguments.batch_size,
     )
+
+
+def agreement_on_labels(arguments: EvaluateArguments, model, processor) -> dict[str, float]:
+    """With the same texts for both, an agreement is one of images."""
+    from clipmap_hf.evaluation.agreement import evaluate_agreement
+    from clipmap_hf.models.label_model import LabelModel
+    from clipmap_hf.models.loading import load_model
+
+    teacher = load_model(arguments.agreement_with).to(model.text_embeds.device)
+    found = evaluate_agreement(
+        model,
+        LabelModel(teacher, model.text_embeds, model.logit_scale.exp()),
+        arguments.eval_data,
+        processor.tokenizer.labels,
+        processor=processor,
+        image_column=arguments.image_column,
+        split=arguments.eval_split,
+        batch_size=arguments.batch_size,
+    )
+    return {name: value for name, value in found.items() if name in ("decisions", "image_neighbors", "image_cosine")}
 
 
 def classification(arguments: EvaluateArguments, model, processor) -> dict[str, float]:

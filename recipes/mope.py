@@ -22,6 +22,8 @@ def main() -> None:
     data, teacher, calibration, run = parse_recipe(
         DataArguments, TeacherArguments, CalibrationArguments, RunArguments, stages={}, description=__doc__
     )
+    if not data.paired:
+        raise ValueError("Pruning errors are of retrieval; give pairs, without train_images and train_texts.")
     from clipmap_hf.distributed import calibration_device, join_processes
     from clipmap_hf.files.atomic import write_json
     from clipmap_hf.pipeline.context import RunContext

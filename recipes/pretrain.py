@@ -53,6 +53,8 @@ def main() -> None:
     if architecture.config_from is not None:
         config = as_float_config(load_config(architecture.config_from))
         processor = load_processor(architecture.config_from, backend=data.image_backend)
+    elif not data.paired:
+        raise ValueError("A tokenizer is learned from captions; give pairs, without train_images and train_texts.")
     else:
         columns = [*data.caption_column, *data.keyword_column]
         config, processor = new_architecture(architecture, context.pairs.pairs, columns)

@@ -32,6 +32,10 @@ RUNS = {
         "--output_dir {folder} --parts table --sizes '1 %' --methods diagonal --seeds 0 --steps 4 --batch_size 8",
         ["| 100 % | teacher |", "| 1 % | diagonal |"],
     ),
+    "labels.py": (
+        "--output_dir {folder} --images 128 --steps 1 --half --losses labels",
+        ["| teacher |", "| labels  |"],
+    ),
     "mapping_step.py": (
         "--student tiny --batch_size 4 --micro_batch_size 2 --rounds 1",
         ["| contrastive |", "| mapping |", "mapping / contrastive: median "],
@@ -64,8 +68,8 @@ RUNS = {
     ),
     "throughput.py": ("--batch_size 1 --rounds 1", ["| ViT-B/16 |", "| base     |", "| small    |", "| tiny     |"]),
     "unpaired.py": (
-        "--output_dir {folder} --images 128 --steps 1",
-        ["| manual     |", "| calibrated |"],
+        "--output_dir {folder} --images 128 --steps 1 --seeds 0 --texts own list",
+        ["|     manual |", "| calibrated |", "|        few |"],
     ),
 }
 # Packages that a benchmark needs beside ours, all in extras.

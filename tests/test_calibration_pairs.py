@@ -6,9 +6,10 @@ import torch
 from datasets import Dataset, IterableDataset
 
 import clipmap_hf.data.calibration_pairs
-from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.calibration_pairs import CROPS, CalibrationPairs
 from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.pairs import load_pairs
+from clipmap_hf.data.texts import Texts
 
 
 @pytest.fixture
@@ -66,6 +67,38 @@ def test_as_many_are_drawn_as_asked_for_by_the_seed(rows, tiny_processor):
     assert drawn[0] == drawn[1] and set(drawn[0]) != set(drawn[2])
     assert len(drawn[0]) == len(set(drawn[0])) == 6
     assert len(captions(CalibrationPairs(rows, tiny_processor, 1000))) == 24
+
+
+def test_too_few_rows_give_several_views(rows, tiny_processor):
+    pairs = CalibrationPairs(rows, tiny_processor, 60, augmentation=CROPS)
+    assert [len(batch["pixel_values"]) for batch in pairs] == [8, 8, 8, 8, 8, 8, 8, 4]
+    pixels = joined(pairs)["pixels"]
+    torch.testing.assert_close(pixels[:24], joined(CalibrationPairs(rows, tiny_processor, 24))["pixels"])
+    assert captions(pairs)[24:48] == captions(pairs)[:24] and captions(pairs)[48:] == captions(pairs)[:12]
+    crops = (pixels[24:48] - pixels[:24]).abs().flatten(1).amax(dim=1)
+    assert (crops > 0).float().mean() > 0.8 and pixels.dtype == torch.float32
+    torch.testing.assert_close(joined(pairs)["pixels"], pixels, rtol=0, atol=0)
+
+
+def test_there_are_at_most_eight_views(rows, tiny_processor):
+    assert len(captions(CalibrationPairs(rows, tiny_processor, 1000, augmentation=CROPS))) == 8 * 24
+
+
+def test_enough_rows_give_a_view_each(rows, tiny_processor):
+    one, other = (joined(CalibrationPairs(rows, tiny_processor, 20, augmentation=crops)) for crops in (CROPS, None))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_images_alone_have_views_too(rows, tiny_processor):
+    images = rows.remove_columns("caption")
+    batches = list(CalibrationPairs(images, tiny_processor, 30, caption_column=None, augmentation=CROPS))
+    assert sum(len(batch["pixel_values"]) for batch in batches) == 30 and "input_ids" not in batches[-1]
+
+
+def test_each_view_draws_a_text_of_its_own(rows, tiny_processor):
+    texts = Texts({"given": [f"text {number}" for number in range(100)]}, {"given": 1.0})
+    drawn = captions(CalibrationPairs(rows, tiny_processor, 96, texts=texts, augmentation=CROPS))
+    assert len(set(drawn)) > 40
 
 
 def test_of_a_stream_the_first_are_taken(stream, tiny_pairs, tiny_processor):

@@ -138,6 +138,16 @@ def test_training_sets_of_the_hub_are_named(cost_table, pairs_parquet):
     assert sets(train_data="me/pairs", calibration_data="me/pairs") == ["me/pairs"]
     assert sets(train_data=str(pairs_parquet)) is None and sets(train_data="data/pairs.parquet") is None
     assert sets(train_data="data/pairs-*.tar") is None and sets(output_dir="me/out") is None
+    named = sets(train_images="me/photos:large", train_texts=["you/texts:title=2", "words"])
+    assert named == ["me/photos", "you/texts"]
+    assert sets(train_texts=["data/queries.txt", "labels:data/names.txt", "data/titles.csv:title", "captions"]) is None
+
+
+def test_a_card_shows_no_folder_of_texts(cost_table):
+    recipe = yaml.safe_dump({"train_texts": ["/me/queries.txt=2", "labels:/me/names.txt", "/me/pairs.parquet:title"]})
+    text = str(render_card("me/clip", cost_table, model_class="CLIPModel", method=METHOD, recipe=recipe))
+    assert all(f"- {name}" in text for name in ("queries.txt=2", "labels:names.txt", "pairs.parquet:title"))
+    assert "/me/" not in text
 
 
 @pytest.mark.parametrize("source", ["./pairs", "pairs", "a/b/c", "data/a.tar.gz", "data/*", "/data/pairs"])
@@ -236,7 +246,7 @@ def test_results_on_sets_are_read_with_the_teachers(tmp_path):
     student, teacher = write_results(tmp_path / "s", cars=0.25, pets=0.125), write_results(tmp_path / "t", cars=0.5)
     cars, pets = read_results(student, teacher)
     expected = ("cars", {"accuracy@1": 0.25}, {"accuracy@1": 0.5}, "me/wds_cars", "c0ffee", "test")
-    assert dataclasses.astuple(cars) == (*expected, "zero-shot-image-classification", None)
+    assert dataclasses.astuple(cars) == (*expected, "zero-shot-image-classification", None, None)
     assert pets.teacher is None
     assert len(read_results(student, teacher, weights="of a student")) == 2
     with pytest.raises(ValueError, match="'cars' .* was measured with other weights"):

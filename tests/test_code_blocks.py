@@ -42,7 +42,7 @@ SUBSTITUTES = {
 COMPILED = {
     ("docs/hub.md", 1): "pushes to the Hub; tests/test_push.py does so to a server of its own",
     ("docs/extending.md", 1): "an excerpt of clipmap_hf/families/siglip.py",
-    ("docs/python.md", 5): "leaves arguments out",
+    ("docs/python.md", 6): "leaves arguments out",
     ("docs/evaluation.md", 3): "reads a set of the reader's own",
 }
 
@@ -75,6 +75,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("recipes", "clipmap_hf", "docs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "small").mkdir()
+    (tmp_path / "queries.txt").write_text("a red circle\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

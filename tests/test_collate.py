@@ -9,9 +9,10 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import PairCollator, caption_text, content_key, filled_texts, normalized_pixels
+from clipmap_hf.data.collate import PairCollator, caption_text, filled_texts, normalized_pixels
 from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.images import BadRowError, decode_image
+from clipmap_hf.data.keys import content_key
 
 
 def encoded(image: Image.Image, extension: str = "PNG", **options) -> dict:
@@ -105,6 +106,7 @@ def test_evaluation_batch_is_what_the_processor_gives(collator, rows, tiny_pairs
     assert batch.pop("bad_rows") == {}
     assert batch.pop("image_of_text").tolist() == list(range(6))
     assert len(set(batch.pop("image_key").tolist())) == 6
+    assert len(set(batch.pop("text_key").tolist())) == len({row["caption"] for row in rows})
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask"}
     for name, value in batch.items():
         torch.testing.assert_close(value, expected[name], atol=0, rtol=0)

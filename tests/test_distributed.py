@@ -13,6 +13,7 @@ import datasets
 import psutil
 import pytest
 import torch
+from conftest import COLORS, SHAPES
 from distributed_checks import BATCH, CASES, STAGES, STARTS, STEPS
 from distributed_processes import RECIPES, command, environment, finish
 from filelock import FileLock
@@ -254,6 +255,18 @@ def test_two_processes_classify_labeled_images_as_one_does(workshop, tmp_path):
     assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
 
 
+def test_two_processes_make_the_student_for_labels_that_one_does(workshop, tmp_path):
+    (tmp_path / "names.txt").write_text("red circle\nblue bar\na dog\n")
+    for processes in (1, 2):
+        argv = ["--teacher", workshop / "teacher", "--vision_hidden_size", 32, "--initializer", "diagonal"]
+        argv += ["--train_data", workshop / "pairs.parquet", "--labels", tmp_path / "names.txt"]
+        argv += ["--distillation_steps", 3, "--distillation_batch_size", 8, "--distillation_losses", "labels=1"]
+        argv += ["--distillation_learning_rate", 1e-3, "--output_dir", tmp_path / str(processes)]
+        finish(RECIPES / "compress.py", *argv, processes=processes)
+    one, two = (load_file(tmp_path / str(processes) / "model.safetensors") for processes in (1, 2))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+
+
 def test_a_cache_of_two_processes_answers_as_that_of_one(reports, workshop):
     one, two = (TeacherCache.open(workshop / f"recipes-{count}" / "cache") for count in (1, 2))
     assert one.views == two.views == 2
@@ -277,6 +290,38 @@ def test_recipes_of_two_processes_end_where_those_of_one_do(reports, workshop):
     one, two = (json.loads((workshop / f"recipes-{count}" / "results.json").read_text()) for count in (1, 2))
     assert one["metrics"].keys() == two["metrics"].keys()
     assert one["metrics"]["mean_recall"] == pytest.approx(two["metrics"]["mean_recall"], abs=0.05)
+
+
+def test_two_processes_without_pairs_end_with_the_start_as_one_does(workshop, tmp_path):
+    (tmp_path / "queries.txt").write_text("\n".join(f"{color} {shape}" for color in COLORS for shape in SHAPES))
+    argv = ["--teacher", workshop / "teacher", "--train_data", workshop / "odd.parquet", "--initializer", "diagonal"]
+    argv += ["--vision_hidden_size", 32, "--vision_num_hidden_layers", 2, "--text_hidden_size", 16]
+    argv += ["--train_texts", tmp_path / "queries.txt", "--validation_fraction", 0.3, "--distillation_losses"]
+    argv += ["feature=2000", "--distillation_learning_rate", 10, "--distillation_warmup_steps", 0]
+    argv += ["--distillation_steps", 4, "--distillation_batch_size", 8, "--metric_for_best_model", "text_neighbors"]
+    outputs, logs = [tmp_path / str(processes) for processes in (1, 2)], []
+    for processes, output in enumerate(outputs, 1):
+        finish(RECIPES / "compress.py", *argv, "--output_dir", output, processes=processes)
+        lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        logs.append([line for line in lines if "eval_decisions" in line])
+    one, two = ({name: log[0][name] for name in log[0] if name.startswith("eval_")} for log in logs)
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [0, 4]
+    assert two == pytest.approx(one, abs=1e-6)
+    assert_same_weights(*(load_file(output / "model.safetensors") for output in outputs), 0.0)
+    assert all("the weights are those of the start" in (output / "README.md").read_text() for output in outputs)
+
+
+def test_two_processes_measure_agreement_beside_recall_as_one_does(workshop, tmp_path):
+    argv = ["--teacher", workshop / "teacher", "--student_model", workshop / "teacher", "--train_data"]
+    argv += [workshop / "odd.parquet", "--eval_data", workshop / "captions.parquet", "--distillation_batch_size", 8]
+    argv += ["--distillation_steps", 1, "--distillation_learning_rate", 1e-2, "--distillation_warmup_steps", 0]
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        finish(RECIPES / "distill.py", *argv, "--output_dir", output, processes=processes)
+        line = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+        found.append({name: value for name, value in line.items() if name.startswith("eval_")})
+    assert found[1] == pytest.approx(found[0], abs=1e-4) and found[0]["eval_mean_agreement"] < 1
 
 
 @pytest.mark.parametrize("numbers", [(1, 2), (2, 1)], ids=["one to two", "two to one"])

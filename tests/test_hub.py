@@ -27,10 +27,13 @@ from transformers import CLIPModel
 
 import clipmap_hf
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
+from clipmap_hf.hub.folder import write_label_folder
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
 from clipmap_hf.models.fingerprints import model_fingerprint
+from clipmap_hf.models.label_model import is_label_folder, load_label_model
 from clipmap_hf.models.loading import load_model, load_processor
+from clipmap_hf.models.vision_tower import vision_tower
 
 
 STUDENT = ClipMapConfig(vision=TowerConfig(hidden_size=32), text=TowerConfig(hidden_size=32), initializer="diagonal")
@@ -216,6 +219,24 @@ def test_what_belongs_to_other_weights_goes_with_them(hub, folder):
     files = repo.commits[repo.branches["main"]]
     assert not [name for name in files if name.startswith(("onnx", ".eval", "model-"))]
     assert {"model.safetensors", "tokenizer.json"} <= files.keys()
+
+
+def test_a_student_for_labels_is_pushed_whole_and_goes_when_another_takes_its_place(hub, folder, compressor, cache):
+    whole, processor = compressor.export(), compressor.processor
+    listed, embeds = folder.with_name("listed"), torch.eye(32)[:2]
+    write_label_folder(listed, vision_tower(whole), processor.image_processor, ["a", "b"], embeds, torch.tensor(7.0))
+    ModelCard("---\nlicense: mit\n---\n").save(listed / "README.md")
+    push_folder(listed, "me/clip", token=TOKEN)
+    repo = hub.repos["me/clip"]
+    names = {"config.json", "model.safetensors", "labels.json", "text_embeds.safetensors"}
+    assert names <= repo.commits[repo.branches["main"]].keys()
+    assert is_label_folder("me/clip", cache_dir=cache)
+    model, processor = load_label_model("me/clip", cache_dir=cache)
+    assert_same(model.vision, vision_tower(whole))
+    torch.testing.assert_close(model.text_embeds, embeds, atol=0, rtol=0)
+    assert processor.tokenizer.labels == ["a", "b"] and model.logit_scale.exp().item() == pytest.approx(7)
+    push_folder(folder, "me/clip", token=TOKEN)
+    assert not {"labels.json", "text_embeds.safetensors"} & repo.commits[repo.branches["main"]].keys()
 
 
 def test_a_private_student_is_for_its_owner(hub, folder, cache):

@@ -219,7 +219,7 @@ def test_what_a_program_holds_is_read_as_a_file_is(pairs_parquet):
     ("source", "error", "words"),
     [
         ([], ValueError, "an empty list; give at least one pair"),
-        (["a.png"], TypeError, "Data of the type list cannot be read"),
+        ([1, 2], TypeError, "Data of the type list cannot be read"),
         (DatasetDict(), ValueError, r"has the splits \[\]"),
     ],
 )

@@ -41,6 +41,11 @@ READERS = {
     "mope/finetune.yaml": {
         "progressive": ["--teacher", "tuned", "--train_data", "pairs.parquet", "--output_dir", "out"]
     },
+    "few.yaml": {
+        "compress": ["--teacher", "t", "--student", "tiny", "--train_images", "photos", "--output_dir", "out"],
+        "distill": ["--teacher", "t", "--student_model", "s", "--train_data", "pairs.parquet", "--output_dir", "out"],
+        "cache": ["--teacher", "t", "--train_images", "photos", "--teacher_cache", "cache"],
+    },
     "demo.yaml": {"demo": []},
     "demo_all.yaml": {"demo": []},
     "emoji_student.yaml": {"compress": ["--output_dir", "out"]},

@@ -494,6 +494,28 @@ def test_evaluate_measures_the_agreement_with_a_teacher(finish, teacher_folder, 
 
 
 @pytest.mark.recipes
+def test_compress_and_distill_make_students_for_labels_that_evaluate_reads(
+    finish, steps, teacher_folder, pairs_parquet, tmp_path
+):
+    (tmp_path / "names.txt").write_text("red circle\nblue bar\na dog\n")
+    data = ("--train_data", pairs_parquet, "--labels", f"labels:{tmp_path / 'names.txt'}", *steps("distillation"))
+    made, distilled = tmp_path / "made", tmp_path / "distilled"
+    command = ("compress.py", "--teacher", teacher_folder, *SMALL, "--initializer", "diagonal", *data)
+    printed = finish(*command, "--output_dir", made)
+    assert f"CLIPVisionModelWithProjection.from_pretrained('{made}')" in printed
+    again = finish("compress.py", "--config", made / "arguments.yaml", "--output_dir", tmp_path / "again")
+    assert "(2 steps, 16 pairs" in again
+    weights = [load_file(folder / "model.safetensors") for folder in (made, tmp_path / "again")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    whole = ("--student_model", teacher_folder, "--teacher", teacher_folder)
+    finish("distill.py", *whole, *data, "--output_dir", distilled)
+    for folder in (made, distilled):
+        assert json.loads((folder / "labels.json").read_text()) == ["red circle", "blue bar", "a dog"]
+        argv = ("--model", folder, "--eval_data", pairs_parquet, "--agreement_with", teacher_folder)
+        assert re.search(r"^decisions: [01]\.\d+$", finish("evaluate.py", *argv), re.MULTILINE)
+
+
+@pytest.mark.recipes
 def test_compare_measures_models_side_by_side(finish, teacher_folder, pairs_parquet, tmp_path):
     other = shutil.copytree(teacher_folder, tmp_path / "other")
     data = ("--eval_data", pairs_parquet, "--rounds", 1, "--output_dir", tmp_path / "out")

@@ -25,6 +25,11 @@ def test_without_the_teachers_recall_the_students_stands_alone(teacher_folder, c
     assert capsys.readouterr().out.endswith("mean_recall: 0.2500\n")
 
 
+def test_agreement_with_the_teacher_stands_without_the_teachers_own(teacher_folder, capsys):
+    print_summary(teacher_folder, TrainResult(1, 8, 0.1, {}, 0, {"decisions": 0.25}, {"decisions": 1.0}))
+    assert capsys.readouterr().out.splitlines()[-1] == "decisions: 0.2500"
+
+
 def test_packed_weights_say_what_loads_them(teacher_folder, tmp_path, capsys):
     config = (teacher_folder / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace("{", '{"quantization_config": {},', 1))

@@ -32,6 +32,7 @@ def test_a_page_holds_its_style_and_pictures():
 def test_a_column_has_the_largest_unit_that_shows_all_of_it():
     assert scaled_column([2_000_000_000, 20_000_000], "GM") == ["G", "2.00", "0.02"]
     assert scaled_column([2_000_000_000, 2_000_000], "GM") == ["M", "2000.00", "2.00"]
+    assert scaled_column([2_000_000_000, 0], "GMK") == ["G", "2.00", "0.00"]  # a zero is seen in any unit
 
 
 def test_recalls_are_columns_in_percent():

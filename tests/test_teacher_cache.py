@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import PairCollator, content_key, normalized_pixels
+from clipmap_hf.data.collate import PairCollator, normalized_pixels
 from clipmap_hf.data.columns import ERROR_COLUMN
+from clipmap_hf.data.keys import content_key
 from clipmap_hf.data.tokenizer import train_clip_tokenizer
 from clipmap_hf.models.features import encode_images, encode_texts
 from clipmap_hf.models.fingerprints import model_fingerprint

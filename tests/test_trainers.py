@@ -256,7 +256,7 @@ def test_the_run_ends_with_the_best_model(distiller, pairs, tmp_path, monkeypatc
     trainer = distiller(
         max_steps=4, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, eval_dataset=pairs
     )
-    recalls, seen = iter([0.1, 0.5, 0.3, 0.2]), []
+    recalls, seen = iter([0.0, 0.1, 0.5, 0.3, 0.2]), []
 
     def measured(model, watched=iter):
         seen.append(copy.deepcopy(model.state_dict()))
@@ -268,8 +268,8 @@ def test_the_run_ends_with_the_best_model(distiller, pairs, tmp_path, monkeypatc
     result = trainer.train()
     assert result.metrics == {"mean_recall": 0.5} and trainer.state.best_global_step == 2
     written = CLIPModel.from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(written[name], value.cpu()) for name, value in seen[1].items())
-    assert not all(torch.equal(written[name], value.cpu()) for name, value in seen[3].items())
+    assert all(torch.equal(written[name], value.cpu()) for name, value in seen[2].items())
+    assert not all(torch.equal(written[name], value.cpu()) for name, value in seen[4].items())
     assert all(torch.equal(trainer.model.state_dict()[name].cpu(), value) for name, value in written.items())
 
 
@@ -307,7 +307,7 @@ def test_the_best_metrics_are_those_of_the_best_weights(distiller, pairs):
         trainer.__dict__["_evaluate"] = lambda model, watched=iter: {"mean_recall": next(found)}
         return trainer.train()
 
-    assert run([0.3, 0.9], max_steps=3).metrics == {"mean_recall": 0.9}
+    assert run([0.1, 0.3, 0.9], max_steps=3).metrics == {"mean_recall": 0.9}
     assert run([0.1, 0.2, 0.1], max_steps=5).metrics == {"mean_recall": 0.9}
 
 

@@ -54,13 +54,13 @@ class StudentArguments:
         default=None,
         metadata={
             "help": "Heads where no number is given: `whole` ones, as wide as the teacher's, or as many, but `narrow` "
-            "(default with calibrated)."
+            "(default with calibrated_narrow)."
         },
     )
     initializer: str | None = field(
         default=None,
         metadata={
-            "help": "Start of the operators: calibrated (default), calibrated_whole, importance; without data "
+            "help": "Start of the operators: calibrated (default), calibrated_narrow, importance; without data "
             "diagonal, random, kaiming, xavier; selections manual, magnitude, taylor, mope, random_selection."
         },
     )

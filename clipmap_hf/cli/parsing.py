@@ -20,7 +20,7 @@ __all__ = ["arguments_yaml", "optional", "parse_arguments"]
 
 
 # Fields of these types are words on the command line: name=number …, and a name or name=value ….
-_NUMBERS, _NAME_OR_VALUES = dict[str, float | Callable], str | dict[str, str] | None
+_NUMBERS, _NAME_OR_VALUES = dict[str, float | Callable] | None, str | dict[str, str] | None
 
 
 _SWITCHES = {"on": "true", "off": "false"}  # beside the words for them that the parser knows
@@ -195,11 +195,9 @@ def _as_options(prefix: str, cls: type) -> type:
     fields = []
     for f in dataclasses.fields(cls):
         options = {"metadata": f.metadata, "default": f.default, "default_factory": f.default_factory}
-        if f.type == _NUMBERS:
-            options["default_factory"] = partial(_as_words, f.default_factory())
-        elif f.type == _NAME_OR_VALUES:
-            options |= {"default": dataclasses.MISSING, "default_factory": list}
         words = f.type in (_NUMBERS, _NAME_OR_VALUES)
+        if words:
+            options |= {"default": dataclasses.MISSING, "default_factory": list}
         if aliases := _aliases(f):
             options["metadata"] = {**f.metadata, "aliases": [f"--{prefix}{alias}" for alias in aliases]}
         fields.append((f"{prefix}{f.name}", list[str] if words else f.type, field(**options)))
@@ -237,7 +235,7 @@ def _value(of: dataclasses.Field, parsed: Any) -> Any:
             numbers[name] = float(number)
         except ValueError:
             raise ValueError(f"{of.name} takes words like name=0.5, got {word!r}.") from None
-    return numbers
+    return numbers or None
 
 
 def _name_or_values(option: str, words: list[str]) -> str | dict[str, str] | None:

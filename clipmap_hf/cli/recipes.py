@@ -5,8 +5,14 @@ from typing import Any
 from clipmap_hf.cli.arguments import StudentArguments, TeacherArguments
 from clipmap_hf.cli.parsing import optional, parse_arguments
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments
+from clipmap_hf.data.labels import LabelArguments
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
-from clipmap_hf.training.arguments import DistillationStageArguments, MappingStageArguments, MaskingStageArguments
+from clipmap_hf.training.arguments import (
+    DistillationStageArguments,
+    MappingStageArguments,
+    MaskingStageArguments,
+    StageArguments,
+)
 from clipmap_hf.training.run_arguments import RunArguments
 
 
@@ -38,22 +44,32 @@ def parse_recipe(
     Reads the arguments of a recipe from the command line and from `--config file.yaml`; the command line wins.
 
     Args:
-        types: Dataclasses of its options. The keys of those of `SHARED` that are not among them are left alone.
+        types: Dataclasses of its options. The keys of those of `SHARED`, and of labels, that are not among them are
+            left alone.
         stages: Dataclasses of its YAML sections. Those of `STAGES` that are not among them are checked, and left
             alone.
         description: Shown by `--help`.
 
     Returns:
-        An instance of each type, then of each stage.
+        An instance of each type, then of each stage, which has its losses: of those that are not named, the default.
 
     Raises:
         ValueError: If the YAML file has a key that no dataclass knows.
     """
     stages = stages or {}
-    return parse_arguments(
+    parsed = parse_arguments(
         *types,
         stages=stages,
-        others=tuple(kind for kind in SHARED if kind not in types),
+        others=tuple(kind for kind in (*SHARED, LabelArguments) if kind not in types),
         other_stages={name: stage for name, stage in STAGES.items() if name not in stages},
         description=description,
+    )
+    listed = any(values.labels is not None for values in parsed if isinstance(values, LabelArguments))
+    data = [values for values in parsed if isinstance(values, DataArguments)]
+    if not listed:
+        for values in data:
+            values.name_texts()
+    paired = all(values.paired for values in data)
+    return tuple(
+        values.for_texts(paired, listed) if isinstance(values, StageArguments) else values for values in parsed
     )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from clipmap_hf.distributed import join_processes
+from clipmap_hf.evaluation.agreement import AGREEMENT_METRICS
 from clipmap_hf.files.atomic import read_json
 from clipmap_hf.training.result import TrainResult
 
@@ -34,7 +35,7 @@ def _summary(folder: Path, result: TrainResult) -> str:
         *(["    import clipmap_hf  # lets transformers load packed weights"] if needs_package else []),
         f"    model = {config['architectures'][0]}.from_pretrained({str(folder)!r})",
     ]
-    teacher = result.teacher_metrics or {}
+    teacher = {name: value for name, value in (result.teacher_metrics or {}).items() if name not in AGREEMENT_METRICS}
     for name, value in result.metrics.items():
         beside = f" (teacher {teacher[name]:.4f})" if name in teacher else ""
         lines.append(f"{name}: {value:.4f}{beside}")

@@ -83,7 +83,7 @@ class ClipMapConfig:
         heads: How many heads a tower gets that does not say it. `whole` keeps the teacher's head width where the width
             is a multiple of it, as the papers do. `narrow` keeps the teacher's number of heads where that makes them a
             multiple of 8 and at least 16 wide, else the nearest number that does. By default `narrow` with
-            `calibrated`, else `whole`.
+            `calibrated_narrow`, else `whole`.
         budget: What the student may cost, a `Budget` or its values by name. Widths and depths that are not given are
             then searched (`choose_shape`) instead of taken from the teacher.
         initializer: How the width operators start, a key of `STARTS` (`diagonal` is Eq. 9). Some starts read
@@ -143,7 +143,7 @@ class ClipMapConfig:
     @property
     def head_rule(self) -> str:
         """The rule for heads, of `HEAD_RULES`."""
-        return self.heads or ("narrow" if self.initializer == "calibrated" else "whole")
+        return self.heads or ("narrow" if self.initializer == "calibrated_narrow" else "whole")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all values as plain JSON types; a budget of `None` is left out."""

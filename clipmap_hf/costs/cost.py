@@ -13,7 +13,16 @@ from clipmap_hf.config.heads import shown_heads
 from clipmap_hf.files.tables import markdown_table, scaled_column
 
 
-__all__ = ["Cost", "CostReport", "cost_columns", "cost_table", "model_cost", "parameter_count", "with_bytes_of"]
+__all__ = [
+    "Cost",
+    "CostReport",
+    "cost_columns",
+    "cost_table",
+    "model_cost",
+    "parameter_count",
+    "vision_cost",
+    "with_bytes_of",
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,16 @@ def model_cost(config: CLIPConfig, dtype: torch.dtype = torch.float32) -> Cost:
         size for name, size in sizes.items() if name.endswith(("token_embedding.weight", "word_embeddings.weight"))
     )
     return Cost(parameters, token_embedding, vision_macs, text_macs, parameters * dtype.itemsize)
+
+
+def vision_cost(config: CLIPConfig) -> Cost:
+    """Computes the cost of the vision tower and its projection alone, of the model that `config` describes."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(copy.deepcopy(config))
+        macs = _vision_macs(model)
+    tower = (model.vision_model, model.visual_projection)
+    parameters = sum(weight.numel() for part in tower for weight in part.parameters())
+    return Cost(parameters, 0, macs, 0, parameters * torch.float32.itemsize)
 
 
 def parameter_count(config: CLIPConfig) -> int:

@@ -5,7 +5,9 @@ from functools import cached_property
 from typing import Literal
 
 from clipmap_hf.config.ranges import check_ranges
-from clipmap_hf.data.texts import Texts, load_texts
+from clipmap_hf.data.held_texts import PartedTexts, parted_texts
+from clipmap_hf.data.text_sources import CAPTIONS
+from clipmap_hf.data.texts import Texts, load_texts, with_words
 
 
 __all__ = ["CalibrationArguments", "DataArguments", "ReadingArguments"]
@@ -25,10 +27,10 @@ class ReadingArguments:
         default=0.0,
         metadata={
             "help": "Share of `train_data` to hold out and evaluate on, in place of `eval_data`; equal images "
-            "are never on both sides."
+            "are never on both sides. Without captions, the same share of the texts is held out too."
         },
     )
-    train_split: str = field(default="train", metadata={"help": "Split of `train_data`."})
+    train_split: str = field(default="train", metadata={"help": "Split of `train_data` and `train_images`."})
     eval_split: str = field(
         default="train", metadata={"help": "Split of `eval_data` (plain files have only `train`)."}
     )
@@ -57,7 +59,8 @@ class ReadingArguments:
         default_factory=list,
         metadata={
             "help": "Texts to train beside the images, which need not belong to them: queries.txt, labels:names.txt, "
-            "pairs.parquet:title, words, or captions (the images' own, the default). name=2 draws twice as often."
+            "titles.csv:title, owner/name:title, words, or captions (the images' own, the default). name=2 draws "
+            "twice as often."
         },
     )
     crop_scale: list[float] = field(
@@ -70,6 +73,13 @@ class ReadingArguments:
         default=0.0, metadata={"help": "Largest relative change of brightness, contrast and saturation."}
     )
     grayscale: float = field(default=0.0, metadata={"help": "Probability of turning an image gray."})
+    mix: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability of mixing an image with another one (mixup or cutmix), and of mixing the words of "
+            "captions. The teacher embeds the mix."
+        },
+    )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Largest share of unusable rows to skip. With more, the run stops."}
     )
@@ -90,6 +100,10 @@ class ReadingArguments:
                 setattr(self, name, [column])
         check_ranges(self, at_least_0=("flip", "rotation", "color_jitter", "grayscale", "max_bad_fraction"))
         check_ranges(self, above_0=("shuffle_buffer",))
+        if not 0 <= self.mix <= 1:
+            raise ValueError(f"mix={self.mix} must be a probability, between 0 and 1.")
+        if self.mix and self.streaming:
+            raise ValueError("A stream has no images at hand to mix others with; leave out mix, or streaming.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction} must be at least 0 and below 1.")
         if self.validation_fraction and self.streaming:
@@ -102,14 +116,26 @@ class ReadingArguments:
 
 @dataclass
 class _Sources:
-    train_data: str = field(
+    train_data: str | None = field(
+        default=None,
         metadata={
-            "help": "Folder, path or glob of parquet files or webdataset tars, or Hub id, with `:config` if it has "
-            "several configurations."
-        }
+            "help": "Pairs: folder, path or glob of parquet files or webdataset tars, or Hub id, with `:config` if it "
+            "has several configurations."
+        },
     )
     eval_data: str | None = field(
-        default=None, metadata={"help": "Pairs to measure retrieval on, in the same forms as `train_data`."}
+        default=None,
+        metadata={
+            "help": "Pairs to measure retrieval on, in the same forms as `train_data`; or, with `train_texts`, images "
+            "alone, to measure agreement with the teacher on."
+        },
+    )
+    train_images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images whose captions are not read, in place of `train_data` or beside it, in the same forms. "
+            "`train_texts` names texts for them; by default `words`."
+        },
     )
 
 
@@ -119,18 +145,44 @@ class DataArguments(ReadingArguments, _Sources):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_images()
+        if self.train_texts:
+            _ = self._given_texts  # what cannot be read is an error before anything is loaded
         if self.validation_fraction and self.eval_data is not None:
             raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
-        if self.validation_fraction and not self.read_columns:
-            raise ValueError(
-                "A validation_fraction is evaluated with its captions, and train_texts reads none. Name 'captions' "
-                "among them, or give eval_data that has captions."
-            )
+
+    def _check_images(self) -> None:
+        if self.train_data is None and self.train_images is None:
+            raise ValueError("Name what to train on: pairs in train_data, or images without captions in train_images.")
+        if self.train_data is not None and self.train_images is not None and self.streaming:
+            raise ValueError("A stream is of one source; leave out streaming, or one of train_data and train_images.")
+
+    def name_texts(self) -> None:
+        """Names in `train_texts` also those that are added by default."""
+        if not isinstance(self.train_texts, Texts):
+            self.train_texts = self.shown_texts.get("train_texts", [])
+
+    @property
+    def paired(self) -> bool:
+        """Whether each text belongs to its image."""
+        return self.train_images is None and (self._given_texts is None or self._given_texts.pairs)
+
+    @property
+    def shown_texts(self) -> dict[str, list[str]]:
+        """The entry of texts in a recipe, with those that are added by default; empty without."""
+        names = self._given_texts.names if self._given_texts is not None else []
+        return {"train_texts": names} if names else {}
 
     @cached_property
+    def parted_texts(self) -> PartedTexts | None:
+        """The texts that `train_texts` names, a share held out where captions are not read; `None` without any."""
+        texts = self._given_texts
+        return texts and parted_texts(texts, 0.0 if texts.has_captions else self.validation_fraction)
+
+    @property
     def texts(self) -> Texts | None:
-        """The texts to train beside the images, read when they are first asked for; `None` for their own captions."""
-        return self.train_texts if isinstance(self.train_texts, Texts) else load_texts(self.train_texts)
+        """The texts to train beside the images; `None` for their own captions."""
+        return self.parted_texts and self.parted_texts.trained
 
     @property
     def sampling(self) -> Literal["first", "random"]:
@@ -141,15 +193,26 @@ class DataArguments(ReadingArguments, _Sources):
     @property
     def read_columns(self) -> list[str]:
         """The columns of the training data that texts come from; none if the images' own captions are not read."""
-        reads_captions = self.texts is None or self.texts.has_captions
+        reads_captions = self._given_texts is None or self._given_texts.has_captions
         return [*self.caption_column, *self.keyword_column] if reads_captions else []
 
     @property
     def evaluated(self) -> tuple[str | None, str]:
         """Source and split of the evaluation pairs. The source is `None` if nothing is evaluated."""
         if self.validation_fraction:
-            return self.train_data, self.train_split
+            return self.train_images if self.train_data is None else self.train_data, self.train_split
         return self.eval_data, self.eval_split
+
+    @cached_property
+    def _given_texts(self) -> Texts | None:
+        """The texts that are named, with `words` where images without captions have too few."""
+        named = self.train_texts if isinstance(self.train_texts, Texts) else load_texts(self.train_texts)
+        if self.train_images is None and (named is None or named.pairs):
+            return named
+        if self.train_data is None and named is not None and named.has_captions:
+            raise ValueError("train_images are read without captions; name others in train_texts, or give train_data.")
+        captions = {} if self.train_data is None else {CAPTIONS: []}
+        return with_words(named or Texts(captions, dict.fromkeys(captions, 1.0)))
 
 
 @dataclass
@@ -159,7 +222,8 @@ class CalibrationArguments:
     calibration_data: str | None = field(
         default=None,
         metadata={
-            "help": "Calibration pairs, with the columns of `train_data`, which is the default; images alone will do."
+            "help": "Calibration pairs, with the columns of `train_data`; by default what is trained on. Images alone "
+            "will do."
         },
     )
     calibration_pairs: int = field(

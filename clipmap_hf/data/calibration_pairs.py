@@ -1,28 +1,33 @@
-"""Batches of calibration pairs: a sample of a data set, without augmentation and the same in every iteration."""
+"""Batches of calibration pairs: a sample of a data set, the same in every iteration."""
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from clipmap_hf.data.collate import PairCollator
-from clipmap_hf.data.columns import ERROR_COLUMN, MissingColumnError, split_names, undecoded
-from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs
+from clipmap_hf.data.augment import Augmentation
+from clipmap_hf.data.collate import PairCollator, normalized_pixels
+from clipmap_hf.data.columns import ERROR_COLUMN, split_names, undecoded
+from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, pairs_or_images
 from clipmap_hf.data.tally import RowTally
-from clipmap_hf.data.tar_shards import IMAGE_EXTENSIONS
 from clipmap_hf.data.texts import Texts
 from clipmap_hf.distributed import process_count, process_index
 
 
-__all__ = ["CalibrationPairs", "calibration_rows", "sampled_pairs"]
+__all__ = ["CROPS", "CalibrationPairs", "calibration_rows", "sampled_pairs"]
 
 logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 64
+_VIEWS = 8  # of an image, its first without augmentation
+
+CROPS = Augmentation(scale=(0.7, 1.0))
 
 
 class CalibrationPairs:
@@ -38,6 +43,8 @@ class CalibrationPairs:
         image_column: Column of the images.
         caption_column: Column of the captions; `None` if there are none, so that texts are made up.
         texts: Texts to draw from beside the captions or in place of them, as in training.
+        augmentation: Makes more of too few pairs: up to seven augmented views of each, with texts of their own draw.
+            By default, there is one view of each, which is not augmented.
 
     Raises:
         ValueError: If a column is missing, or there are fewer pairs than processes. While iterating, if too many rows
@@ -54,6 +61,7 @@ class CalibrationPairs:
         image_column: str = "image",
         caption_column: str | None = "caption",
         texts: Texts | None = None,
+        augmentation: Augmentation | None = None,
     ):
         columns = rows.column_names or ()
         captions = [] if caption_column is None else [caption_column]
@@ -74,15 +82,27 @@ class CalibrationPairs:
             )
         self.rows = rows.shard(process_count(), process_index(), contiguous=True)
         self.collator = PairCollator(processor.tokenizer, processor.image_processor, captions, seed=seed, texts=texts)
+        self.augmented = augmentation and replace(self.collator, augmentation=augmentation)
+        self.views = min(_VIEWS, -(-pairs // len(rows))) if augmentation else 1
+        self.number = min(-(-pairs // process_count()), self.views * len(self.rows))
         self.max_bad_fraction = max_bad_fraction
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         tally = RowTally(self.max_bad_fraction)
-        for batch in DataLoader(self.rows, _BATCH_SIZE, collate_fn=self.collator):
-            bad = batch.pop("bad_rows")
-            tally.add(len(batch.get("pixel_values", ())) + sum(bad.values()), bad)
-            if batch:
-                yield batch
+        for view in range(self.views):
+            rows = self.rows.select(range(min(len(self.rows), self.number - view * len(self.rows))))
+            for batch in DataLoader(rows, _BATCH_SIZE, collate_fn=partial(self._collated, view)):
+                bad = batch.pop("bad_rows")
+                tally.add(len(batch.get("pixel_values", ())) + sum(bad.values()), bad)
+                if batch:
+                    yield batch
+
+    def _collated(self, view: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if not view:
+            return self.collator(rows)
+        batch = self.augmented([row | {"epoch": view} for row in rows])
+        read = {name: batch[name] for name in batch if not name.startswith("image_")}
+        return read | ({"pixel_values": normalized_pixels(batch)} if "pixel_values" in batch else {})
 
 
 def calibration_rows(
@@ -106,13 +126,10 @@ def calibration_rows(
         columns["split"] = split_names(columns["split"])[0]
     if caption_column is None:
         return load_pairs(source, caption_columns=[], **columns)
-    try:
-        return load_pairs(source, caption_columns=[caption_column], **columns)
-    except MissingColumnError as error:
-        if not set(error.there) <= {image_column, "label", "labels", "cls", *IMAGE_EXTENSIONS}:
-            raise
-    logger.warning("The calibration data has images alone; texts of random tokens take the place of captions.")
-    return load_pairs(source, caption_columns=[], **columns)
+    rows = pairs_or_images(source, caption_column=caption_column, **columns)
+    if caption_column not in rows.column_names:
+        logger.warning("The calibration data has images alone; texts of random tokens take the place of captions.")
+    return rows
 
 
 def sampled_pairs(
@@ -140,4 +157,4 @@ def sampled_pairs(
         columns["image_column"] = "image"  # to which `load_pairs` renames it
     else:
         rows = given_pairs(source)
-    return CalibrationPairs(rows, processor, pairs, **columns)
+    return CalibrationPairs(rows, processor, pairs, **columns, augmentation=CROPS)

@@ -1,12 +1,12 @@
 """Turns undecoded pairs into a batch for the model: decodes and preprocesses images, draws and tokenizes captions."""
 
-import hashlib
 import json
 import logging
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,20 +16,15 @@ from PIL import Image
 from clipmap_hf.data.augment import Augmentation, SeededTransform
 from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
+from clipmap_hf.data.keys import content_key
 from clipmap_hf.data.preprocess import preprocessed
 from clipmap_hf.data.texts import Texts
 from clipmap_hf.data.training_pixels import USUAL_DIVISOR, TrainingPixels, training_pixels
 
 
-__all__ = ["PairCollator", "caption_text", "content_key", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
+__all__ = ["PairCollator", "caption_text", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
 
 logger = logging.getLogger(__name__)
-
-
-def content_key(content: bytes | str) -> int:
-    """Returns a 64-bit key of an image file or a text, which depends on nothing but its content."""
-    content = content.encode() if isinstance(content, str) else content
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def filled_texts(caption: Any) -> list[str]:
@@ -138,8 +133,8 @@ class PairCollator:
     - `input_ids` and `attention_mask`, `(texts, length)`, and `image_of_text`, `(texts,)`, if there are captions,
     - `bad_rows`, the number of rows left out, by reason. If no row is left, there is no other entry.
 
-    In training, there is one text per image. In evaluation, all captions of the first caption column are kept, and
-    there is `image_key`, `(images,)`: equal for images of equal files.
+    In training, there is one text per image. In evaluation, all captions of the first caption column are kept. There
+    are `image_key`, `(images,)`, equal for images of equal files, and `text_key`, `(texts,)`, equal for equal texts.
 
     In training, the crop and the caption depend only on `seed`, on the row, and on the number of the view. They are
     the same in any batch, order, process and worker. The number of the view is the row's `epoch`, modulo `views` if
@@ -158,7 +153,9 @@ class PairCollator:
         augmentation: Augmentation of training images; `None` in evaluation.
         seed: Seed of all random choices.
         views: Number of different examples of a row before they repeat; unlimited by default.
-        texts: Texts to draw from in place of the row's own caption. Without captions among them, no column is read.
+        texts: Texts to draw from in place of the row's own caption. Without captions among them, no column is read;
+            with them, a row without a caption draws from the others.
+        mixing: A `Mixing` of some examples with others, after their augmentation.
         teacher_cache: A `TeacherCache` that adds `teacher_embeds`, its teachers' embeddings of the same views.
 
     Raises:
@@ -174,6 +171,7 @@ class PairCollator:
     seed: int = 0
     views: int | None = None
     texts: Texts | None = None
+    mixing: Any = None
     teacher_cache: Any = None
     pixels: TrainingPixels | None = field(init=False, default=None)
 
@@ -203,7 +201,8 @@ class PairCollator:
             "image_of_text": torch.tensor(owners),
         }
         if self.augmentation is None:
-            batch["image_key"] = torch.tensor([example.key - 2**63 for example in examples])  # (images,), signed
+            batch["image_key"] = _signed([example.key for example in examples])
+            batch["text_key"] = _signed([content_key(text) for text in texts])
         if self.teacher_cache is not None:
             keys, views = ([getattr(example, name) for example in examples] for name in ("key", "view"))
             batch["teacher_embeds"] = self.teacher_cache.lookup(keys, views, [content_key(text) for text in texts])
@@ -214,8 +213,13 @@ class PairCollator:
         key = content_key(content)
         rng = random.Random(f"{self.seed}-{key}-{view}")
         # Before the caption is drawn: equal images get equal crops.
-        image = self.augmentation(image, self.pixels.size, rng, self.pixels.resample)
-        return _Example(image, self._texts(row, rng), key, view)
+        augment = partial(self.augmentation, size=self.pixels.size, rng=rng, resample=self.pixels.resample)
+        image = augment(image)
+        if self.mixing is not None:
+            image = self.mixing.image(image, augment, rng)
+        if not self.caption_columns and self.texts is None:
+            return _Example(image, [], key, view)
+        return _Example(image, [self._text(row, rng)], key, view)
 
     def _example(self, row: Mapping[str, Any]) -> _Example:
         content, image = decoded(row)
@@ -223,23 +227,38 @@ class PairCollator:
             return self.view(row, content, image, row["epoch"] % self.views if self.views else row["epoch"])
         if self.texts is not None:  # to calibrate: one text, as in training
             key = content_key(content)
-            return _Example(image, self._texts(row, random.Random(f"{self.seed}-{key}")), key, 0)
+            return _Example(image, [self._text(row, random.Random(f"{self.seed}-{key}"))], key, 0)
         if not self.caption_columns:
             return _Example(image, [], 0, 0)
         captions = row[self.caption_columns[0]]
         return _Example(image, filled_texts(captions) or [caption_text(captions)], content_key(content), 0)
 
-    def _texts(self, row: Mapping[str, Any], rng: random.Random) -> list[str]:
-        if self.texts is not None and (text := self.texts.draw(rng)) is not None:
-            return [text]
+    def _text(self, row: Mapping[str, Any], rng: random.Random) -> str:
+        if self.texts is not None and (text := self._drawn(row, rng)) is not None:
+            return text
+        caption = self._caption(row, rng)
+        return caption if self.mixing is None else self.mixing.text(caption, partial(self._caption, rng=rng), rng)
+
+    def _caption(self, row: Mapping[str, Any], rng: random.Random) -> str:
         first = row[self.caption_columns[0]]
         if self.caption_sampling == "first":
-            return [caption_text(_draw_text(first, rng))]
-        columns = [*self.caption_columns, *self.keyword_columns]
+            return caption_text(_draw_text(first, rng))
+        columns = self._columns
         filled = [column for column in columns if filled_texts(row[column])]  # some rows have no keywords
         column = rng.choice(filled) if filled else columns[0]
         is_keywords = column in self.keyword_columns
-        return [caption_text(row[column] if is_keywords else _draw_text(row[column], rng), rng)]
+        return caption_text(row[column] if is_keywords else _draw_text(row[column], rng), rng)
+
+    def _drawn(self, row: Mapping[str, Any], rng: random.Random) -> str | None:
+        """A text that is drawn; `None` for the row's own caption, in whose place a row without one draws another."""
+        text = self.texts.draw(rng)
+        if text is None and not any(filled_texts(row.get(name)) for name in self._columns):
+            return self.texts.draw(rng, captions=False)
+        return text
+
+    @property
+    def _columns(self) -> list[str]:
+        return [*self.caption_columns, *self.keyword_columns]
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         if self.augmentation is None:
@@ -255,6 +274,11 @@ class PairCollator:
         # The usual one is a plain number: by a tensor on the device, GPUs divide in another way, to other last bits.
         unusual = self.pixels.divisor != USUAL_DIVISOR
         return batch | ({"image_divisor": torch.tensor(self.pixels.divisor)} if unusual else {})
+
+
+def _signed(keys: Sequence[int]) -> torch.Tensor:
+    """Keys of 64 bits as torch holds them."""
+    return torch.tensor([key - 2**63 for key in keys])
 
 
 def _draw_text(caption: Any, rng: random.Random) -> Any:

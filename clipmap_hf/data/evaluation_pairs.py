@@ -1,4 +1,4 @@
-"""Loads image–text pairs for evaluation: all pairs in order, with all captions."""
+"""Loads image–text pairs, or images alone, for evaluation: all in order, with all captions."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def evaluation_pairs(
     *,
     split: str = "train",
     image_column: str = "image",
-    caption_column: str = "caption",
+    caption_column: str | None = "caption",
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> DataLoader:
@@ -31,15 +31,16 @@ def evaluation_pairs(
         processor: Tokenizer and image processor of the model.
         split: Split of the data set. Plain files have only `train`.
         image_column: Column of the images.
-        caption_column: Column of the captions: strings, or lists of strings.
+        caption_column: Column of the captions: strings, or lists of strings. `None` loads images alone.
         batch_size: Images per batch.
         num_workers: Worker processes that decode images.
 
     Raises:
         ValueError: If there are fewer pairs than processes.
     """
-    pairs = load_pairs(source, split=split, image_column=image_column, caption_columns=[caption_column])
-    collator = PairCollator(processor.tokenizer, processor.image_processor, [caption_column])
+    captions = [] if caption_column is None else [caption_column]
+    pairs = load_pairs(source, split=split, image_column=image_column, caption_columns=captions)
+    collator = PairCollator(processor.tokenizer, processor.image_processor, captions)
     if len(pairs) < process_count():
         name = repr(source) if isinstance(source, str) else "The evaluation data"
         raise ValueError(f"{name} has {len(pairs)} pairs, fewer than the {process_count()} processes.")

@@ -1,10 +1,12 @@
 """Reads pairs of folders and of Hub ids by what is there: images, parquet files, tars, or what `datasets` saved."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import (
     Dataset,
     DatasetBuilder,
@@ -29,11 +31,12 @@ from clipmap_hf.data.columns import check_columns, split_names
 from clipmap_hf.data.tar_shards import tar_pairs
 
 
-__all__ = ["TAR_FILES", "folder_pairs", "named_pairs"]
+__all__ = ["TAR_FILES", "column_tables", "folder_pairs", "named_pairs"]
 
 TAR_FILES = (".tar", ".tar.gz", ".tgz")
 _SAVED = ("state.json", "dataset_dict.json")  # which `save_to_disk` writes
 _TABLES = (".parquet", ".arrow", *TAR_FILES)
+_ROWS = 10_000  # of a column, at a time
 _PICTURES = {*ImageFolder.EXTENSIONS, ".zip"}
 
 
@@ -137,6 +140,44 @@ def named_pairs(
     if isinstance(builder, ImageFolder) and is_local:
         return image_folder_pairs(name, builder.config.data_files, split, streaming)
     return _loaded(name, config, split, streaming)
+
+
+def column_tables(name: str, column: str, config: str | None = None) -> Iterator[pa.Table]:
+    """
+    Reads a column of a data set's `train` split, or of its only split, in parts. Nothing else is downloaded of parquet
+    files, and nothing is kept.
+
+    Args:
+        name: Folder or Hub id.
+        column: The column.
+        config: Name of a configuration.
+
+    Raises:
+        ValueError: If there is no such column, or it cannot be said which split to read.
+    """
+    for table in _column_rows(name, column, config).with_format("arrow").iter(batch_size=_ROWS):
+        _check_column(name, column, table.column_names)
+        yield table
+
+
+def _column_rows(name: str, column: str, config: str | None) -> IterableDataset:
+    if any((Path(name) / saved).exists() for saved in _SAVED):
+        return _saved_pairs(Path(name), "train", streaming=True)
+    builder, options = _builder(name, config), {}
+    files = builder.config.data_files or {}
+    if "train" not in files and len(files) != 1:
+        raise ValueError(f"{name!r} has the splits {sorted(map(str, files))}; a column is read of a split 'train'.")
+    split = "train" if "train" in files else str(next(iter(files)))
+    if isinstance(builder, Parquet):
+        with fsspec.open(files[split][0]) as opened:
+            _check_column(name, column, builder.info.features or pq.read_schema(opened).names)
+        options["columns"] = [column]
+    return load_dataset(name, config, split=split, streaming=True, **options)
+
+
+def _check_column(name: str, column: str, found: Sequence[str]) -> None:
+    if column not in found:
+        raise ValueError(f"{name!r} has no column {column!r}; it has {list(found)}.")
 
 
 def _builder(name: str, config: str | None) -> DatasetBuilder:

@@ -6,21 +6,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, List, Value
 
 from clipmap_hf.data.builders import parquet_pairs
-from clipmap_hf.data.columns import ERROR_COLUMN, undecoded
+from clipmap_hf.data.columns import ERROR_COLUMN, MissingColumnError, undecoded
 from clipmap_hf.data.folders import TAR_FILES, folder_pairs, named_pairs
-from clipmap_hf.data.tar_shards import tar_pairs
+from clipmap_hf.data.tar_shards import IMAGE_EXTENSIONS, tar_pairs
 from clipmap_hf.files.hub_ids import check_hub_id
 
 
-__all__ = ["Datasets", "PairSource", "given_pairs", "holds_pairs", "load_pairs", "name_and_config"]
+__all__ = [
+    "Datasets",
+    "PairSource",
+    "given_pairs",
+    "holds_pairs",
+    "images_alone",
+    "load_pairs",
+    "name_and_config",
+    "pairs_or_images",
+]
 
 Datasets = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
-PairSource = str | os.PathLike | Datasets | Sequence[tuple[Any, Any]]
+PairSource = str | os.PathLike | Datasets | Sequence[tuple[Any, Any]] | Sequence[Any]
 
 _FILES = (".parquet", *TAR_FILES)
+_IMAGES = (str, bytes, os.PathLike, PIL.Image.Image, np.ndarray)  # in a list
 
 
 def load_pairs(
@@ -82,6 +94,30 @@ def load_pairs(
     return pairs if of_tars else undecoded(pairs, repr(source), image_column, caption_columns)
 
 
+def pairs_or_images(
+    source: PairSource, *, caption_column: str, image_column: str = "image", **reading: Any
+) -> Dataset | IterableDataset:
+    """
+    Loads pairs, or images alone where a source has nothing else, such as a folder of images without captions. Then
+    there is no column of captions.
+
+    Args:
+        source: What `load_pairs` reads.
+        caption_column: Column of the captions.
+        image_column: Column of the images.
+        reading: Further arguments of `load_pairs`.
+
+    Raises:
+        MissingColumnError: If there are no captions, and the source has other columns that may hold texts.
+    """
+    try:
+        return load_pairs(source, image_column=image_column, caption_columns=[caption_column], **reading)
+    except MissingColumnError as error:
+        if not images_alone(error.there, image_column):
+            raise
+    return load_pairs(source, image_column=image_column, caption_columns=[], **reading)
+
+
 def name_and_config(source: str) -> tuple[str, str | None]:
     """
     Parts a folder or Hub id and the configuration that may follow it, `owner/name:config`. What exists by its whole
@@ -105,8 +141,8 @@ def given_pairs(source: Any) -> Dataset | IterableDataset:
 
     Args:
         source: A `datasets.Dataset` or `IterableDataset`; a dict of them with a single split; or a list of
-            `(image, text)`, the image a PIL image, an array, the bytes of a file or its path. Pairs of a list have
-            the columns `image` and `caption`.
+            `(image, text)` or of images, the image a PIL image, an array, the bytes of a file or its path. Pairs of a
+            list have the columns `image` and `caption`, images have `image` alone.
 
     Raises:
         TypeError: If it is none of these.
@@ -118,21 +154,32 @@ def given_pairs(source: Any) -> Dataset | IterableDataset:
         return next(iter(source.values()))
     if isinstance(source, (Dataset, IterableDataset)):
         return source
-    if isinstance(source, (list, tuple)) and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in source):
+    if isinstance(source, (list, tuple)):
         if not source:
-            raise ValueError("The data is an empty list; give at least one pair (image, text).")
-        images, texts = zip(*source, strict=True)
-        images = [os.fspath(image) if isinstance(image, os.PathLike) else image for image in images]
-        return Dataset.from_dict({"image": images, "caption": texts}, features=_features(texts))
+            raise ValueError("The data is an empty list; give at least one pair (image, text), or one image.")
+        if all(isinstance(row, (list, tuple)) and len(row) == 2 for row in source):
+            images, texts = zip(*source, strict=True)
+            return Dataset.from_dict({"image": _files(images), "caption": texts}, features=_features(texts))
+        if all(isinstance(row, _IMAGES) for row in source):
+            return Dataset.from_dict({"image": _files(source)}, features=Features({"image": Image()}))
     raise TypeError(
         f"Data of the type {type(source).__name__} cannot be read. Give a path, a Hub id, a datasets.Dataset or "
-        "IterableDataset, or a list of (image, text)."
+        "IterableDataset, a list of (image, text), or a list of images."
     )
+
+
+def images_alone(columns: Sequence[str], image_column: str) -> bool:
+    """Whether a source has nothing but images, and perhaps the numbers of their classes."""
+    return set(columns) <= {image_column, "label", "labels", "cls", *IMAGE_EXTENSIONS}
 
 
 def _features(texts: Sequence[Any]) -> Features:
     text = Value("string") if all(isinstance(caption, str) for caption in texts) else List(Value("string"))
     return Features({"image": Image(), "caption": text})
+
+
+def _files(images: Sequence[Any]) -> list[Any]:
+    return [os.fspath(image) if isinstance(image, os.PathLike) else image for image in images]
 
 
 def _matching_files(source: str) -> list[str]:

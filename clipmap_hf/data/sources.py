@@ -3,40 +3,90 @@
 import glob
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.augment import Augmentation, SeededTransform
-from clipmap_hf.data.collate import PairCollator, content_key
+from clipmap_hf.data.collate import PairCollator, filled_texts
+from clipmap_hf.data.columns import MissingColumnError
 from clipmap_hf.data.evaluation_pairs import evaluation_pairs
+from clipmap_hf.data.keys import content_key
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, name_and_config
+from clipmap_hf.data.mixing import Mixing
+from clipmap_hf.data.pairs import (
+    PairSource,
+    given_pairs,
+    images_alone,
+    load_pairs,
+    name_and_config,
+    pairs_or_images,
+)
+from clipmap_hf.data.text_sources import WORDS
 from clipmap_hf.data.validation import validation_part
 
 
-__all__ = ["described", "evaluation_batches", "source_files", "stage_seed", "training_collator", "training_pairs"]
+__all__ = [
+    "described",
+    "evaluation_batches",
+    "evaluation_rows",
+    "source_files",
+    "stage_seed",
+    "training_collator",
+    "training_pairs",
+]
 
 _SAMPLE = 16  # rows of a data set that tell it from another
+_TEXTS = 64  # of a source that stand for all
 
 
 def training_pairs(data: DataArguments) -> PairDataset | PairStream:
-    """Loads the training pairs that `data` names, without those held out for validation."""
-    pairs = load_pairs(
-        data.train_data,
-        split=data.train_split,
-        image_column=data.image_column,
-        caption_columns=data.read_columns,
-        streaming=data.streaming,
-    )
+    """
+    Loads the training pairs that `data` names, and the images without captions, but for those held out for validation.
+
+    Raises:
+        ValueError: If there are images alone, and no texts are named; or as in `load_pairs`.
+    """
+    sources = [(data.train_data, data.read_columns), (data.train_images, [])]
+    parts = [_rows(data, source, columns) for source, columns in sources if source is not None]
     if data.streaming:
-        return PairStream(pairs, data.shuffle_buffer)
-    return PairDataset(validation_part(pairs, data.validation_fraction, held_out=False))
+        return PairStream(parts[0], data.shuffle_buffer)
+    rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    return PairDataset(validation_part(rows, data.validation_fraction, held_out=False))
+
+
+def _rows(data: DataArguments, source: PairSource, columns: Sequence[str]) -> Dataset | IterableDataset:
+    reading = {"split": data.train_split, "image_column": data.image_column, "streaming": data.streaming}
+    try:
+        return load_pairs(source, caption_columns=columns, **reading)
+    except MissingColumnError as error:
+        if not images_alone(error.there, data.image_column):
+            raise
+        raise ValueError(
+            f"{error} Images without captions need texts: give the images as train_images, or name the texts in "
+            "train_texts (`words` will do)."
+        ) from error
+
+
+def some_texts(data: DataArguments, rows: Dataset | IterableDataset) -> list[str]:
+    """
+    Takes some of the texts that a run is trained on, of each source but `words`, which are known.
+
+    Args:
+        data: Names the texts.
+        rows: The training pairs, of which the first captions are read.
+    """
+    texts, caption = [], data.caption_column[0]
+    for name, source in (data.texts.sources if data.texts is not None else {}).items():
+        texts += source[:: max(1, len(source) // _TEXTS)][:_TEXTS] if name != WORDS else []
+    if data.read_columns:
+        texts += [text for row in rows.select_columns([caption]).take(_TEXTS) for text in filled_texts(row[caption])]
+    return texts
 
 
 def described(source: PairSource) -> str:
@@ -56,7 +106,11 @@ def described(source: PairSource) -> str:
 
 
 def training_collator(
-    data: DataArguments, processor: ProcessorMixin, seed: int, transform: Callable[[Any], Any] | None = None
+    data: DataArguments,
+    processor: ProcessorMixin,
+    seed: int,
+    transform: Callable[[Any], Any] | None = None,
+    partners: Dataset | IterableDataset | None = None,
 ) -> PairCollator:
     """
     Makes the collator of training pairs, which augments images.
@@ -66,6 +120,7 @@ def training_collator(
         processor: A `CLIPProcessor`.
         seed: Seed of all that is random.
         transform: Takes the place of the augmentation, as in `SeededTransform`.
+        partners: Rows of images to mix others with, if `data` asks for that.
     """
     augmentation = Augmentation(
         scale=tuple(data.crop_scale),
@@ -83,18 +138,44 @@ def training_collator(
         augmentation if transform is None else SeededTransform(transform),
         seed,
         texts=data.texts,
+        mixing=Mixing(data.mix, partners) if data.mix else None,
     )
+
+
+def evaluation_rows(data: DataArguments, other: PairSource | None = None) -> Dataset | None:
+    """
+    Loads the evaluation pairs that `data` names, in `eval_data` or as a `validation_fraction` of `train_data`; `None`
+    if it names none. They are images without captions if those of a held-out share are not read; or if `eval_data` has
+    none, and there are texts to measure agreement on.
+
+    Args:
+        data: Names the pairs.
+        other: Read in place of what `data` names, as `eval_data`.
+
+    Raises:
+        MissingColumnError: If captions are not there, and cannot be done without.
+    """
+    source, split = data.evaluated if other is None else (other, data.eval_split)
+    if source is None:
+        return None
+    reading = {"split": split, "image_column": data.image_column}
+    if data.validation_fraction and other is None:
+        rows = load_pairs(source, caption_columns=data.read_columns[:1], **reading)
+        return validation_part(rows, data.validation_fraction, held_out=True)
+    if data.parted_texts is not None and data.parted_texts.evaluated:
+        return pairs_or_images(source, caption_column=data.caption_column[0], **reading)
+    return load_pairs(source, caption_columns=data.caption_column[:1], **reading)
 
 
 def evaluation_batches(
     data: DataArguments, processor: ProcessorMixin, batch_size: int = 256, num_workers: int = 0
 ) -> DataLoader | None:
     """
-    Loads batches of preprocessed evaluation pairs, with all captions of the first caption column. Several processes
-    share the pairs.
+    Loads batches of preprocessed evaluation pairs, with all captions of the first caption column, or of images alone
+    (`evaluation_rows`). Several processes share them.
 
     Args:
-        data: Names the pairs, in `eval_data` or as a `validation_fraction` of `train_data`.
+        data: Names the pairs.
         processor: Tokenizer and image processor of the model.
         batch_size: Images per batch.
         num_workers: Worker processes that decode images.
@@ -105,33 +186,40 @@ def evaluation_batches(
     Raises:
         ValueError: If there are fewer pairs than processes.
     """
-    source, split = data.evaluated
-    if source is None:
+    rows = evaluation_rows(data)
+    if rows is None:
         return None
-    pairs = load_pairs(source, split=split, image_column=data.image_column, caption_columns=data.caption_column[:1])
+    caption = data.caption_column[0]
     return evaluation_pairs(
-        validation_part(pairs, data.validation_fraction, held_out=True),
+        rows,
         processor,
-        caption_column=data.caption_column[0],
+        caption_column=caption if caption in rows.column_names else None,
         batch_size=batch_size,
         num_workers=num_workers,
     )
 
 
-def source_files(data: DataArguments) -> dict[str, Any]:
+def source_files(data: DataArguments, source: PairSource | None = None) -> dict[str, Any]:
     """
-    Describes the source of the training pairs, so that a change can be noticed: names and sizes of its files, or its
-    Hub id, and the split, the image column and the share that is held out.
+    Describes the source of the training pairs or images, so that a change can be noticed: names and sizes of its
+    files, or its Hub id, and the split, the image column and the share that is held out.
+
+    Args:
+        data: Names the source.
+        source: Another source, which is read in the same way.
     """
-    is_path = isinstance(data.train_data, (str, os.PathLike))
-    name, config = name_and_config(os.fspath(data.train_data)) if is_path else ("", None)
-    source = {
-        "files": (is_path and _sizes(name)) or described(data.train_data),
-        "split": data.train_split,
-        "image_column": data.image_column,
-    }
-    source |= {"config": config} if config else {}
-    return {**source, "validation_fraction": data.validation_fraction} if data.validation_fraction else source
+    named = [data.train_data, data.train_images] if source is None else [source]
+    first, *others = map(_files, filter(lambda source: source is not None, named))
+    found = first | {"split": data.train_split, "image_column": data.image_column}
+    found |= {"images": others[0]} if others else {}
+    return {**found, "validation_fraction": data.validation_fraction} if data.validation_fraction else found
+
+
+def _files(source: PairSource) -> dict[str, Any]:
+    is_path = isinstance(source, (str, os.PathLike))
+    name, config = name_and_config(os.fspath(source)) if is_path else ("", None)
+    files = {"files": (is_path and _sizes(name)) or described(source)}
+    return files | {"config": config} if config else files
 
 
 def _sizes(name: str) -> dict[str, int | str]:

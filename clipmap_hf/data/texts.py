@@ -1,24 +1,23 @@
-"""Texts that images are trained beside without belonging to them: from files, class names or a word list."""
+"""Texts that images are trained beside without belonging to them: sources with weights, from which texts are drawn."""
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from itertools import chain
 
-import pyarrow.parquet as pq
-
-from clipmap_hf.data.prompts import DEFAULT_TEMPLATES
-from clipmap_hf.data.words import word_texts
+from clipmap_hf.data.text_sources import CAPTIONS, WORDS, read_texts
 
 
-__all__ = ["CAPTIONS", "Texts", "load_texts"]
+__all__ = ["FEW_TEXTS", "Texts", "load_texts", "with_words"]
 
-CAPTIONS = "captions"
-_WORDS, _LABELS = "words", "labels:"
-_WORD_TEXTS = 20_000
+logger = logging.getLogger(__name__)
+
+FEW_TEXTS = 1  # Images whose captions are not read get `words` beside fewer different texts than these.
+_GIVEN = "given"
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,24 @@ class Texts:
         """The different texts of all sources, in their order; the captions of rows are not among them."""
         return list(dict.fromkeys(text for texts in self.sources.values() for text in texts))
 
+    @property
+    def names(self) -> list[str]:
+        """What `load_texts` makes these texts of, beside those that a program held already."""
+        shown = {name: f"={weight:g}" if weight != 1 else "" for name, weight in self.weights.items()}
+        return [f"{name}{shown[name]}" for name in self.sources if name != _GIVEN]
+
     @cached_property
     def digest(self) -> str:
         """Tells these texts and weights from others."""
         content = [[name, self.weights[name], list(texts)] for name, texts in self.sources.items()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def draw(self, rng: random.Random) -> str | None:
-        """Draws a text; `None` stands for the caption of the image's own row."""
-        (name,) = rng.choices(list(self.sources), [self.weights[name] for name in self.sources])
+    def draw(self, rng: random.Random, captions: bool = True) -> str | None:
+        """Draws a text; `None` stands for the caption of the image's own row, which `captions=False` leaves out."""
+        names = [name for name in self.sources if captions or name != CAPTIONS]
+        if not names:
+            return None
+        (name,) = rng.choices(names, [self.weights[name] for name in names])
         return None if name == CAPTIONS else rng.choice(self.sources[name])
 
 
@@ -77,9 +85,8 @@ def load_texts(names: Sequence[str], given: Sequence[str] = ()) -> Texts | None:
     Loads texts.
 
     Args:
-        names: Where they come from: a text file (`queries.txt`, a text a line), class names with CLIP's prompts
-            (`labels:names.txt`, a name a line), a column of a parquet file (`pairs.parquet:title`), `words` (made of a
-            word list), or `captions` (of the images' own rows). `name=2` draws twice as often as `name`.
+        names: Where they come from: what `read_texts` takes, or `captions` (of the images' own rows). `name=2` draws
+            twice as often as `name`.
         given: Texts that a program holds already.
 
     Returns:
@@ -93,13 +100,45 @@ def load_texts(names: Sequence[str], given: Sequence[str] = ()) -> Texts | None:
     """
     if isinstance(given, str):
         raise TypeError(f"The texts are the one string {given[:40]!r}; give a list of texts, or name a file.")
-    sources, weights = ({"given": list(given)}, {"given": 1.0}) if given else ({}, {})
+    sources, weights = ({_GIVEN: list(given)}, {_GIVEN: 1.0}) if given else ({}, {})
     for word in names:
         name, weight = _weighted(word)
         if name in sources:
             raise ValueError(f"The texts {name!r} are named twice; give them a weight instead: '{name}=2'.")
-        sources[name], weights[name] = _texts_of(name), weight
+        sources[name], weights[name] = [] if name == CAPTIONS else read_texts(name), weight
     return Texts(sources, weights) if sources else None
+
+
+def with_words(texts: Texts) -> Texts:
+    """
+    Adds `words` to texts of which fewer than `FEW_TEXTS` are different; captions of rows do not count. So images
+    without captions are enough to train on.
+
+    Raises:
+        ImportError: If there are no texts at all, and the extra `words` is not installed.
+    """
+    if WORDS in texts.sources or _has_different(texts, FEW_TEXTS):
+        return texts
+    number = len(texts.distinct)
+    try:
+        words = read_texts(WORDS)
+    except ImportError as error:
+        if not number:
+            raise ImportError(f"Images without captions need texts. Name some in train_texts, or: {error}") from error
+        logger.warning("There are only %d different texts, and `words` cannot be added to them: %s", number, error)
+        return texts
+    logger.info("There are %d different texts beside captions; %d of `words` are added.", number, len(words))
+    return Texts({**texts.sources, WORDS: words}, {**texts.weights, WORDS: 1.0})
+
+
+def _has_different(texts: Texts, number: int) -> bool:
+    """Whether at least so many texts are different; of millions, not all are looked at."""
+    found: set[str] = set()
+    for text in chain.from_iterable(texts.sources.values()):
+        if len(found) >= number:
+            break
+        found.add(text)
+    return len(found) >= number
 
 
 def _weighted(word: str) -> tuple[str, float]:
@@ -108,36 +147,3 @@ def _weighted(word: str) -> tuple[str, float]:
         return (name, float(weight)) if equals else (word, 1.0)
     except ValueError:
         return word, 1.0  # an equals sign in a file's name
-
-
-def _texts_of(name: str) -> list[str]:
-    if name == CAPTIONS:
-        return []
-    if name == _WORDS:
-        return word_texts(_WORD_TEXTS)
-    if name.startswith(_LABELS):
-        labels = _lines(name.removeprefix(_LABELS))
-        return [template.replace("{}", label) for label in labels for template in DEFAULT_TEMPLATES]
-    path, _, column = name.rpartition(":")
-    if path.endswith(".parquet"):
-        return _column(path, column)
-    if name.endswith(".txt"):
-        return _lines(name)
-    raise ValueError(
-        f"train_texts={name!r} names no texts. Allowed are a file of texts ('queries.txt'), of class names "
-        f"('{_LABELS}names.txt'), a column ('pairs.parquet:caption'), {_WORDS!r}, and {CAPTIONS!r}."
-    )
-
-
-def _lines(path: str) -> list[str]:
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _column(path: str, column: str) -> list[str]:
-    found = pq.read_schema(path).names
-    if column not in found:
-        raise ValueError(f"{path!r} has no column {column!r}; it has {found}.")
-    texts = pq.read_table(path, columns=[column]).column(0).to_pylist()
-    flat = (text for entry in texts for text in (entry if isinstance(entry, list) else [entry]))
-    return list(dict.fromkeys(text for text in flat if isinstance(text, str) and text.strip()))

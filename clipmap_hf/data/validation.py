@@ -4,8 +4,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from clipmap_hf.data.collate import content_key
 from clipmap_hf.data.images import BadRowError, image_bytes
+from clipmap_hf.data.keys import is_held_out
 
 
 __all__ = ["validation_part"]
@@ -28,7 +28,6 @@ def validation_part(pairs: Dataset, fraction: float, *, held_out: bool) -> Datas
 
 def _is_on_side(image: Any, fraction: float, held_out: bool) -> bool:
     try:
-        key = content_key(image_bytes(image))
+        return is_held_out(image_bytes(image), fraction) == held_out
     except BadRowError:
         return not held_out  # training counts it
-    return (key < fraction * 2**64) == held_out

@@ -1,21 +1,33 @@
 """How far a student agrees with its teacher, on images and texts of which none belongs to another."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from clipmap_hf.data.collate import PairCollator, tokenized
-from clipmap_hf.data.pairs import PairSource, load_pairs
-from clipmap_hf.distributed import gather, process_count, process_index
+from clipmap_hf.data.collate import tokenized
+from clipmap_hf.data.evaluation_pairs import evaluation_pairs
+from clipmap_hf.data.pairs import PairSource
+from clipmap_hf.distributed import gather
 from clipmap_hf.models.features import encode_images, encode_texts, evaluating
 
 
-__all__ = ["agreement", "evaluate_agreement"]
+__all__ = ["AGREEMENT_METRICS", "agreement", "embed_unpaired", "evaluate_agreement"]
 
+AGREEMENT_METRICS = MappingProxyType(  # what they are called in a card
+    {
+        "decisions": "same decision as the teacher among the texts",
+        "image_neighbors": "same nearest other image as the teacher's",
+        "text_neighbors": "same nearest other text as the teacher's",
+        "mean_agreement": "mean of these three",
+        "image_cosine": "mean cosine to the teacher's embeddings of the images",
+        "text_cosine": "mean cosine to the teacher's embeddings of the texts",
+    }
+)
 _CHUNK = 1024  # queries to compare at a time
 Embeds = tuple[torch.Tensor, torch.Tensor]
 
@@ -103,14 +115,53 @@ def evaluate_agreement(
     Raises:
         ValueError: If there are too few images or texts, or an image cannot be read: an evaluation leaves none out.
     """
-    rows = load_pairs(images, split=split, image_column=image_column, caption_columns=[])
-    rows = rows.shard(process_count(), process_index(), contiguous=True)
-    collator = PairCollator(processor.tokenizer, processor.image_processor, caption_columns=())
-    batches = list(_whole(DataLoader(rows, batch_size, collate_fn=collator)))
-    tokens = [
-        tokenized(processor.tokenizer, texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)
-    ]
-    return agreement(*(_embeds(model, batches, tokens) for model in (student, teacher)))
+    reading = {"split": split, "image_column": image_column, "caption_column": None, "batch_size": batch_size}
+    batches = evaluation_pairs(images, processor, **reading)
+    return agreement(*embed_unpaired((student, teacher), batches, texts, processor.tokenizer, batch_size))
+
+
+@torch.no_grad()
+def embed_unpaired(
+    models: Sequence[nn.Module],
+    images: Iterable[Mapping[str, Any]],
+    texts: Sequence[str],
+    tokenizer: Any,
+    batch_size: int = 256,
+) -> list[Embeds]:
+    """
+    Embeds images and texts by several models, each batch read once. The models run in eval mode. Every process passes
+    its own images, but all texts, and receives the embeddings of all images.
+
+    Args:
+        models: `CLIPModel`s.
+        images: Batches of a `PairCollator` that reads no captions.
+        texts: Any texts.
+        tokenizer: That of all models.
+        batch_size: Texts at a time.
+
+    Returns:
+        For each model, normalized embeddings of images `(images, dim)` and texts `(texts, dim)`, on the CPU.
+
+    Raises:
+        ValueError: If an image cannot be read, or there are no images or no texts.
+    """
+    tokens = [tokenized(tokenizer, texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
+    found = [([], []) for _ in models]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        for pixels in _whole(images):
+            for model, (image_embeds, _) in zip(models, found, strict=True):
+                image_embeds.append(encode_images(model, pixels.to(_device(model))))
+        for model, (_, text_embeds) in zip(models, found, strict=True):
+            text_embeds += [encode_texts(model, *(ids.to(_device(model)) for ids in both.values())) for both in tokens]
+    if not all(embeds for both in found for embeds in both):
+        raise ValueError("There are no images or no texts to compare on; give at least two of each.")
+    return [(gather(torch.cat(images)).cpu(), torch.cat(texts).cpu()) for images, texts in found]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return model.logit_scale.device
 
 
 def _whole(batches: Iterable[Mapping[str, Any]]) -> Iterator[torch.Tensor]:
@@ -118,14 +169,3 @@ def _whole(batches: Iterable[Mapping[str, Any]]) -> Iterator[torch.Tensor]:
         if batch["bad_rows"]:
             raise ValueError(f"Images cannot be read: {batch['bad_rows']}; the log says why. Repair the data.")
         yield batch["pixel_values"]
-
-
-@torch.no_grad()
-def _embeds(model: nn.Module, images: Sequence[torch.Tensor], texts: Sequence[Mapping[str, torch.Tensor]]) -> Embeds:
-    device = model.logit_scale.device
-    with evaluating(model):
-        image_embeds = [encode_images(model, pixels.to(device)) for pixels in images]
-        text_embeds = [encode_texts(model, *(ids.to(device) for ids in tokens.values())) for tokens in texts]
-    if not image_embeds or not text_embeds:
-        raise ValueError("There are no images or no texts to compare on; give at least two of each.")
-    return gather(torch.cat(image_embeds)).cpu(), torch.cat(text_embeds).cpu()

@@ -15,11 +15,11 @@ from clipmap_hf.models.features import Towers, evaluating
 
 __all__ = [
     "embed_pairs",
-    "evaluate_beside_index",
     "evaluate_retrieval",
     "evaluate_towers",
     "recall_at_k",
     "recall_columns",
+    "retrieval_metrics",
 ]
 
 
@@ -154,26 +154,22 @@ def evaluate_towers(
 ) -> dict[str, float]:
     """Computes the result of `evaluate_retrieval` for towers that any runtime may run."""
     (own, *others), image_of_text = _embed([towers] if index is None else [towers, index], batches)
-    return _with_mean(recall_at_k(*own, image_of_text, ks=ks, index=others[0] if others else None))
+    return retrieval_metrics(*own, image_of_text, ks=ks, index=others[0] if others else None)
 
 
-def evaluate_beside_index(model: nn.Module, batches: Iterable[Mapping], index_model: nn.Module) -> dict[str, float]:
+def retrieval_metrics(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_of_text: torch.Tensor, **options: Any
+) -> dict[str, float]:
     """
-    Computes the results of `evaluate_retrieval` without and with an index model, from one reading of the batches. The
-    names of the latter begin with `index_`.
+    Computes `recall_at_k`, and adds `mean_recall`: the mean over all cut-offs and both directions.
 
     Args:
-        model: A `CLIPModel`.
-        batches: Batches of a `PairCollator`.
-        index_model: As in `evaluate_retrieval`.
+        image_embeds: As in `recall_at_k`; such as those that `embed_pairs` returns.
+        text_embeds: Likewise.
+        image_of_text: Likewise.
+        options: Further arguments of `recall_at_k`.
     """
-    with evaluating(model), evaluating(index_model):
-        (own, index), image_of_text = _embed([Towers.of_model(model), Towers.of_model(index_model)], batches)
-    found = _with_mean(recall_at_k(*own, image_of_text, index=index))
-    return _with_mean(recall_at_k(*own, image_of_text)) | {f"index_{name}": value for name, value in found.items()}
-
-
-def _with_mean(recall: dict[str, float]) -> dict[str, float]:
+    recall = recall_at_k(image_embeds, text_embeds, image_of_text, **options)
     return {**recall, "mean_recall": sum(recall.values()) / len(recall)}
 
 

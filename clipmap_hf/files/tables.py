@@ -96,10 +96,12 @@ def scaled_column(values: Sequence[int], units: str) -> list[str]:
         units: Units to choose from, largest first: `G`, `M` and `K`.
 
     Returns:
-        The first unit in which all numbers are at least 0.01 (otherwise the last unit), and then the scaled numbers.
+        The first unit in which all numbers but zeros are at least 0.01 (otherwise the last unit), and then the scaled
+        numbers.
     """
     scales = {"G": 1e9, "M": 1e6, "K": 1e3}
-    unit = next((unit for unit in units if min(values) >= 0.01 * scales[unit]), units[-1])
+    smallest = min((value for value in values if value), default=0)
+    unit = next((unit for unit in units if smallest >= 0.01 * scales[unit]), units[-1])
     return [unit, *(f"{value / scales[unit]:.2f}" for value in values)]
 
 

@@ -21,7 +21,8 @@ __all__ = ["add_to_card", "config_yaml", "hub_dataset", "render_card", "shown_na
 _BEGIN, _END = "<!-- results on sets -->", "<!-- end of results on sets -->"  # lines of the template
 # SigLIP was trained on texts that are padded to the full length, without a mask.
 _SIGLIP_PADDING = 'padding="max_length", return_attention_mask=False'
-_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+_FILES = (".parquet", ".tar", "gz", ".txt", ".csv", ".tsv", ".jsonl")
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_card(
@@ -37,6 +38,7 @@ def render_card(
     status: str | None = None,
     figures: str | None = None,
     packed: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> ModelCard:
     """
     Renders the card. Nothing is looked up on the Hub.
@@ -54,6 +56,7 @@ def render_card(
         status: A notice that readers must see first.
         figures: Figures that others published, as Markdown with their source.
         packed: Whether the weights are packed trits, which transformers can load only with this package.
+        labels: The fixed list of texts of a student that is a vision tower alone.
     """
     is_local = names_folder(teacher)
     license = teacher_license(teacher, revision) if license is None else license
@@ -65,26 +68,28 @@ def render_card(
         base_model=None if is_local else teacher,
         base_model_relation=None if is_local else ("quantized" if packed else "finetune"),
         library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag="zero-shot-image-classification" if labels is None else "image-feature-extraction",
         tags=["clip", "clipmap_hf", "model-compression", *(["ternary", "1.58-bit"] if packed else [])],
         datasets=_find_training_sets(arguments) or None,
         **license,
         **index,
     )
+    notes = [result.note for result in results if result.note]
     return ModelCard.from_template(
         data,
-        template_path=str(_TEMPLATE),
+        template_path=str(_TEMPLATES / ("model_card.md" if labels is None else "label_card.md")),
         teacher=shown,
         model_class=model_class,
         projection="WithProjection" if hasattr(transformers, with_projection) else "",
         method=method,
         cost_table=cost_table,
-        results=results_table(results) if results else None,
+        results="\n\n".join([results_table(results), *notes]) if results else None,
         recipe=recipe and yaml.safe_dump(_shorten_paths(arguments), sort_keys=False, allow_unicode=True),
         license=license,
         status=status,
         figures=figures,
         packed=packed,
+        labels=labels,
         padding=_SIGLIP_PADDING if model_class == "SiglipModel" else "padding=True",
     )
 
@@ -139,13 +144,15 @@ def config_yaml(teacher: str, config: ClipMapConfig) -> str:
 
 def hub_dataset(source: str) -> str | None:
     """Returns a source of pairs if it is a Hub id, and `None` if it names files or a folder."""
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not source.endswith((".parquet", ".tar", "gz"))
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not source.endswith(_FILES)
     return source if is_id and not os.path.exists(source) else None
 
 
 def _find_training_sets(arguments: Mapping[str, Any]) -> list[str]:
-    sources = [arguments.get("train_data"), arguments.get("calibration_data")]
-    return list(dict.fromkeys(source for source in sources if source is not None and hub_dataset(source)))
+    named = [arguments.get(name) for name in ("train_data", "train_images", "calibration_data")]
+    named += arguments.get("train_texts") or []
+    sources = (source.partition(":")[0] for source in named if source)  # a configuration or a column may follow
+    return list(dict.fromkeys(source for source in sources if hub_dataset(source)))
 
 
 def _shorten_paths(value: Any) -> Any:
@@ -154,5 +161,7 @@ def _shorten_paths(value: Any) -> Any:
         return {key: _shorten_paths(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_shorten_paths(inner) for inner in value]
-    is_path = isinstance(value, str) and os.path.isabs(value)
-    return os.path.basename(os.path.normpath(value)) if is_path else value
+    if not isinstance(value, str):
+        return value
+    label, colon, path = value.rpartition(":") if value.startswith("labels:") else ("", "", value)
+    return f"{label}{colon}{os.path.basename(os.path.normpath(path))}" if os.path.isabs(path) else value

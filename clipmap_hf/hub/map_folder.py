@@ -105,8 +105,7 @@ def read_map_config(path: Path) -> dict[str, Any]:
     expected = {"teacher", "teacher_revision", "map"}
     if set(content) != expected:
         raise ValueError(f"{path} must have the keys {sorted(expected)}, got {sorted(content)}.")
-    # Maps that were written before heads could be narrow do not say that theirs are whole.
-    return {**content, "map": ClipMapConfig.from_dict({"heads": "whole", **content["map"]})}
+    return {**content, "map": ClipMapConfig.from_dict(content["map"])}
 
 
 def read_map(

@@ -19,7 +19,7 @@ _RUN_FILES = (
     *("best/*", "*.tfevents.*", "arguments.yaml", "metrics.jsonl", "choice.json", "origin.json", "made_from.json"),
 )
 # Files that belong to other weights if the repository has them and the folder does not.
-_WEIGHT_FILES = ("model*.safetensors*", "onnx/*", ".eval_results/*")
+_WEIGHT_FILES = ("model*.safetensors*", "text_embeds.safetensors", "labels.json", "onnx/*", ".eval_results/*")
 
 
 def push_folder(

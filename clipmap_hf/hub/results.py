@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
+from clipmap_hf.evaluation.agreement import AGREEMENT_METRICS
 from clipmap_hf.files.atomic import read_json
 from clipmap_hf.files.tables import markdown_table
 
@@ -31,8 +32,10 @@ class SetResults:
         dataset_id: Id of the set on the Hub; `None` for a local set.
         revision: Commit of the set on the Hub.
         split: Split of the set that was evaluated.
-        task: Task of the evaluation: `image-text-retrieval` or `zero-shot-image-classification`.
+        task: Task of the evaluation: `image-text-retrieval`, `zero-shot-image-classification`, or
+            `image-feature-extraction` for agreement with the teacher.
         benchmark_task: Id of the task for which the Hub lists `dataset_id` as a benchmark; `None` if it does not.
+        note: A sentence below the card's table.
     """
 
     name: str
@@ -43,6 +46,7 @@ class SetResults:
     split: str | None = None
     task: str = "image-text-retrieval"
     benchmark_task: str | None = None
+    note: str | None = None
 
     def __post_init__(self):
         if self.benchmark_task is not None and self.dataset_id is None:
@@ -55,7 +59,9 @@ def results_table(results: Sequence[SetResults]) -> str:
     teacher (if it was measured) and the student.
     """
     rows = [(result, metric) for result in results for metric in result.student]
-    columns = [["set: metric", *(f"{result.name}: {metric}" for result, metric in rows)]]
+    columns = [
+        ["set: metric", *(f"{result.name}: {AGREEMENT_METRICS.get(metric, metric)}" for result, metric in rows)]
+    ]
     if any(result.teacher is not None for result in results):
         columns.append(["teacher", *(_percent((result.teacher or {}).get(metric)) for result, metric in rows)])
     columns.append(["student", *(_percent(result.student[metric]) for result, metric in rows)])
@@ -76,6 +82,7 @@ def model_index(results: Sequence[SetResults]) -> list[EvalResult]:
             dataset_split=result.split,
             dataset_revision=result.revision,
             metric_type=metric,
+            metric_name=AGREEMENT_METRICS.get(metric),
             metric_value=round(value, 4),
         )
         for result in results

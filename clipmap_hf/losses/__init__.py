@@ -7,22 +7,25 @@ from clipmap_hf.losses.contrastive import contrastive_loss
 from clipmap_hf.losses.feature import feature_loss
 from clipmap_hf.losses.hidden import hidden_loss
 from clipmap_hf.losses.interactive import interactive_loss
+from clipmap_hf.losses.labels import labels_loss
 from clipmap_hf.losses.relational import relational_loss
 from clipmap_hf.losses.sigmoid import sigmoid_loss
 
 
 __all__ = [
     "EMBEDDING_LOSSES",
+    "LIST_LOSSES",
     "LOSSES",
     "MATCHED_LOSSES",
     "PAIR_LOSSES",
     "affinity_loss",
     "check_losses",
-    "check_unmatched",
+    "check_texts",
     "contrastive_loss",
     "feature_loss",
     "hidden_loss",
     "interactive_loss",
+    "labels_loss",
     "loss_weights",
     "relational_loss",
     "sigmoid_loss",
@@ -34,12 +37,14 @@ LOSSES = {
     "feature": feature_loss,
     "hidden": hidden_loss,
     "interactive": interactive_loss,
+    "labels": labels_loss,
     "relational": relational_loss,
     "sigmoid": sigmoid_loss,
 }
 EMBEDDING_LOSSES = ("feature", "interactive")  # compare embeddings directly: student and teacher must be equally wide
 PAIR_LOSSES = ("contrastive", "sigmoid")  # need no teacher
 MATCHED_LOSSES = (*PAIR_LOSSES, "interactive")  # need texts that belong to their images
+LIST_LOSSES = ("labels",)  # need a fixed list of texts
 
 
 def check_losses(losses: Mapping[str, float | Callable]) -> None:
@@ -69,22 +74,32 @@ def check_losses(losses: Mapping[str, float | Callable]) -> None:
         raise ValueError("The hidden loss alone would not train the projections; add a loss that reads embeddings.")
 
 
-def check_unmatched(losses: Mapping[str, float | Callable]) -> None:
+def check_texts(
+    losses: Mapping[str, float | Callable], *, paired: bool, listed: bool = False, mixed: bool = False
+) -> None:
     """
-    Checks that losses can be trained on texts that do not belong to their images.
+    Checks that losses can be trained on the texts that there are.
 
     Args:
         losses: As for `check_losses`.
+        paired: Whether texts belong to their images.
+        listed: Whether they are a fixed list.
+        mixed: Whether images are mixed with others, so that no text belongs to them any more.
 
     Raises:
-        ValueError: If one of them cannot.
+        ValueError: If one of the losses cannot.
     """
-    matched = sorted(name for name, weight in loss_weights(losses).items() if weight and name in MATCHED_LOSSES)
-    if matched:
+    trained = sorted(name for name, weight in loss_weights(losses).items() if weight)
+    why, remedy = "not all of these do", "give pairs alone, without train_images and train_texts"
+    if paired:
+        why, remedy = "mix changes the images", "leave mix out"
+    if (mixed or not paired) and (matched := [name for name in trained if name in MATCHED_LOSSES]):
         raise ValueError(
-            f"The losses {matched} need texts that belong to their images, and train_texts names others. Take of "
-            f"{sorted(set(LOSSES) - set(MATCHED_LOSSES))}, or leave train_texts out."
+            f"The losses {matched} need texts that belong to their images, and {why}. Take of "
+            f"{sorted(set(LOSSES) - {*MATCHED_LOSSES, *LIST_LOSSES})}, or {remedy}."
         )
+    if not listed and (of_lists := [name for name in trained if name in LIST_LOSSES]):
+        raise ValueError(f"The losses {of_lists} need a fixed list of texts; give labels, or leave the losses out.")
 
 
 def loss_weights(losses: Mapping[str, float | Callable]) -> dict[str, float]:

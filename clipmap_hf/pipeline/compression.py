@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from clipmap_hf.config import Budget, ClipMapConfig, requested_config
 from clipmap_hf.config.json_values import json_values
-from clipmap_hf.costs.cost import CostReport
+from clipmap_hf.costs.cost import CostReport, model_cost, vision_cost
 from clipmap_hf.data.arguments import CalibrationArguments
 from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.distributed import join_processes
@@ -20,6 +20,7 @@ from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.pipeline.arguments import DistillationArguments
 from clipmap_hf.pipeline.context import GivenTeacher, RunContext
 from clipmap_hf.pipeline.distillation import DistillationTrainer
+from clipmap_hf.pipeline.labels import LabelTrainer, arguments_for_labels, load_label_student, student_for_labels
 from clipmap_hf.pipeline.mapping import MappingTrainer
 from clipmap_hf.pipeline.masking import MaskingTrainer
 from clipmap_hf.pipeline.record import made_by, mark_as_made
@@ -71,6 +72,7 @@ def compress(
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     transform: Callable[[Any], Any] | None = None,
     text_dataset: Sequence[str] = (),
+    labels: str | Sequence[str] | None = None,
 ) -> TrainResult:
     """
     All of it: makes a smaller model of a teacher, maps it if asked, distills it, evaluates it, and writes it with a
@@ -86,8 +88,9 @@ def compress(
             together teach.
         student: A key of `PRESETS`, a `Budget` or its values by name, or a `ClipMapConfig`.
         args: The arguments of the run, of its data and of distillation.
-        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
-        eval_dataset: Pairs to measure retrieval on, in the same forms.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id;
+            or images alone, in the same forms.
+        eval_dataset: Pairs to measure retrieval on, in the same forms; or images alone, if training reads no captions.
         initializer: How the operators start, if `student` does not say it; `calibrated` by default.
         calibration_data: Pairs that the start reads, in the same forms; by default some of the training pairs.
         calibration_pairs: How many.
@@ -96,18 +99,22 @@ def compress(
         callbacks: Callbacks of transformers, for all stages.
         transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
         text_dataset: Texts to train beside the images, which need not belong to them; `train_texts` names others.
+        labels: A fixed list of texts to make the student for, as `load_labels` takes it: a list, or a source such as
+            `labels.txt`. Only a vision tower is then trained and written, as by `LabelTrainer`; images need no
+            captions.
 
     Raises:
         TypeError: If pairs or a teacher are given in another form.
         ValueError: If `student` is unknown, does not fit the teacher or is a budget that no shape meets; if masks are
             asked for with what selects or maps by itself; or as in `DistillationTrainer`.
     """
-    context = RunContext.of(
-        args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform, text_dataset=text_dataset
-    )
+    args = args if labels is None else arguments_for_labels(args)
+    options = {"callbacks": callbacks, "transform": transform, "text_dataset": text_dataset, "labels": labels}
+    context = RunContext.of(args, train_dataset, eval_dataset, **options)
     teachers = [taken.source for taken in context.given_teachers(teacher)]
     config = requested_config(student, initializer, has_data=None)
-    given = {name: stage for name, stage in (("masking", masking), ("mapping", mapping)) if stage is not None}
+    stages = {"masking": masking, "mapping": mapping}
+    given = {name: stage.for_texts(context.data.paired) for name, stage in stages.items() if stage is not None}
     calibration = CalibrationArguments(calibration_data, calibration_pairs)
     stages = CompressionArguments(calibration, distillation=args, **given)
     return compress_in_run(teachers[0], teachers, config, context, stages)
@@ -133,18 +140,23 @@ def compress_in_run(
         arguments: Its stages.
 
     Raises:
-        ValueError: If masks are asked for without `student`, or with what selects or maps by itself.
+        ValueError: If masks are asked for without `student`, or with what selects or maps by itself; if labels are
+            given with masks, mapping, or what `student_for_labels` refuses.
     """
-    _check_masking(student, arguments)
+    _check_stages(student, context, arguments)
     teacher = teacher_of(source, student, context)
     if source == teachers[0]:  # what was loaded is the commit that it was at, or the teacher of a map
         teachers = [teacher.source, *teachers[1:]]
+    if context.labels is not None:
+        student = student_for_labels(teacher, student)
     context = context.with_origin(_origin(source, student, context, arguments))
     if made_by(context, arguments.distillation):
-        model = load_model(str(context.output_dir))
+        load = load_model if context.labels is None else load_label_student
+        model = load(str(context.output_dir))
     else:
         model = _smaller_model(source, teachers, student, context, arguments)
-    trainer = DistillationTrainer(
+    trainer_class = DistillationTrainer if context.labels is None else LabelTrainer
+    trainer = trainer_class(
         model, teachers, arguments.distillation, processing_class=teacher.processor, context=context
     )
     result = trainer.train()
@@ -201,7 +213,11 @@ def _smaller_model(
         return compressor.export()
     model = start_student(source, student, context, arguments.calibration)
     whole = teacher_of(source, student, context).model.config
-    join_processes().print(CostReport.of(whole, model.config))
+    if context.labels is None:
+        report = CostReport.of(whole, model.config)
+    else:
+        report = CostReport(teacher=model_cost(whole), student=vision_cost(model.config))
+    join_processes().print(report)
     return model
 
 
@@ -228,10 +244,14 @@ def _origin(
     for name in ("masking", "mapping"):
         if (stage := getattr(arguments, name)).trains:
             origin[name] = json_values(stage)
-    return origin
+    return origin if context.labels is None else origin | {"labels": context.labels.texts.digest}
 
 
-def _check_masking(student: ClipMapConfig | None, arguments: CompressionArguments) -> None:
+def _check_stages(student: ClipMapConfig | None, context: RunContext, arguments: CompressionArguments) -> None:
+    if context.labels is not None and (arguments.masking.trains or arguments.mapping.trains):
+        raise ValueError(
+            "A student for labels is distilled alone; leave out the steps and epochs of masks and mapping."
+        )
     if not arguments.masking.trains:
         return
     if student is None:

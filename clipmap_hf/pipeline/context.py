@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, ReadingArguments
-from clipmap_hf.data.calibration_pairs import CalibrationPairs, calibration_rows
+from clipmap_hf.data.calibration_pairs import CROPS, CalibrationPairs, calibration_rows
 from clipmap_hf.data.held_batches import HeldBatches
+from clipmap_hf.data.labels import Labels, load_labels
 from clipmap_hf.data.loader import PairDataset, PairStream
-from clipmap_hf.data.pairs import PairSource, given_pairs
+from clipmap_hf.data.pairs import Datasets, PairSource, given_pairs, images_alone
 from clipmap_hf.data.sources import described, training_pairs
-from clipmap_hf.data.texts import Texts, load_texts
-from clipmap_hf.distributed import join_processes
+from clipmap_hf.data.texts import load_texts
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.arguments import part
@@ -39,7 +39,7 @@ class _Loaded:
     pairs: PairDataset | PairStream | None = None
     teachers: dict[ModelId, Teacher] = field(default_factory=dict)
     calibration: dict[tuple, HeldBatches] = field(default_factory=dict)
-    teacher_metrics: dict[ModelId, dict[str, float]] = field(default_factory=dict)
+    teacher_embeds: dict[ModelId, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class RunContext:
         origin: All that decides what training begins with, as JSON values; a checkpoint of another origin is refused.
         callbacks: Of transformers, for all stages.
         transform: Of training images, in place of the built-in augmentation (`SeededTransform`).
+        labels: The fixed list of texts that the student is made for; images are then read without captions.
         loaded: Left to the class.
     """
 
@@ -65,6 +66,7 @@ class RunContext:
     origin: Mapping[str, Any] | None = None
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
     transform: Callable[[Any], Any] | None = None
+    labels: Labels | None = None
     loaded: _Loaded = field(default_factory=_Loaded, repr=False)
 
     def __post_init__(self):
@@ -73,6 +75,11 @@ class RunContext:
                 "A transform of your own and a teacher_cache do not go together: the cache cannot tell whether the "
                 "transform is the one whose views it holds. Leave one of them out."
             )
+        if self.labels is not None:
+            object.__setattr__(self, "data", self._labeled())
+
+        if self.transform is not None and self.data.mix:
+            raise ValueError("A transform of your own makes its own images; mix them there, and leave out mix.")
 
     @classmethod
     def of(
@@ -84,38 +91,42 @@ class RunContext:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         transform: Callable[[Any], Any] | None = None,
         text_dataset: Sequence[str] = (),
+        labels: str | Sequence[str] | None = None,
     ) -> "RunContext":
         """
         Makes a run of what a trainer takes.
 
         Args:
             args: Arguments of a trainer.
-            train_dataset: Training pairs.
+            train_dataset: Training pairs, or images alone.
             eval_dataset: Evaluation pairs.
             callbacks: As in the class.
             transform: As in the class.
             text_dataset: Texts to train beside the images, with those of `train_texts`.
+            labels: As `load_labels` takes them.
 
         Raises:
             TypeError: If pairs cannot be read, or the texts are one string.
         """
-        sources = {
-            name: source if source is None or isinstance(source, (str, os.PathLike)) else given_pairs(source)
-            for name, source in (("train_data", train_dataset), ("eval_data", eval_dataset))
-        }
+        train, evaluated = map(_opened, (train_dataset, eval_dataset))
         reading = json_values(part(args, ReadingArguments))
-        reading["streaming"] |= isinstance(sources["train_data"], IterableDataset)
+        reading["streaming"] |= isinstance(train, IterableDataset)
         if len(text_dataset):
             reading["train_texts"] = load_texts(reading["train_texts"], text_dataset)
-        has_cache = hasattr(args, "teacher_cache")
+        name = "train_images" if _has_images_alone(train, args.image_column) else "train_data"
+        data = DataArguments(**{name: train}, eval_data=evaluated, **reading)
+        has_cache, values = hasattr(args, "teacher_cache"), json_values(args.for_texts(data.paired))
+        sources = {name: train, "eval_data": evaluated}
         named = {name: described(source) for name, source in sources.items() if source is not None}
+        named |= {} if labels is None else {"labels": labels if isinstance(labels, str) else f"{len(labels)} texts"}
         return cls(
             part(args, RunArguments),
-            DataArguments(**sources, **reading),
-            yaml.safe_dump(named | json_values(args), sort_keys=False, allow_unicode=True),
+            data,
+            yaml.safe_dump(named | values | data.shown_texts, sort_keys=False, allow_unicode=True),
             part(args, TeacherCacheArguments) if has_cache else TeacherCacheArguments(),
             callbacks=callbacks,
             transform=transform,
+            labels=None if labels is None else load_labels(labels),
         )
 
     @property
@@ -150,13 +161,15 @@ class RunContext:
     def data_values(self) -> dict[str, Any]:
         """What says where the pairs come from and how they are read, as JSON values."""
         data = {f.name: getattr(self.data, f.name) for f in dataclasses.fields(self.data)}
-        named = {name: source and described(source) for name in ("train_data", "eval_data") if (source := data[name])}
+        sources = ("train_data", "eval_data", "train_images")
+        named = {name: described(source) for name in sources if (source := data[name]) is not None}
         own = {} if self.transform is None else {"transform": json_values(self.transform)}
         own["caption_sampling"] = self.data.sampling
-        texts = data.pop("train_texts")
+        data.pop("train_texts")
+        if data["train_images"] is None:
+            data.pop("train_images")
         if self.data.texts is not None:
-            names = list(texts.sources) if isinstance(texts, Texts) else texts
-            own |= {"train_texts": names, "digest_of_texts": self.data.texts.digest}
+            own |= {"train_texts": list(self.data.texts.sources), "digest_of_texts": self.data.texts.digest}
         return json_values(data | named | own)
 
     def teacher(self, source: ModelId) -> Teacher:
@@ -176,20 +189,29 @@ class RunContext:
         several = isinstance(given, (list, tuple)) and not isinstance(given, ModelId)
         return [self._taken(source) for source in (given if several else [given])]
 
-    def teacher_metrics(
-        self, teacher: Teacher, evaluate: Callable[[PreTrainedModel], dict[str, float]]
-    ) -> dict[str, float]:
+    def teacher_embeds(self, teacher: Teacher, embed: Callable[[], Any]) -> Any:
         """
-        What a teacher reaches on the evaluation pairs, measured when it is first asked for.
+        A teacher's embeddings of the evaluation data, computed when they are first asked for.
 
         Args:
             teacher: The teacher.
-            evaluate: Measures a model on the evaluation pairs.
+            embed: Computes them.
         """
-        known = self.loaded.teacher_metrics
+        known = self.loaded.teacher_embeds
         if teacher.source not in known:
-            known[teacher.source] = evaluate(teacher.model.to(join_processes().device))
+            known[teacher.source] = embed()
         return known[teacher.source]
+
+    def _labeled(self) -> DataArguments:
+        """The data, of which nothing but images is read: the texts are those of the labels."""
+        if self.data.train_texts is self.labels.texts:
+            return self.data
+        if self.data.train_texts or self.data.validation_fraction:
+            raise ValueError(
+                "labels are the texts of the training, which reads no captions: leave out train_texts and "
+                "text_dataset, and in place of a validation_fraction give eval_data."
+            )
+        return dataclasses.replace(self.data, train_texts=self.labels.texts)
 
     def _taken(self, source: GivenTeacher) -> Teacher:
         if isinstance(source, ModelId):
@@ -209,19 +231,21 @@ class RunContext:
             teacher: The model that reads them.
             calibration: How many, and where they come from.
         """
-        source = calibration.calibration_data and described(calibration.calibration_data)
+        data, source = self.data, calibration.calibration_data and described(calibration.calibration_data)
         key = (teacher.source, self.run.seed, source, calibration.calibration_pairs)
         if key not in self.loaded.calibration:
             rows = self._calibration_rows(calibration)
-            caption = self.data.caption_column[0]
+            caption = data.caption_column[0] if data.caption_column[0] in rows.column_names else None
+            needs_captions = data.texts is not None and data.texts.pairs
             pairs = CalibrationPairs(
                 rows,
                 teacher.processor,
                 calibration.calibration_pairs,
-                self.data.max_bad_fraction,
+                data.max_bad_fraction,
                 self.run.seed,
-                caption_column=caption if caption in rows.column_names else None,
-                texts=self.data.texts,
+                caption_column=caption,
+                texts=None if caption is None and needs_captions else data.texts,
+                augmentation=CROPS,
             )
             self.loaded.calibration[key] = HeldBatches(pairs)
         return self.loaded.calibration[key]
@@ -235,10 +259,21 @@ class RunContext:
         data = self.data
         if calibration.calibration_data in (None, data.train_data):
             return self.pairs.pairs
+        reads_captions = data.read_columns and calibration.calibration_data != data.train_images
         return calibration_rows(
             calibration.calibration_data,
             split=data.train_split,
             image_column=data.image_column,
-            caption_column=data.caption_column[0] if data.read_columns else None,
+            caption_column=data.caption_column[0] if reads_captions else None,
             streaming=data.streaming,
         )
+
+
+def _opened(source: PairSource | None) -> str | os.PathLike | Datasets | None:
+    return source if source is None or isinstance(source, (str, os.PathLike)) else given_pairs(source)
+
+
+def _has_images_alone(source: str | os.PathLike | Datasets | None, image_column: str) -> bool:
+    """Whether a data set that a program holds has no texts; of a path or an id it must be said."""
+    columns = getattr(source, "column_names", None)
+    return columns is not None and images_alone(columns, image_column)

@@ -44,8 +44,9 @@ class DistillationTrainer(StageTrainer):
         teacher: Hub id or folder of a `CLIPModel`, or the model itself; or several, whose targets are averaged. They
             are frozen.
         args: The arguments; with `context`, the stage's numbers do.
-        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
-        eval_dataset: Pairs to measure retrieval on, in the same forms.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id;
+            or images alone, in the same forms.
+        eval_dataset: Pairs to measure retrieval on, in the same forms; or images alone, if training reads no captions.
         processing_class: Tokenizer and image processor of the student; by default the first teacher's.
         callbacks: Callbacks of transformers, as instances or classes.
         transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
@@ -89,7 +90,7 @@ class DistillationTrainer(StageTrainer):
     def _make_stage(self) -> DistillationStage:
         arguments, teachers, cache = self.args, self.teachers, self._teacher_cache
         if self._evaluate is not None:
-            self.teacher_metrics = self.context.teacher_metrics(teachers[0], self._evaluate)
+            self.teacher_metrics = self._evaluate.of_teacher()
         if cache is not None:  # the stage moves those that it uses
             for teacher in teachers:
                 teacher.model.cpu()
@@ -117,18 +118,26 @@ class DistillationTrainer(StageTrainer):
     def _save(self, folder: Path, metrics: dict[str, float]) -> None:
         teacher, results = self.teachers[0].source, self._results(metrics, self.teacher_metrics)
         written = self.model
-        write_student_folder(folder, written, self.processing_class)
+        self._write(folder, written)
         costs = self._costs | {"student": with_bytes_of(self._costs["student"], written)}
         card = render_card(
             teacher.id,
-            str(CostReport(costs, note=shown_heads(self.teachers[0].model.config, written.config))),
-            model_class=type(self.student).__name__,
+            str(CostReport(costs, note=self._note or "")),
+            **{"model_class": type(self.student).__name__, **self._card()},
             revision=teacher.revision,
             results=results,
             recipe=self.context.recipe,
-            **self._card(),
         )
         write_card(folder, card, results)
+
+    def _write(self, folder: Path, model: PreTrainedModel) -> None:
+        """Writes what belongs to the student besides its card."""
+        write_student_folder(folder, model, self.processing_class)
+
+    @property
+    def _note(self) -> str | None:
+        """What the card says below the costs."""
+        return shown_heads(self.teachers[0].model.config, self.student.config)
 
     @cached_property
     def _costs(self) -> dict[str, Cost]:  # counted once: every save shows them
@@ -154,7 +163,7 @@ class DistillationTrainer(StageTrainer):
         )
 
     @property
-    def _index_teacher(self) -> Teacher:
+    def _first_teacher(self) -> Teacher:
         return self.teachers[0]
 
 

@@ -34,8 +34,9 @@ class MappingTrainer(StageTrainer):
     Args:
         compressor: Trained in place.
         args: The arguments; with `context`, the stage's numbers do.
-        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id.
-        eval_dataset: Pairs to measure retrieval on, in the same forms.
+        train_dataset: Pairs: a `datasets.Dataset` or `IterableDataset`, a list of `(image, text)`, a path or a Hub id;
+            or images alone, in the same forms.
+        eval_dataset: Pairs to measure retrieval on, in the same forms; or images alone, if training reads no captions.
         callbacks: Callbacks of transformers, as instances or classes.
         transform: Makes training images in place of the built-in augmentation, as `SeededTransform` takes it.
         text_dataset: Texts to train beside the images, which need not belong to them; `train_texts` names others.
@@ -74,10 +75,9 @@ class MappingTrainer(StageTrainer):
 
     def _make_stage(self) -> MappingStage:
         arguments = self.args
-        distills = set(arguments.losses) - set(PAIR_LOSSES)
         return MappingStage(
             self.compressor.mapper,
-            teachers=[self.context.teacher(self.source).model] if distills else [],
+            teachers=[self.context.teacher(self.source).model] if self._distills else [],
             losses=arguments.losses,
             logit_scale=arguments.logit_scale,
             learn_logit_scale=arguments.learn_logit_scale,
@@ -91,8 +91,13 @@ class MappingTrainer(StageTrainer):
         return {"teachers": [list(self.source)], "student": config, "origin": self.context.origin}
 
     @property
-    def _index_teacher(self) -> Teacher:
-        return self.context.teacher(self.source)
+    def _first_teacher(self) -> Teacher | None:
+        is_needed = self._distills or self.context.data.teacher_index
+        return self.context.teacher(self.source) if is_needed else None
+
+    @property
+    def _distills(self) -> bool:
+        return not set(self.args.losses) <= set(PAIR_LOSSES)
 
 
 def map_model(

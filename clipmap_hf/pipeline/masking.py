@@ -88,5 +88,5 @@ class MaskingTrainer(StageTrainer):
         }
 
     @property
-    def _index_teacher(self) -> Teacher:
-        return self.source
+    def _first_teacher(self) -> Teacher:
+        return self.teachers[0]

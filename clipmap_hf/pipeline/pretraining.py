@@ -36,7 +36,7 @@ class PretrainingTrainer(StageTrainer):
 
     Raises:
         TypeError: If pairs are given in another form.
-        ValueError: If the model is to be pushed.
+        ValueError: If not all texts belong to their images, or the model is to be pushed.
     """
 
     def __init__(
@@ -54,6 +54,11 @@ class PretrainingTrainer(StageTrainer):
     ):
         if context is None:
             context = RunContext.of(args, train_dataset, eval_dataset, callbacks=callbacks, transform=transform)
+        if not context.data.paired:
+            raise ValueError(
+                "Pretraining has no teacher to learn from and needs pairs; give train_data, without train_images and "
+                "train_texts."
+            )
         if context.run.push_to_hub:
             raise ValueError("Pretraining writes no card, without which nothing is pushed; leave push_to_hub out.")
         super().__init__(args, context, processing_class)

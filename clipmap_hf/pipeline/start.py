@@ -161,11 +161,10 @@ def start_origin(
         return origin
     origin["student"] = student.to_dict()
     if calibration is not None and _reads_pairs(student):
-        data = context.data
-        read = dataclasses.replace(data, train_data=calibration.calibration_data or data.train_data)
-        source = calibration.calibration_data and described(calibration.calibration_data)
+        data, given = context.data, calibration.calibration_data
+        source = given and described(given)
         origin["calibration"] = json_values(dataclasses.replace(calibration, calibration_data=source))
-        origin["data"] = source_files(read) | {
+        origin["data"] = source_files(data, given) | {
             "caption_column": data.caption_column,
             "streaming": data.streaming,
             "image_backend": data.image_backend,
@@ -214,12 +213,12 @@ def _with_initializer(student: ClipMapConfig, name: str) -> ClipMapConfig:
 def _calibrated_compressor(
     source: ModelId, student: ClipMapConfig, context: RunContext, calibration: CalibrationArguments
 ) -> ClipMapCompressor:
-    student, texts = _with_initializer(student, "calibrated"), context.data.texts
-    if start_of(student).matches and texts is not None and not texts.pairs:
+    student = _with_initializer(student, "calibrated")
+    if start_of(student).matches and not context.data.paired:
         others = sorted(name for name, start in STARTS.items() if not start.matches)
         raise ValueError(
-            f"initializer={student.initializer!r} needs texts that belong to their images, and train_texts names "
-            f"others. Take one of {others}, or leave train_texts out."
+            f"initializer={student.initializer!r} needs texts that belong to their images, and not all of these do. "
+            f"Take one of {others}, or give pairs alone, without train_images and train_texts."
         )
     teacher = context.teacher(source)
     batches = context.calibration_batches(teacher, calibration)

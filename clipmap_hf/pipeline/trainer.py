@@ -2,29 +2,31 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
+from transformers.utils import logging
 
-from clipmap_hf.data.evaluation_pairs import evaluation_pairs
+from clipmap_hf.data.language import spelling_warning
 from clipmap_hf.data.pairs import PairSource
-from clipmap_hf.data.sources import described, evaluation_batches, stage_seed, training_collator
+from clipmap_hf.data.sources import described, some_texts, stage_seed, training_collator
 from clipmap_hf.distributed import join_processes
-from clipmap_hf.evaluation.retrieval import evaluate_beside_index, evaluate_retrieval
+from clipmap_hf.evaluation.agreement import AGREEMENT_METRICS
 from clipmap_hf.hub.card import hub_dataset
 from clipmap_hf.hub.push import push_folder
 from clipmap_hf.hub.results import SetResults
-from clipmap_hf.losses import check_unmatched
+from clipmap_hf.losses import check_texts
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.arguments import part
 from clipmap_hf.pipeline.context import RunContext
+from clipmap_hf.pipeline.measures import AgreementMeasure, Measure, measure_of
 from clipmap_hf.teacher_cache.lookup import TeacherCache
 from clipmap_hf.training.arguments import StageArguments
+from clipmap_hf.training.best import START_STAYS
 from clipmap_hf.training.callbacks import callback_handler
 from clipmap_hf.training.result import TrainResult
 from clipmap_hf.training.stages.base import CONTRASTIVE, Stage
@@ -32,6 +34,8 @@ from clipmap_hf.training.trainer import Trainer
 
 
 __all__ = ["StageTrainer"]
+
+logger = logging.get_logger(__name__)
 
 # What may change between a run and its resumption.
 _MAY_CHANGE = {"eval_data", "eval_split", "image_backend", "max_bad_fraction", "teacher_index"}
@@ -51,12 +55,14 @@ class StageTrainer:
     numbers: type[StageArguments] = StageArguments  # which of the arguments are the stage's
 
     def __init__(self, args: StageArguments, context: RunContext, processing_class: ProcessorMixin):
-        self.args, self.context, self.processing_class = args, context, processing_class
+        self.args = args.for_texts(context.data.paired)
+        self.context, self.processing_class = context, processing_class
         self.callback_handler = callback_handler(context.run, context.callbacks)
         self.callback_handler.processing_class = processing_class
         self.state = TrainerState()
         self.metrics: dict[str, float] = {}
         self.teacher_metrics: dict[str, float] | None = None
+        self._loop: Trainer | None = None
 
     @cached_property
     def stage(self) -> Stage:
@@ -89,16 +95,22 @@ class StageTrainer:
                 f"resume_from_checkpoint={resume_from_checkpoint!r} must be true or false: a run goes on from the "
                 "last checkpoint in its own output_dir."
             )
-        if self.context.run.load_best_model_at_end and self._evaluate is None:
-            raise ValueError("load_best_model_at_end needs evaluation pairs; give an eval_dataset (eval_data).")
         context = self.context
-        if context.data.texts is not None and not context.data.texts.pairs:
-            check_unmatched(getattr(self.args, "losses", CONTRASTIVE))
+        losses, data = getattr(self.args, "losses", CONTRASTIVE), context.data
+        check_texts(losses, paired=data.paired, listed=context.labels is not None, mixed=bool(data.mix))
+        if context.run.load_best_model_at_end and self._evaluate is None:
+            raise ValueError("load_best_model_at_end needs evaluation pairs; give an eval_dataset (eval_data).")
+        self._warn_of_language()
         stage = self.stage
         run = dataclasses.replace(context.run, seed=stage_seed(self.name, context.run.seed))
         if resume_from_checkpoint is not None:
             run.resume = "auto" if resume_from_checkpoint else "never"
-        collator = training_collator(context.data, self.processing_class, run.seed, context.transform)
+        if isinstance(self._evaluate, AgreementMeasure):  # nothing is paired: what only memorizes is not written
+            run.load_best_model_at_end = True
+            run.metric_for_best_model = run.metric_for_best_model or "mean_agreement"
+        collator = training_collator(
+            context.data, self.processing_class, run.seed, context.transform, context.pairs.pairs
+        )
         if (cache := self._teacher_cache) is not None:
             collator.teacher_cache, collator.views = cache, cache.views
         decisive = {name: value for name, value in context.data_values().items() if name not in _MAY_CHANGE}
@@ -116,6 +128,7 @@ class StageTrainer:
             recipe=context.recipe,
             handler=self.callback_handler,
         )
+        self._loop = loop
         result = loop.train()
         self.state, self.metrics = loop.events.state, result.metrics
         if run.push_to_hub:
@@ -124,30 +137,21 @@ class StageTrainer:
 
     def evaluate(self, eval_dataset: PairSource | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
-        Measures the retrieval of the student as it stands.
+        Measures the student as it stands: its retrieval or, without captions, its agreement with the teacher.
 
         Args:
-            eval_dataset: Pairs, as the constructor takes them; by default those of the constructor.
+            eval_dataset: Pairs, or images alone, as the constructor takes them; by default those of the constructor.
             metric_key_prefix: What the names of the metrics begin with.
 
         Raises:
             ValueError: If there are no evaluation pairs.
         """
+        evaluate = self._evaluate
         if eval_dataset is not None:
-            data = self.context.data
-            batches = evaluation_pairs(
-                eval_dataset,
-                self.processing_class,
-                split=data.eval_split,
-                image_column=data.image_column,
-                caption_column=data.caption_column[0],
-                batch_size=self.context.run.per_device_eval_batch_size,
-            )
-            metrics = self._measured(self.stage.student(), batches)
-        elif self._evaluate is None:
+            evaluate = measure_of(self.context, self.processing_class, self._first_teacher, eval_dataset)
+        if evaluate is None:
             raise ValueError("There are no evaluation pairs; give an eval_dataset here or to the trainer.")
-        else:
-            metrics = self._evaluate(self.stage.student())
+        metrics = evaluate(self.stage.student())
         return {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
@@ -199,6 +203,12 @@ class StageTrainer:
         """Removes a callback, or the first of a class."""
         self.callback_handler.remove_callback(callback)
 
+    def _warn_of_language(self) -> None:
+        texts = some_texts(self.context.data, self.context.pairs.pairs)
+        warning = spelling_warning(self.processing_class.tokenizer, texts)
+        if warning is not None and join_processes().is_main_process:
+            logger.warning_once(warning)  # other stages of the run read the same texts
+
     def _make_stage(self) -> Stage:
         raise NotImplementedError
 
@@ -216,39 +226,39 @@ class StageTrainer:
         return None
 
     @property
-    def _index_teacher(self) -> Teacher | None:
-        """Whose embeddings are searched with `teacher_index`."""
+    def _first_teacher(self) -> Teacher | None:
+        """The first teacher, if the stage has one at hand."""
         return None
 
     @cached_property
-    def _evaluate(self) -> Callable[..., dict[str, float]] | None:
-        """Measures a model on the evaluation pairs; `None` without them."""
-        run = self.context.run
-        batches = evaluation_batches(
-            self.context.data, self.processing_class, run.per_device_eval_batch_size, run.dataloader_num_workers
-        )
-        if batches is None:
+    def _evaluate(self) -> Measure | None:
+        """Measures a model on the evaluation data; `None` without any."""
+        if self.context.data.evaluated[0] is None:
             return None
-        return lambda model, watched=iter: self._measured(model, batches, watched)
-
-    def _measured(
-        self, model: torch.nn.Module, batches: Iterable, watched: Callable[[Iterable], Iterable] = iter
-    ) -> dict[str, float]:
-        if not self.context.data.teacher_index:
-            return evaluate_retrieval(model, watched(batches))
-        if self._index_teacher is None:
-            raise ValueError(f"teacher_index searches a teacher's embeddings, and the stage {self.name!r} has none.")
-        return evaluate_beside_index(model, watched(batches), self._index_teacher.model.to(join_processes().device))
+        return measure_of(self.context, self.processing_class, self._first_teacher)
 
     def _results(self, student: Mapping[str, float], teacher: Mapping[str, float] | None = None) -> list[SetResults]:
-        """What an evaluation gave a student, and perhaps its teacher, for the card; empty if there was none."""
+        """
+        What an evaluation gave a student, and perhaps its teacher, for the card; empty if there was none. Agreement is
+        not shown beside recall.
+        """
         if not student:
             return []
         source, split = self.context.data.evaluated
-        dataset_id, name = None, "evaluation pairs"
-        if isinstance(source, (str, os.PathLike)):
-            dataset_id = hub_dataset(described(source))
-            name = dataset_id or Path(source).name
-        if self.context.data.validation_fraction:
-            name += f" ({self.context.data.validation_fraction:g} of it, held out)"
-        return [SetResults(name, student, teacher, dataset_id, split=split)]
+        is_named = isinstance(source, (str, os.PathLike))
+        dataset_id = hub_dataset(described(source)) if is_named else None
+        name = dataset_id or (Path(source).name if is_named else "evaluation pairs")
+        about = {
+            "dataset_id": dataset_id,
+            "split": split,
+            "note": START_STAYS if self._loop is not None and self._loop.best.is_start else None,
+        }
+        fraction = self.context.data.validation_fraction
+        share = f" ({fraction:g} of it, held out)" if fraction else ""
+        if not isinstance(self._evaluate, AgreementMeasure):
+            shown = {metric: value for metric, value in student.items() if metric not in AGREEMENT_METRICS}
+            return [SetResults(name + share, shown, teacher, **about)]
+        is_parted = self.context.data.parted_texts.held_out
+        name += f" and texts ({fraction:g} of each, held out)" if is_parted else f"{share} and the texts of training"
+        shown = {metric: student[metric] for metric in AGREEMENT_METRICS if metric in student}
+        return [SetResults(name, shown, task="image-feature-extraction", **about)]

@@ -52,7 +52,8 @@ def make_teacher_cache(
     """
     state = join_processes()
     check_same_preprocessing(processor, teachers)
-    collator = training_collator(data, processor, stage_seed("distillation", seed))
+    rows = (training_pairs(data) if pairs is None else pairs).pairs
+    collator = training_collator(data, processor, stage_seed("distillation", seed), partners=rows)
     names = [
         {
             "id": Path(teacher.id).name if Path(teacher.id).is_dir() else teacher.id,
@@ -69,7 +70,7 @@ def make_teacher_cache(
         build_teacher_cache(
             folder,
             [teacher.model.to(state.device) for teacher in teachers],
-            (training_pairs(data) if pairs is None else pairs).pairs,
+            rows,
             collator,
             manifest,
             num_workers=num_workers,

@@ -53,6 +53,7 @@ def cache_manifest(
         "data": data,
     }
     manifest["captions"] |= {"texts": collator.texts.digest} if collator.texts is not None else {}
+    manifest |= {"mixing": collator.mixing.digest} if collator.mixing is not None else {}
     return json.loads(json.dumps(manifest))
 
 

@@ -11,8 +11,9 @@ import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clipmap_hf.data.collate import PairCollator, content_key, decoded
+from clipmap_hf.data.collate import PairCollator, decoded
 from clipmap_hf.data.images import BadRowError
+from clipmap_hf.data.keys import content_key
 from clipmap_hf.data.loader import start_worker
 
 

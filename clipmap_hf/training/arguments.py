@@ -1,7 +1,9 @@
 """The numbers of each training stage, as flat dataclasses that the command line reads too."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 from clipmap_hf.config.ranges import check_ranges
 
@@ -12,6 +14,10 @@ __all__ = [
     "MaskingStageArguments",
     "StageArguments",
 ]
+
+
+_UNPAIRED_LOSSES = {"feature": 2000.0}  # where texts do not belong to their images
+_LISTED_LOSSES = {"labels": 1.0, "feature": 2000.0}
 
 
 @dataclass
@@ -83,6 +89,21 @@ class StageArguments:
         if self.logit_scale > 100:
             raise ValueError(f"logit_scale={self.logit_scale} must not exceed 100, CLIP's bound.")
 
+    def for_texts(self, paired: bool, listed: bool = False) -> Self:
+        """
+        These numbers with the stage's default losses, if it has losses and none are named.
+
+        Args:
+            paired: Whether each text belongs to its image. If not, the default is the feature loss.
+            listed: Whether the texts are a fixed list. Then the default is the labels loss beside that.
+        """
+        if getattr(self, "losses", ()) is not None:
+            return self
+        resolved = copy.copy(self)
+        unmatched = _LISTED_LOSSES if listed else _UNPAIRED_LOSSES
+        resolved.losses = dict(self.default_losses if paired and not listed else unmatched)
+        return resolved
+
     @property
     def trains(self) -> bool:
         """Whether there are steps to train."""
@@ -106,13 +127,15 @@ class MappingStageArguments(StageArguments):
     """The mapping stage (Table 8): only the operators are trained, by default on the contrastive loss."""
 
     learning_rate: float = field(default=8e-4, metadata={"help": "Peak learning rate."})
-    losses: dict[str, float | Callable] = field(
-        default_factory=lambda: {"contrastive": 1.0},
+    losses: dict[str, float | Callable] | None = field(
+        default=None,
         metadata={
             "help": "Weights of the losses, `name=weight` …; all but contrastive and sigmoid ask the teacher. In "
-            "Python, also a function of your own, as in distillation."
+            "Python, also a function of your own, as in distillation. By default contrastive=1; feature=2000 if "
+            "texts do not belong to images."
         },
     )
+    default_losses: ClassVar = {"contrastive": 1.0}
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,14 +146,16 @@ class MappingStageArguments(StageArguments):
 class DistillationStageArguments(StageArguments):
     """The retraining stage (Table 9): all student weights are trained against the teacher."""
 
-    losses: dict[str, float | Callable] = field(
-        default_factory=lambda: {"affinity": 1.0},
+    losses: dict[str, float | Callable] | None = field(
+        default=None,
         metadata={
             "help": "Weights of the losses, `name=weight` …: affinity (Eq. 11), contrastive, CLIP-KD's feature, "
             "interactive and relational, MoPE-CLIP's hidden, SigLIP's sigmoid. In Python, also a name of yours with a "
-            "function `(student, *teachers) -> tensor` of `ClipFeatures`."
+            "function `(student, *teachers) -> tensor` of `ClipFeatures`. By default affinity=1; feature=2000 if "
+            "texts do not belong to images."
         },
     )
+    default_losses: ClassVar = {"affinity": 1.0}
     freeze: str | None = field(default=None, metadata={"help": "The tower to leave as it is: `vision` or `text`."})
 
     def __post_init__(self):
@@ -156,7 +181,9 @@ class MaskingStageArguments(DistillationStageArguments):
         check_ranges(self, at_least_0=("ramp_steps",))
 
 
-def _check_losses(losses: dict[str, float | Callable]) -> None:
+def _check_losses(losses: dict[str, float | Callable] | None) -> None:
+    if losses is None:
+        return
     from clipmap_hf.losses import check_losses  # imports torch, for which `--help` must not wait
 
     check_losses(losses)

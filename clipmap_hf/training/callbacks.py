@@ -82,6 +82,7 @@ def callback_arguments(
     """
     values = json_values(run) | json_values(stage) | {"batch_size": plan.batch_size, "lr_scheduler_type": "cosine"}
     values |= {"eval_strategy": run.evaluation, "greater_is_better": run.rises, "mixed_precision": run.precision}
+    values["metric_for_best_model"] = run.deciding_metric
     values |= {name: run.precision == name for name in ("bf16", "fp16")}
     values["per_device_train_batch_size"] = plan.chunk_size
     values["gradient_accumulation_steps"] = plan.local_size // plan.chunk_size

@@ -37,7 +37,7 @@ class Events:
         self.handler, self.arguments, self.control = handler, arguments, TrainerControl()
         self.steps_per_epoch = max(1, steps_per_epoch)
         self.state = TrainerState(**state) if state else TrainerState()
-        self.state.max_steps = steps
+        self.state.max_steps, self.state.epoch = steps, self.state.epoch or 0.0
         self.state.num_train_epochs = math.ceil(steps / self.steps_per_epoch)
         self.state.is_world_process_zero = self.state.is_local_process_zero = process_index() == 0
         self.state.compute_steps(arguments, steps)

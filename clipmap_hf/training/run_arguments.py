@@ -55,10 +55,17 @@ class RunArguments:
     )
     load_best_model_at_end: bool = field(
         default=False,
-        metadata={"help": "Write the best evaluated model to `output_dir`, not the last."},
+        metadata={
+            "help": "Write the best evaluated model to `output_dir`, not the last. The start is evaluated too. Runs "
+            "that evaluate agreement alone, because nothing is paired, do so anyway."
+        },
     )
-    metric_for_best_model: str = field(
-        default="mean_recall", metadata={"help": "The metric of an evaluation that says which model is best."}
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "The metric of an evaluation that says which model is best; by default `mean_recall`, or "
+            "`mean_agreement` where nothing is paired."
+        },
     )
     greater_is_better: bool | None = field(
         default=None, metadata={"help": "Whether that metric rises; by default unless its name ends in `loss`."}
@@ -131,8 +138,13 @@ class RunArguments:
         return "bf16" if self.bf16 else "fp16" if self.fp16 else self.mixed_precision
 
     @property
+    def deciding_metric(self) -> str:
+        """The `metric_for_best_model`, which is `mean_recall` if none is named."""
+        return self.metric_for_best_model or "mean_recall"
+
+    @property
     def rises(self) -> bool:
-        """Whether more of `metric_for_best_model` is better."""
+        """Whether more of the deciding metric is better."""
         if self.greater_is_better is None:
-            return not self.metric_for_best_model.endswith("loss")
+            return not self.deciding_metric.endswith("loss")
         return self.greater_is_better

@@ -87,6 +87,7 @@ class Trainer:
         join_processes()
         self.steps = step_count(arguments, pairs)
         self.progress, self.metrics, self.time_share, self.evaluated = Progress(), {}, 0.0, None
+        self.best = None
 
     def train(self) -> TrainResult:
         """
@@ -114,6 +115,8 @@ class Trainer:
         stage.train()
         self.events.call("on_train_begin")
         with watch_sigterm() as terminated:
+            if self.run.load_best_model_at_end and self.evaluate is not None and self.steps:
+                self._consider_start(checkpoints)
             self._steps(stage, optimizer, plan, checkpoints, terminated)
             check_trained(progress)
             if self.evaluated != progress.step:
@@ -159,6 +162,13 @@ class Trainer:
                 raise Preempted
             if evaluate and not is_last:
                 self._evaluate_on_the_way(checkpoints)
+
+    def _consider_start(self, checkpoints: Checkpoints) -> None:
+        """Evaluates what is about to be trained, which may stay the best."""
+        if not self.progress.step:
+            self._evaluate_on_the_way(checkpoints)
+        elif not self.best.exists:
+            logger.warning("The start was not evaluated when it was there, so the best is one of the later states.")
 
     def _evaluate_on_the_way(self, checkpoints: Checkpoints) -> None:
         """Evaluates before the end, which a callback may bring about by that."""
@@ -269,10 +279,10 @@ class Trainer:
         self.evaluated, progress.evaluation_due = progress.step, False
         improved = self.best.note(self.metrics, progress, self.events.state)
         if improved:
-            self.best.keep(self.stage, self.metrics)
+            self.best.keep(self.stage, self.metrics, progress.step)
         if self.save is not None and is_main:
             self.save(self.output_dir, self.metrics)
-            if improved:
+            if improved and self.run.evaluation != "no":
                 self.save(self.output_dir / "best", self.metrics)
         self.accelerator.wait_for_everyone()
 

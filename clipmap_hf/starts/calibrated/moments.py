@@ -101,7 +101,9 @@ class Moments:
         covariance = self.covariance
         variance = covariance.diagonal().mean()
         if not variance > 0:
-            raise ValueError("The inputs of a layer are the same for all tokens; calibrate with more pairs.")
+            raise ValueError(
+                "The inputs of a layer are the same for all tokens; calibrate with more pairs, of different texts."
+            )
         damped = covariance + ridge * variance * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
         weight = torch.linalg.solve(damped, self.cross_covariance).T
         return weight.float(), (target - weight @ mean).float()

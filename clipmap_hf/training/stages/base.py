@@ -22,6 +22,21 @@ CONTRASTIVE = MappingProxyType({"contrastive": 1.0})
 Batch = Mapping[str, torch.Tensor]
 
 
+def encode_chunk(
+    model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch, hidden: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Sequence[torch.Tensor]]]:
+    """
+    The normalized embeddings of a chunk's images and texts, and if asked for, by tower, the streams that its layers
+    leave. `weights` take the place of the model's own.
+    """
+    inputs = {name: chunk[name] for name in ("input_ids", "attention_mask")}
+    inputs["pixel_values"] = normalized_pixels(chunk)
+    inputs |= {"output_hidden_states": True} if hidden else {}
+    output = functional_call(model, weights, args=(), kwargs=inputs) if weights else model(**inputs)
+    towers = {"vision": output.vision_model_output, "text": output.text_model_output} if hidden else {}
+    return *ClipFeatures.embeds(output), {name: tower.hidden_states[1:] for name, tower in towers.items()}
+
+
 class Stage(nn.Module):
     """
     A training stage. The loop calls it on the chunks of a batch and knows nothing else of it.
@@ -39,6 +54,7 @@ class Stage(nn.Module):
 
     averages_gradients = False  # whether backward leaves the mean of all processes, so that no wrapper has to
     swaps_weights = False  # whether the forward pass has others in their place, which FSDP would put back
+    encoder = staticmethod(encode_chunk)  # of what student and teachers read of a chunk
 
     def __init__(self, trained: nn.Module, *, logit_scale: float = 50.0, learn_logit_scale: bool = False):
         super().__init__()
@@ -48,7 +64,7 @@ class Stage(nn.Module):
         trained.logit_scale.requires_grad_(False)
         if learn_logit_scale:
             self._set_scale(learn=True)
-        self._encode = encode_chunk
+        self._encode = self.encoder
 
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """Returns `{"loss": …}` over the chunks of all processes, and the scalars to log."""
@@ -68,7 +84,7 @@ class Stage(nn.Module):
 
     def compile_encoder(self) -> None:
         """Lets `torch.compile` make the student's forward and backward pass faster, which takes a while at first."""
-        self._encode = torch.compile(encode_chunk)
+        self._encode = torch.compile(self.encoder)
 
     def _student_model(self, chunks: Sequence[Batch]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         """Returns the module that encodes these chunks, and weights that take the place of its own."""
@@ -93,21 +109,6 @@ class Stage(nn.Module):
     def _encoded(self, model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch) -> tuple[torch.Tensor, ...]:
         """Encodes a chunk to what the loss reads, in rows that are pairs: the first fields of `ClipFeatures`."""
         return self._encode(model, weights, chunk)[:2]
-
-
-def encode_chunk(
-    model: nn.Module, weights: dict[str, torch.Tensor], chunk: Batch, hidden: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Sequence[torch.Tensor]]]:
-    """
-    The normalized embeddings of a chunk's images and texts, and if asked for, by tower, the streams that its layers
-    leave. `weights` take the place of the model's own.
-    """
-    inputs = {name: chunk[name] for name in ("input_ids", "attention_mask")}
-    inputs["pixel_values"] = normalized_pixels(chunk)
-    inputs |= {"output_hidden_states": True} if hidden else {}
-    output = functional_call(model, weights, args=(), kwargs=inputs) if weights else model(**inputs)
-    towers = {"vision": output.vision_model_output, "text": output.text_model_output} if hidden else {}
-    return *ClipFeatures.embeds(output), {name: tower.hidden_states[1:] for name, tower in towers.items()}
 
 
 def joined_features(

@@ -100,7 +100,7 @@ class DistillationStage(Stage):
         taught = list(chunks)
         for index, chunk in enumerate(chunks):
             if self._teachers and "teacher_embeds" not in chunk:
-                found = [encode_chunk(teacher, {}, chunk, "hidden" in self.losses) for teacher in self._teachers]
+                found = [self.encoder(teacher, {}, chunk, "hidden" in self.losses) for teacher in self._teachers]
                 streams = {"teacher_streams": found[0][2]} if len(chunks) == 1 else {}
                 taught[index] = {**chunk, **streams, "teacher_embeds": [embeds[:2] for embeds in found]}
         return taught

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 
-__all__ = ["clamp_scale", "learn_bias", "logit_parameters", "set_scale"]
+__all__ = ["MAX_LOGIT_SCALE", "clamp_scale", "learn_bias", "logit_parameters", "set_scale"]
 
 MAX_LOGIT_SCALE = 100.0
 
