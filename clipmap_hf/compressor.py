@@ -29,7 +29,7 @@ from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.options import check_download_options
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.shapes import Choice, search_shape
-from clipmap_hf.starts import check_start, start_mapper
+from clipmap_hf.starts import check_start, start_mapper, start_of
 
 
 __all__ = ["ClipMapCompressor"]
@@ -126,8 +126,8 @@ class ClipMapCompressor(nn.Module):
         config = requested_config(student, initializer, calibration_data is not None)
         teacher = Teacher.take(source, revision, processor, **options)
         if holds_pairs(calibration_data):
-            columns = {"image_column": image_column, "caption_column": caption_column}
-            calibration_data = sampled_pairs(calibration_data, teacher.processor, calibration_pairs, **columns)
+            given = {"image_column": image_column, "caption_column": caption_column, "once": start_of(config).matches}
+            calibration_data = sampled_pairs(calibration_data, teacher.processor, calibration_pairs, **given)
         return cls.from_teacher(teacher, config, calibration_data).to(device)
 
     @classmethod

@@ -32,7 +32,7 @@ def main() -> None:
 
     processes, context = join_processes(), RunContext(run, data)
     scored = context.teacher(teacher.teachers[0])
-    batches = list(context.calibration_batches(scored, calibration))
+    batches = list(context.calibration_batches(scored, calibration, once=True))
     errors, _ = mope_errors(scored.model.to(calibration_device()), batches)
     if processes.is_main_process:
         folder = Path(run.output_dir)

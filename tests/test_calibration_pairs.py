@@ -1,5 +1,7 @@
 """Calibration pairs: as many as asked for, preprocessed as in evaluation, the same at every iteration."""
 
+import copy
+
 import datasets
 import pytest
 import torch
@@ -101,6 +103,19 @@ def test_each_view_draws_a_text_of_its_own(rows, tiny_processor):
     assert len(set(drawn)) > 40
 
 
+def test_all_views_name_the_image_of_each_text(rows, tiny_processor):
+    batches = list(CalibrationPairs(rows, tiny_processor, 60, augmentation=CROPS))
+    assert all(batch["image_of_text"].tolist() == list(range(len(batch["pixel_values"]))) for batch in batches)
+
+
+def test_a_processor_that_has_no_crops_is_asked_for_none(rows, tiny_processor):
+    processor = copy.deepcopy(tiny_processor)
+    processor.image_processor.do_resize = False
+    assert len(captions(CalibrationPairs(rows, processor, 20, augmentation=CROPS))) == 20
+    with pytest.raises(ValueError, match="Set do_resize=True"):
+        CalibrationPairs(rows, processor, 60, augmentation=CROPS)
+
+
 def test_of_a_stream_the_first_are_taken(stream, tiny_pairs, tiny_processor):
     pairs = CalibrationPairs(stream, tiny_processor, 10, seed=5)
     assert captions(pairs) == captions(pairs) == [row["caption"] for row in tiny_pairs[:10]]
@@ -152,6 +167,13 @@ def test_too_many_bad_rows_are_an_error(broken, tiny_processor):
     ):
         list(CalibrationPairs(broken, tiny_processor, 24, max_bad_fraction=0.004))
     assert len(captions(CalibrationPairs(broken, tiny_processor, 24, max_bad_fraction=0.005))) == 19
+
+
+def test_a_bad_row_is_counted_once_however_many_views_there_are(broken, tiny_processor):
+    pairs = CalibrationPairs(broken, tiny_processor, 192, max_bad_fraction=0.005, augmentation=CROPS)
+    assert len(captions(pairs)) == 8 * 19
+    with pytest.raises(ValueError, match=r"5 \(5 no image\) cannot be used"):
+        list(CalibrationPairs(broken, tiny_processor, 192, max_bad_fraction=0.004, augmentation=CROPS))
 
 
 def test_rows_that_the_reader_could_not_read_are_left_out(pairs_tar, tiny_processor, tmp_path):

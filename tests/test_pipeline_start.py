@@ -60,6 +60,17 @@ def test_a_start_is_that_of_the_library(start, teacher_folder, tiny_processor, d
     assert given.map_config == expected.map_config and given.map_config.initializer == (initializer or "calibrated")
 
 
+@pytest.mark.parametrize("initializer", ["mope", "taylor"])
+def test_a_start_that_compares_texts_with_images_reads_each_pair_once(
+    start, teacher_folder, tiny_processor, data, initializer
+):
+    config = dataclasses.replace(STARTED, initializer=initializer)
+    pairs = CalibrationPairs(load_pairs(data.train_data), tiny_processor, 24)
+    expected = weights(ClipMapCompressor.from_pretrained(teacher_folder, config, calibration_data=pairs))
+    given = ClipMapCompressor.from_pretrained(teacher_folder, config, calibration_data=data.train_data)
+    assert torch.equal(weights(start(config, pairs=1000)), expected) and torch.equal(weights(given), expected)
+
+
 def test_other_initializers_start_without_data(start, data, no_start):
     no_start()
     nowhere = dataclasses.replace(data, train_data="/no/such/pairs.parquet")

@@ -396,6 +396,14 @@ def test_recipes_that_need_pairs_say_so(recipe, name, words, source, images, que
         recipe(name, source, images, "--train_texts", queries)
 
 
+def test_pruning_errors_are_of_each_pair_once(recipe, pairs_parquet, tmp_path):
+    found = []
+    for pairs in (24, 1000):
+        recipe("mope", "--train_data", pairs_parquet, "--calibration_pairs", pairs)
+        found.append((tmp_path / "out" / "pruning_errors.json").read_text(encoding="utf-8"))
+    assert found[0] == found[1]
+
+
 def test_a_recipe_needs_pairs_or_images(recipe, capsys):
     with pytest.raises(SystemExit):
         recipe("compress")

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import PairCollator, normalized_pixels
+from clipmap_hf.data.collate import NORMALIZATION, PairCollator, normalized_pixels
 from clipmap_hf.data.columns import ERROR_COLUMN, split_names, undecoded
 from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, pairs_or_images
 from clipmap_hf.data.tally import RowTally
@@ -82,8 +82,8 @@ class CalibrationPairs:
             )
         self.rows = rows.shard(process_count(), process_index(), contiguous=True)
         self.collator = PairCollator(processor.tokenizer, processor.image_processor, captions, seed=seed, texts=texts)
-        self.augmented = augmentation and replace(self.collator, augmentation=augmentation)
         self.views = min(_VIEWS, -(-pairs // len(rows))) if augmentation else 1
+        self.augmented = replace(self.collator, augmentation=augmentation) if self.views > 1 else None
         self.number = min(-(-pairs // process_count()), self.views * len(self.rows))
         self.max_bad_fraction = max_bad_fraction
 
@@ -93,7 +93,8 @@ class CalibrationPairs:
             rows = self.rows.select(range(min(len(self.rows), self.number - view * len(self.rows))))
             for batch in DataLoader(rows, _BATCH_SIZE, collate_fn=partial(self._collated, view)):
                 bad = batch.pop("bad_rows")
-                tally.add(len(batch.get("pixel_values", ())) + sum(bad.values()), bad)
+                if not view:  # what is bad in one view is bad in all
+                    tally.add(len(batch.get("pixel_values", ())) + sum(bad.values()), bad)
                 if batch:
                     yield batch
 
@@ -101,8 +102,8 @@ class CalibrationPairs:
         if not view:
             return self.collator(rows)
         batch = self.augmented([row | {"epoch": view} for row in rows])
-        read = {name: batch[name] for name in batch if not name.startswith("image_")}
-        return read | ({"pixel_values": normalized_pixels(batch)} if "pixel_values" in batch else {})
+        normalized = {"pixel_values": normalized_pixels(batch)} if "pixel_values" in batch else {}
+        return {name: value for name, value in batch.items() if name not in NORMALIZATION} | normalized
 
 
 def calibration_rows(
@@ -139,6 +140,7 @@ def sampled_pairs(
     *,
     image_column: str = "image",
     caption_column: str | None = "caption",
+    once: bool = False,
 ) -> CalibrationPairs:
     """
     Samples calibration pairs from any source.
@@ -149,6 +151,7 @@ def sampled_pairs(
         pairs: Number of pairs to take.
         image_column: Column of the images.
         caption_column: Column of the captions; `None` if there are none.
+        once: Whether each pair is taken once, though there are too few. By default, there are several views of each.
     """
     columns = {"image_column": image_column, "caption_column": caption_column}
     if isinstance(source, (str, os.PathLike)):
@@ -157,4 +160,4 @@ def sampled_pairs(
         columns["image_column"] = "image"  # to which `load_pairs` renames it
     else:
         rows = given_pairs(source)
-    return CalibrationPairs(rows, processor, pairs, **columns, augmentation=CROPS)
+    return CalibrationPairs(rows, processor, pairs, **columns, augmentation=None if once else CROPS)

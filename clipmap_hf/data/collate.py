@@ -22,9 +22,19 @@ from clipmap_hf.data.texts import Texts
 from clipmap_hf.data.training_pixels import USUAL_DIVISOR, TrainingPixels, training_pixels
 
 
-__all__ = ["PairCollator", "caption_text", "decoded", "filled_texts", "normalized_pixels", "tokenized"]
+__all__ = [
+    "NORMALIZATION",
+    "PairCollator",
+    "caption_text",
+    "decoded",
+    "filled_texts",
+    "normalized_pixels",
+    "tokenized",
+]
 
 logger = logging.getLogger(__name__)
+
+NORMALIZATION = ("image_mean", "image_std", "image_divisor")  # entries of training batches, for `normalized_pixels`
 
 
 def filled_texts(caption: Any) -> list[str]:

@@ -222,17 +222,21 @@ class RunContext:
         self.loaded.teachers[teacher.source] = teacher
         return teacher
 
-    def calibration_batches(self, teacher: Teacher, calibration: CalibrationArguments) -> HeldBatches:
+    def calibration_batches(
+        self, teacher: Teacher, calibration: CalibrationArguments, *, once: bool = False
+    ) -> HeldBatches:
         """
         Batches of the pairs that a run calibrates on, or scores by: some of `calibration_data`, or else of the
-        training pairs. The run's seed draws them; they are decoded once.
+        training pairs. The run's seed draws them; they are decoded once. Of too few pairs, there are several views.
 
         Args:
             teacher: The model that reads them.
             calibration: How many, and where they come from.
+            once: Whether each pair is taken once, however few there are: where texts are compared with the images of
+                other pairs, views of one pair would be each other's wrong answers.
         """
         data, source = self.data, calibration.calibration_data and described(calibration.calibration_data)
-        key = (teacher.source, self.run.seed, source, calibration.calibration_pairs)
+        key = (teacher.source, self.run.seed, source, calibration.calibration_pairs, once)
         if key not in self.loaded.calibration:
             rows = self._calibration_rows(calibration)
             caption = data.caption_column[0] if data.caption_column[0] in rows.column_names else None
@@ -245,7 +249,7 @@ class RunContext:
                 self.run.seed,
                 caption_column=caption,
                 texts=None if caption is None and needs_captions else data.texts,
-                augmentation=CROPS,
+                augmentation=None if once else CROPS,
             )
             self.loaded.calibration[key] = HeldBatches(pairs)
         return self.loaded.calibration[key]

@@ -14,6 +14,7 @@ from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.arguments import CalibrationArguments
+from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.sources import described, source_files
 from clipmap_hf.distributed import calibration_device, join_processes
 from clipmap_hf.files.atomic import read_json, write_json
@@ -64,7 +65,7 @@ def choose_student(
         teacher, batches = context.teacher(source), None
         if by_pairs:
             teacher.model.to(calibration_device())
-            batches = context.calibration_batches(teacher, calibration)
+            batches = _calibration_batches(teacher, student, context, calibration)
         choice = search_shape(teacher.model, student, batches)
         found = {"origin": origin, "student": choice.config.to_dict(), "explanation": str(choice)}
         state.wait_for_everyone()  # none may look for what another writes
@@ -221,10 +222,17 @@ def _calibrated_compressor(
             f"Take one of {others}, or give pairs alone, without train_images and train_texts."
         )
     teacher = context.teacher(source)
-    batches = context.calibration_batches(teacher, calibration)
+    batches = _calibration_batches(teacher, student, context, calibration)
     compressor = ClipMapCompressor.from_teacher(teacher, student, batches)
     context.release_calibration()
     return compressor
+
+
+def _calibration_batches(
+    teacher: Teacher, student: ClipMapConfig, context: RunContext, calibration: CalibrationArguments
+) -> HeldBatches:
+    compares_pairs = start_of(_with_initializer(student, "calibrated")).matches
+    return context.calibration_batches(teacher, calibration, once=compares_pairs)
 
 
 def _digests(folder: Path) -> dict[str, str]:
