@@ -113,6 +113,14 @@ def test_micro_batches_are_the_batch_in_pieces():
     assert [sum(step, []) for step in pieces] == [step[0] for step in whole]
 
 
+def test_fewer_pairs_than_a_batch_fill_it_in_other_views():
+    pairs = PairDataset(datasets.Dataset.from_dict({"id": [0, 1, 2]}))
+    filled = pairs.filling(8)
+    assert len(filled) == 9 and len(pairs.filling(3)) == 3
+    seen = [filled[epoch, index] for epoch in range(2) for index in range(9)]
+    assert sorted((row["id"], row["epoch"]) for row in seen) == [(row, view) for row in range(3) for view in range(6)]
+
+
 def test_fewer_pairs_than_a_batch_are_an_error():
     with pytest.raises(ValueError, match="has 7 pairs, fewer than batch_size=8"):
         map_style(7).steps(BatchPlan(8), collate)

@@ -130,6 +130,21 @@ def test_a_student_learns_from_mixes_through_a_cache_as_without_it(teacher_folde
     torch.testing.assert_close(trained("live"), weight, rtol=1e-2, atol=1e-3)  # a cache holds half precision
 
 
+@pytest.mark.parametrize("given", [{"mix": 0.5}, {"train_texts": ["words"]}, {}])
+def test_fewer_images_than_a_batch_fill_it_in_several_views(given, teacher_folder, pairs_parquet, tmp_path):
+    losses = {"losses": {"feature": 2000.0}}
+    arguments = DistillationArguments(str(tmp_path), max_steps=2, batch_size=60, **losses, **given)
+
+    def run():
+        return compress(teacher_folder, SMALL, arguments, train_dataset=str(pairs_parquet), calibration_pairs=8)
+
+    if given:
+        assert run().pairs == 120
+    else:  # pairs whose losses may compare them with each other
+        with pytest.raises(ValueError, match="batch_size=60 is larger than the 24 training pairs"):
+            run()
+
+
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid", "interactive"])
 def test_a_loss_of_pairs_does_not_go_with_mixes(loss, teacher_folder, pairs_parquet, tmp_path):
     arguments = DistillationArguments(str(tmp_path), max_steps=1, batch_size=8, losses={loss: 1.0}, mix=0.5)

@@ -70,20 +70,26 @@ class PairDataset(Dataset):
 
     Args:
         pairs: The result of `load_pairs`.
+        rounds: How often an epoch has each pair, every time in another view.
 
     Raises:
         ValueError: In `steps`, if there are fewer pairs than a batch needs.
     """
 
-    def __init__(self, pairs: datasets.Dataset):
-        self.pairs = pairs
+    def __init__(self, pairs: datasets.Dataset, rounds: int = 1):
+        self.pairs, self.rounds = pairs, rounds
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return self.rounds * len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        return {**self.pairs[index], "epoch": epoch}
+        done, row = divmod(index, len(self.pairs))
+        return {**self.pairs[row], "epoch": epoch * self.rounds + done}
+
+    def filling(self, batch_size: int) -> "PairDataset":
+        """The same pairs, as often in an epoch as it takes to fill a batch."""
+        return PairDataset(self.pairs, -(-batch_size // max(len(self.pairs), 1)))
 
     def steps(self, plan: BatchPlan, collator: Callable, start: int = 0) -> Iterator[list[dict[str, Any]]]:
         """Yields, for step `start` and all later steps, the list of this process's chunks."""

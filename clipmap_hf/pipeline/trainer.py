@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, Train
 from transformers.utils import logging
 
 from clipmap_hf.data.language import spelling_warning
+from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.data.sources import described, some_texts, stage_seed, training_collator
-from clipmap_hf.distributed import join_processes
+from clipmap_hf.distributed import join_processes, process_count
 from clipmap_hf.evaluation.agreement import AGREEMENT_METRICS
 from clipmap_hf.hub.card import hub_dataset
 from clipmap_hf.hub.push import push_folder
@@ -118,7 +119,7 @@ class StageTrainer:
             stage=stage,
             arguments=part(self.args, self.numbers),
             run=run,
-            pairs=context.pairs,
+            pairs=self._pairs(),
             collator=collator,
             evaluate=self._evaluate,
             save=self._save,
@@ -208,6 +209,13 @@ class StageTrainer:
         warning = spelling_warning(self.processing_class.tokenizer, texts)
         if warning is not None and join_processes().is_main_process:
             logger.warning_once(warning)  # other stages of the run read the same texts
+
+    def _pairs(self) -> PairDataset | PairStream:
+        """The training pairs; where no text belongs to its image, fewer than a batch fill one in several views."""
+        context, pairs = self.context, self.context.pairs
+        if isinstance(pairs, PairDataset) and (context.data.mix or not context.data.paired):
+            return pairs.filling(self.args.batch_sizes(process_count())[0])
+        return pairs
 
     def _make_stage(self) -> Stage:
         raise NotImplementedError
