@@ -1,7 +1,7 @@
 """Texts of which a share is held out: trained on by none, and measured by all."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from clipmap_hf.data import held_texts
 from clipmap_hf.data.arguments import DataArguments
@@ -19,8 +19,9 @@ def texts(**sources: list[str]) -> Texts:
 
 
 def test_a_text_is_trained_on_or_measured():
-    trained, evaluated, held_out = parted_texts(texts(one=MANY[:250], two=MANY[200:]), 0.1)
-    assert held_out and set(trained.distinct) | set(evaluated) == set(MANY)
+    parted = parted_texts(texts(one=MANY[:250], two=MANY[200:]), 0.1)
+    trained, evaluated = parted.trained, parted.evaluated
+    assert parted.held_out and set(trained.distinct) | set(evaluated) == set(MANY)
     assert not set(trained.distinct) & set(evaluated) and 20 < len(evaluated) < 60
     assert trained.weights == {"one": 1.0, "two": 1.0}
 
@@ -35,8 +36,14 @@ def test_a_text_stays_on_its_side_when_others_are_added():
     "given", [texts(given=["a dog", "a cat"]), texts(many=MANY, one=[sorted(MANY, key=held_texts.content_key)[0]])]
 )
 def test_texts_too_few_to_be_parted_are_all_trained_on_and_measured(given):
-    trained, evaluated, held_out = parted_texts(given, 0.1)
-    assert trained is given and sorted(evaluated) == sorted(given.distinct) and not held_out
+    parted = parted_texts(given, 0.1)
+    assert parted.trained is given and sorted(parted.evaluated) == sorted(given.distinct) and not parted.held_out
+
+
+def test_texts_that_nobody_measures_are_not_looked_at(monkeypatch):
+    monkeypatch.setattr(held_texts, "content_key", lambda text: pytest.fail("millions of texts take long"))
+    given = texts(given=MANY)
+    assert DataArguments("photos", train_texts=given).texts is given
 
 
 def test_not_all_of_many_texts_are_measured(monkeypatch):
@@ -53,6 +60,19 @@ def test_held_out_images_and_texts_are_not_trained_on(tiny_pairs):
     assert set(whole.texts.distinct) == set(MANY)
     sides = [{row["image"]["bytes"] for row in rows} for rows in (training_pairs(data).pairs, evaluation_rows(data))]
     assert all(sides) and not sides[0] & sides[1] and len(sides[0] | sides[1]) == len(images)
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_of_pairs_and_images_what_is_held_out_is_measured(captions, tiny_pairs):
+    rows = [{"image": row["image"], "caption": row["caption"]} for row in tiny_pairs]
+    pairs, images = Dataset.from_list(rows[:12]), Dataset.from_list([{"image": row["image"]} for row in rows[12:]])
+    given = texts(given=MANY, captions=[]) if captions else texts(given=MANY)
+    data = DataArguments(pairs, train_images=images, train_texts=given, validation_fraction=0.4)
+    trained = {row["image"]["bytes"] for row in training_pairs(data).pairs}
+    evaluated = {row["image"]["bytes"] for row in evaluation_rows(data)}
+    of_pairs = {row["bytes"] for row in pairs.cast_column("image", Image(decode=False))["image"]}
+    assert evaluated and not trained & evaluated
+    assert evaluated <= of_pairs if captions else len(trained | evaluated) == len(rows)
 
 
 def test_images_alone_are_batches_without_texts(tiny_pairs, tiny_processor, tmp_path):

@@ -157,3 +157,16 @@ def test_a_column_of_a_folder_is_read_of_its_train_split_or_the_only_one(clone, 
 def test_a_column_of_what_save_to_disk_wrote_is_read(tmp_path):
     Dataset.from_dict({"title": TITLES}).save_to_disk(tmp_path / "saved")
     assert read_texts(f"{tmp_path}/saved:title") == DISTINCT
+
+
+@pytest.mark.parametrize(("name", "content"), [("Q.TXT", "a\nb\n"), ("T.CSV", "title\na\nb\n")])
+def test_extensions_may_be_in_capitals(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert read_texts(f"{tmp_path / name}:title".removesuffix("" if "title" in content else ":title")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("line", ['["a", "b"]', '"a"', "3"])
+def test_a_line_of_json_without_names_is_named(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text(f'{{"title": "a"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl' has a line that is no object with columns"):
+        read_texts(f"{tmp_path / 'rows.jsonl'}:title")

@@ -69,6 +69,12 @@ def test_a_source_that_is_none_is_refused_with_what_is_allowed(name):
         load_texts([name])
 
 
+@pytest.mark.parametrize("weight", ["0.1", "1234567.25", "3", "1e-09"])
+def test_names_and_weights_give_the_same_texts_again(queries, weight):
+    first = load_texts(["captions", f"{queries}={weight}"])
+    assert load_texts(first.names).digest == first.digest and load_texts(first.names).names == first.names
+
+
 def test_empty_sources_doubled_names_and_wrong_weights_are_errors(tmp_path, queries):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="There are no texts in"):

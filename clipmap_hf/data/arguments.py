@@ -26,8 +26,8 @@ class ReadingArguments:
     validation_fraction: float = field(
         default=0.0,
         metadata={
-            "help": "Share of `train_data` to hold out and evaluate on, in place of `eval_data`; equal images "
-            "are never on both sides. Without captions, the same share of the texts is held out too."
+            "help": "Share of the training images to hold out and evaluate on, in place of `eval_data`; equal "
+            "images are never on both sides. Without captions, the same share of the texts is held out too."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split of `train_data` and `train_images`."})
@@ -149,7 +149,9 @@ class DataArguments(ReadingArguments, _Sources):
         if self.train_texts:
             _ = self._given_texts  # what cannot be read is an error before anything is loaded
         if self.validation_fraction and self.eval_data is not None:
-            raise ValueError("Evaluation is on eval_data or on a validation_fraction of train_data; leave out either.")
+            raise ValueError(
+                "Evaluation is on eval_data or on a validation_fraction of the training data; leave out either."
+            )
 
     def _check_images(self) -> None:
         if self.train_data is None and self.train_images is None:

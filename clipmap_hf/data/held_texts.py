@@ -1,6 +1,8 @@
 """Parts texts into those that are trained on and those on which a student's agreement with its teacher is measured."""
 
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from clipmap_hf.data.keys import content_key, is_held_out
 from clipmap_hf.data.texts import Texts
@@ -11,36 +13,42 @@ __all__ = ["MOST_EVALUATED", "PartedTexts", "parted_texts"]
 MOST_EVALUATED = 2000  # each evaluation encodes them all
 
 
-class PartedTexts(NamedTuple):
+@dataclass(frozen=True)
+class PartedTexts:
     """
     Texts for training and for evaluation.
 
     Args:
         trained: What is trained on.
-        evaluated: What agreement is measured on.
-        held_out: Whether none of the latter is trained on.
+        held_out: What is not; empty if nothing is held out.
     """
 
     trained: Texts
-    evaluated: list[str]
-    held_out: bool
+    held_out: Collection[str] = ()
+
+    @cached_property
+    def evaluated(self) -> Sequence[str]:
+        """
+        What agreement is measured on: what is held out, or else what is trained on. There are at most `MOST_EVALUATED`
+        texts; their content decides which.
+        """
+        return sorted(self.held_out or self.trained.distinct, key=content_key)[:MOST_EVALUATED]
 
 
 def parted_texts(texts: Texts, fraction: float) -> PartedTexts:
     """
     Holds out a share of the texts. The content of a text decides by itself on which side it is, so it stays there when
-    other texts are added. If fewer than two texts were held out, or a source were left without any, all texts are
-    trained on and evaluated. At most `MOST_EVALUATED` texts are evaluated; their content decides which.
+    other texts are added. If fewer than two texts were held out, or a source were left without any, none is.
 
     Args:
         texts: What is given.
         fraction: Share of the different texts to hold out.
     """
-    ordered = sorted(texts.distinct, key=content_key)
-    held_out = {text for text in ordered if is_held_out(text, fraction)}
+    if not fraction:
+        return PartedTexts(texts)
+    held_out = {text for text in texts.distinct if is_held_out(text, fraction)}
     trained = {name: [text for text in own if text not in held_out] for name, own in texts.sources.items()}
     is_emptied = any(texts.sources[name] and not own for name, own in trained.items())
     if len(held_out) < 2 or is_emptied:
-        return PartedTexts(texts, ordered[:MOST_EVALUATED], False)
-    evaluated = [text for text in ordered if text in held_out]
-    return PartedTexts(Texts(trained, texts.weights), evaluated[:MOST_EVALUATED], True)
+        return PartedTexts(texts)
+    return PartedTexts(Texts(trained, texts.weights), held_out)

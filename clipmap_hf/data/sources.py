@@ -52,12 +52,20 @@ def training_pairs(data: DataArguments) -> PairDataset | PairStream:
     Raises:
         ValueError: If there are images alone, and no texts are named; or as in `load_pairs`.
     """
-    sources = [(data.train_data, data.read_columns), (data.train_images, [])]
-    parts = [_rows(data, source, columns) for source, columns in sources if source is not None]
+    parts = _parts(data, data.read_columns)
     if data.streaming:
         return PairStream(parts[0], data.shuffle_buffer)
-    rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    return PairDataset(validation_part(rows, data.validation_fraction, held_out=False))
+    return PairDataset(validation_part(_joined(parts), data.validation_fraction, held_out=False))
+
+
+def _parts(data: DataArguments, columns: Sequence[str]) -> list[Dataset | IterableDataset]:
+    """The pairs, with these columns, and the images without captions."""
+    sources = [(data.train_data, columns), (data.train_images, [])]
+    return [_rows(data, source, columns) for source, columns in sources if source is not None]
+
+
+def _joined(parts: Sequence[Dataset]) -> Dataset:
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def _rows(data: DataArguments, source: PairSource, columns: Sequence[str]) -> Dataset | IterableDataset:
@@ -144,9 +152,9 @@ def training_collator(
 
 def evaluation_rows(data: DataArguments, other: PairSource | None = None) -> Dataset | None:
     """
-    Loads the evaluation pairs that `data` names, in `eval_data` or as a `validation_fraction` of `train_data`; `None`
-    if it names none. They are images without captions if those of a held-out share are not read; or if `eval_data` has
-    none, and there are texts to measure agreement on.
+    Loads the evaluation pairs that `data` names, in `eval_data` or as a `validation_fraction` of what is trained on;
+    `None` if it names none. They are images without captions if those of a held-out share are not read; or if
+    `eval_data` has none, and there are texts to measure agreement on.
 
     Args:
         data: Names the pairs.
@@ -160,7 +168,9 @@ def evaluation_rows(data: DataArguments, other: PairSource | None = None) -> Dat
         return None
     reading = {"split": split, "image_column": data.image_column}
     if data.validation_fraction and other is None:
-        rows = load_pairs(source, caption_columns=data.read_columns[:1], **reading)
+        captions = data.read_columns[:1]
+        parts = _parts(data, captions)
+        rows = parts[0] if captions else _joined(parts)  # captions are those of pairs, which come first
         return validation_part(rows, data.validation_fraction, held_out=True)
     if data.parted_texts is not None and data.parted_texts.evaluated:
         return pairs_or_images(source, caption_column=data.caption_column[0], **reading)

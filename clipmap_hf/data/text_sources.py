@@ -45,10 +45,10 @@ def read_texts(name: str) -> list[str]:
         if name.startswith(_LABELS):
             labels = list(_lines(name.removeprefix(_LABELS)))
             return [template.replace("{}", label) for label in labels for template in DEFAULT_TEMPLATES]
-        if name.removesuffix(".gz").endswith(".txt"):
+        if _extension(name) == ".txt":
             return list(_lines(name))
         source, colon, column = name.rpartition(":")
-        if colon and source.removesuffix(".gz").endswith(_TABLES):
+        if colon and _extension(source) in _TABLES:
             files = [source] if os.path.exists(source) else sorted(glob.glob(source)) or [source]
             return _distinct(value for file in files for value in _cells(file, column))
     except (UnicodeDecodeError, pa.ArrowInvalid, json.JSONDecodeError) as error:
@@ -62,33 +62,38 @@ def read_texts(name: str) -> list[str]:
     )
 
 
+def _extension(path: str) -> str:
+    """What says the format of a file; some systems write extensions in capitals."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
 def _lines(path: str) -> Iterator[str]:
-    opened = gzip.open if path.endswith(".gz") else open
+    opened = gzip.open if path.lower().endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig") as file:  # some editors begin a file with a mark
         yield from filter(None, map(str.strip, file))
 
 
 def _cells(path: str, column: str) -> Iterable[Any]:
-    plain = path.removesuffix(".gz")
-    if plain.endswith(".parquet"):
+    extension = _extension(path)
+    if extension == ".parquet":
         _check_column(path, column, pq.read_schema(path).names)
         return pq.read_table(path, columns=[column]).column(0).to_pylist()
-    if plain.endswith(".jsonl"):
+    if extension == ".jsonl":
         return _json_cells(path, column)
-    table = pa_csv.open_csv(path, parse_options=_csv_format(plain))
+    layout = pa_csv.ParseOptions(delimiter=_SEPARATORS[extension], newlines_in_values=True)
+    table = pa_csv.open_csv(path, parse_options=layout)
     _check_column(path, column, table.schema.names)
     # All that stands there is text, words such as NA too.
     text = pa_csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()})
-    return pa_csv.read_csv(path, parse_options=_csv_format(plain), convert_options=text).column(0).to_pylist()
-
-
-def _csv_format(path: str) -> pa_csv.ParseOptions:
-    return pa_csv.ParseOptions(delimiter=_SEPARATORS[os.path.splitext(path)[1]], newlines_in_values=True)
+    return pa_csv.read_csv(path, parse_options=layout, convert_options=text).column(0).to_pylist()
 
 
 def _json_cells(path: str, column: str) -> Iterator[Any]:
     row, is_there = {}, False
-    for row in map(json.loads, _lines(path)):
+    for line in _lines(path):
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"{path!r} has a line that is no object with columns: {line[:40]!r}. Repair it.")
         is_there = is_there or column in row  # a row may leave it out
         yield row.get(column)
     _check_column(path, column, [column] if is_there else list(row))

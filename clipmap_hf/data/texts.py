@@ -62,7 +62,8 @@ class Texts:
     @property
     def names(self) -> list[str]:
         """What `load_texts` makes these texts of, beside those that a program held already."""
-        shown = {name: f"={weight:g}" if weight != 1 else "" for name, weight in self.weights.items()}
+        weights = {name: str(weight).removesuffix(".0") for name, weight in self.weights.items()}
+        shown = {name: f"={weight}" if weight != "1" else "" for name, weight in weights.items()}
         return [f"{name}{shown[name]}" for name in self.sources if name != _GIVEN]
 
     @cached_property
