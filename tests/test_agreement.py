@@ -80,5 +80,5 @@ def test_images_without_captions_and_any_texts_are_enough(tiny_teacher, tiny_pro
 
 def test_an_image_that_cannot_be_read_is_an_error(tiny_teacher, tiny_processor, tiny_pairs):
     pairs = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}] * 3})
-    with pytest.raises(ValueError, match="Images cannot be read: {'undecodable image': 3}"):
+    with pytest.raises(ValueError, match="^3 images cannot be read"):
         evaluate_agreement(tiny_teacher, tiny_teacher, pairs, TEXTS, processor=tiny_processor)

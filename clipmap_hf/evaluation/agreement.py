@@ -1,6 +1,6 @@
 """How far a student agrees with its teacher, on images and texts of which none belongs to another."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
@@ -146,15 +146,21 @@ def embed_unpaired(
         ValueError: If an image cannot be read, or there are no images or no texts.
     """
     tokens = [tokenized(tokenizer, texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
-    found = [([], []) for _ in models]
+    found, bad_rows = [([], []) for _ in models], 0
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
-        for pixels in _whole(images):
+        for batch in images:
+            bad_rows += sum(batch["bad_rows"].values())
+            if bad_rows:
+                continue  # embeds no more, but counts all bad rows for the error message
+            pixels = batch["pixel_values"]
             for model, (image_embeds, _) in zip(models, found, strict=True):
                 image_embeds.append(encode_images(model, pixels.to(_device(model))))
         for model, (_, text_embeds) in zip(models, found, strict=True):
             text_embeds += [encode_texts(model, *(ids.to(_device(model)) for ids in both.values())) for both in tokens]
+    if count := gather(torch.tensor([bad_rows], device=_device(models[0]))).sum():  # of all processes, or some wait
+        raise ValueError(f"{count} images cannot be read; the log says why. Repair the data.")
     if not all(embeds for both in found for embeds in both):
         raise ValueError("There are no images or no texts to compare on; give at least two of each.")
     return [(gather(torch.cat(images)).cpu(), torch.cat(texts).cpu()) for images, texts in found]
@@ -162,10 +168,3 @@ def embed_unpaired(
 
 def _device(model: nn.Module) -> torch.device:
     return model.logit_scale.device
-
-
-def _whole(batches: Iterable[Mapping[str, Any]]) -> Iterator[torch.Tensor]:
-    for batch in batches:
-        if batch["bad_rows"]:
-            raise ValueError(f"Images cannot be read: {batch['bad_rows']}; the log says why. Repair the data.")
-        yield batch["pixel_values"]
