@@ -161,6 +161,16 @@ def test_the_paper_s_configs_hold_its_tables_8_and_9(read, name):
     assert arguments["DistillationStageArguments"].losses == {"affinity": 1.0}
 
 
+def test_a_list_of_labels_decides_the_losses_of_distillation_alone(read):
+    arguments = read(
+        *("compress", "--teacher", "t", "--student", "tiny", "--train_images", "photos", "--labels", "queries.txt"),
+        *("--output_dir", "out"),
+    )
+    assert arguments["DistillationStageArguments"].losses == {"labels": 1.0, "feature": 2000.0}
+    assert arguments["MappingStageArguments"].losses == {"feature": 2000.0}
+    assert arguments["DataArguments"].train_texts == []
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_the_paper_s_values_stand_in_the_file_itself(name):
     """A default that changes must not change a reproduction."""

@@ -70,6 +70,9 @@ def parse_recipe(
         for values in data:
             values.name_texts()
     paired = all(values.paired for values in data)
-    return tuple(
-        values.for_texts(paired, listed) if isinstance(values, StageArguments) else values for values in parsed
+    return tuple(  # masks and mapping do not go with labels
+        values.for_texts(paired, listed and type(values) is DistillationStageArguments)
+        if isinstance(values, StageArguments)
+        else values
+        for values in parsed
     )

@@ -75,11 +75,10 @@ class RunContext:
                 "A transform of your own and a teacher_cache do not go together: the cache cannot tell whether the "
                 "transform is the one whose views it holds. Leave one of them out."
             )
-        if self.labels is not None:
-            object.__setattr__(self, "data", self._labeled())
-
         if self.transform is not None and self.data.mix:
             raise ValueError("A transform of your own makes its own images; mix them there, and leave out mix.")
+        if self.labels is not None:
+            object.__setattr__(self, "data", self._labeled())
 
     @classmethod
     def of(
