@@ -69,7 +69,7 @@ RUNS = {
     "throughput.py": ("--batch_size 1 --rounds 1", ["| ViT-B/16 |", "| base     |", "| small    |", "| tiny     |"]),
     "unpaired.py": (
         "--output_dir {folder} --images 128 --steps 1 --seeds 0 --texts own list",
-        ["|     manual |", "| calibrated |", "|        few |"],
+        ["| own   |     manual |", "| own   | calibrated |", "| list  |        few |"],
     ),
 }
 # Packages that a benchmark needs beside ours, all in extras.
