@@ -380,3 +380,13 @@ def tiny_batch(tiny_pairs, tiny_processor) -> dict[str, torch.Tensor]:
     rows = tiny_pairs[::3]
     captions, images = [row["caption"] for row in rows], [row["image"] for row in rows]
     return dict(tiny_processor(text=captions, images=images, padding=True, return_tensors="pt"))
+
+
+@pytest.fixture
+def images(tiny_pairs, tmp_path) -> str:
+    """A folder of images, and nothing else."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, row in enumerate(tiny_pairs):
+        row["image"].save(folder / f"{index:02d}.png")
+    return str(folder)

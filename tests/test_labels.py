@@ -143,16 +143,6 @@ def test_images_of_both_choose_among_the_teachers_texts(tiny_teacher, tiny_batch
 # Runs
 
 
-@pytest.fixture
-def images(tiny_pairs, tmp_path) -> str:
-    """A folder of images, and nothing else."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index, row in enumerate(tiny_pairs):
-        row["image"].save(folder / f"{index:02d}.png")
-    return str(folder)
-
-
 def arguments(folder, **changes) -> DistillationArguments:
     return DistillationArguments(str(folder), **{"max_steps": 2, "batch_size": 8, "learning_rate": 1e-3} | changes)
 

@@ -44,16 +44,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture
-def images(tiny_pairs, tmp_path) -> str:
-    """A folder of images, and nothing else."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index, row in enumerate(tiny_pairs):
-        row["image"].save(folder / f"{index:02d}.png")
-    return str(folder)
-
-
-@pytest.fixture
 def distiller(teacher_folder, images, tmp_path):
     """A function that makes a trainer of a student on images and texts that are not paired."""
     student = ClipMapCompressor.from_pretrained(str(teacher_folder), student=SMALL).export()

@@ -147,16 +147,6 @@ def test_columns_of_captions_are_read_if_they_are_a_source(queries):
 # Runs
 
 
-@pytest.fixture
-def images(tiny_pairs, tmp_path) -> str:
-    """A folder of images, and nothing else."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index, row in enumerate(tiny_pairs):
-        row["image"].save(folder / f"{index:02d}.png")
-    return str(folder)
-
-
 def arguments(folder, **changes) -> DistillationArguments:
     numbers = {"max_steps": 2, "batch_size": 8, "losses": {"feature": 2000}, "learning_rate": 1e-3}
     return DistillationArguments(str(folder), **numbers | changes)

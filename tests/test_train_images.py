@@ -48,16 +48,6 @@ CALIBRATED = dataclasses.replace(SMALL, initializer=None, refit_steps=0)
 
 
 @pytest.fixture
-def images(tiny_pairs, tmp_path) -> str:
-    """A folder of images, and nothing else."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index, row in enumerate(tiny_pairs):
-        row["image"].save(folder / f"{index:02d}.png")
-    return str(folder)
-
-
-@pytest.fixture
 def queries(tmp_path) -> str:
     path = tmp_path / "queries.txt"
     path.write_text("red circle\nblue bar\n")

@@ -29,6 +29,7 @@ from huggingface_hub import metadata_load
 from clipmap_hf.data.builders import image_folder_pairs, parquet_features, parquet_pairs
 from clipmap_hf.data.columns import check_columns, split_names
 from clipmap_hf.data.tar_shards import tar_pairs
+from clipmap_hf.data.text_sources import check_column
 
 
 __all__ = ["TAR_FILES", "column_tables", "folder_pairs", "named_pairs"]
@@ -156,7 +157,7 @@ def column_tables(name: str, column: str, config: str | None = None) -> Iterator
         ValueError: If there is no such column, or it cannot be said which split to read.
     """
     for table in _column_rows(name, column, config).with_format("arrow").iter(batch_size=_ROWS):
-        _check_column(name, column, table.column_names)
+        check_column(name, column, table.column_names)
         yield table
 
 
@@ -170,14 +171,9 @@ def _column_rows(name: str, column: str, config: str | None) -> IterableDataset:
     split = "train" if "train" in files else str(next(iter(files)))
     if isinstance(builder, Parquet):
         with fsspec.open(files[split][0]) as opened:
-            _check_column(name, column, builder.info.features or pq.read_schema(opened).names)
+            check_column(name, column, builder.info.features or pq.read_schema(opened).names)
         options["columns"] = [column]
     return load_dataset(name, config, split=split, streaming=True, **options)
-
-
-def _check_column(name: str, column: str, found: Sequence[str]) -> None:
-    if column not in found:
-        raise ValueError(f"{name!r} has no column {column!r}; it has {list(found)}.")
 
 
 def _builder(name: str, config: str | None) -> DatasetBuilder:

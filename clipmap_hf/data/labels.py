@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from clipmap_hf.data.prompts import DEFAULT_TEMPLATES
+from clipmap_hf.data.text_sources import CLASS_NAMES
 from clipmap_hf.data.texts import Texts, load_texts
 
 
 __all__ = ["LabelArguments", "Labels", "load_labels"]
-
-_CLASS_NAMES = "labels:"
 
 
 @dataclass
@@ -63,14 +62,16 @@ def load_labels(given: str | Sequence[str]) -> Labels:
     if not isinstance(given, str):
         names = list(dict.fromkeys(given))
         return Labels(_enough(names), ("{}",), load_texts([], names))
-    source = given.removeprefix(_CLASS_NAMES)
+    source = given.removeprefix(CLASS_NAMES)
     if not source.endswith(".txt") and ".parquet:" not in source:
         raise ValueError(
             f"labels={given!r} names no list of texts. Give a text file ('queries.txt', a text a line), class names "
-            f"('{_CLASS_NAMES}names.txt') or a column ('pairs.parquet:caption')."
+            f"('{CLASS_NAMES}names.txt') or a column ('pairs.parquet:caption')."
         )
-    templates = DEFAULT_TEMPLATES if given.startswith(_CLASS_NAMES) else ("{}",)
-    return Labels(_enough(load_texts([source]).distinct), templates, load_texts([given]))
+    listed = load_texts([source])
+    if source == given:
+        return Labels(_enough(listed.distinct), ("{}",), listed)
+    return Labels(_enough(listed.distinct), DEFAULT_TEMPLATES, load_texts([given]))
 
 
 def _enough(names: Sequence[str]) -> Sequence[str]:

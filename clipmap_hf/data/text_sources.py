@@ -15,11 +15,11 @@ from clipmap_hf.data.prompts import DEFAULT_TEMPLATES
 from clipmap_hf.data.words import word_texts
 
 
-__all__ = ["CAPTIONS", "WORDS", "read_texts"]
+__all__ = ["CAPTIONS", "CLASS_NAMES", "WORDS", "check_column", "read_texts"]
 
 CAPTIONS = "captions"
 WORDS = "words"
-_LABELS = "labels:"
+CLASS_NAMES = "labels:"
 _WORD_TEXTS = 20_000
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _TABLES = (".parquet", ".jsonl", *_SEPARATORS)
@@ -42,8 +42,8 @@ def read_texts(name: str) -> list[str]:
     if name == WORDS:
         return word_texts(_WORD_TEXTS)
     try:
-        if name.startswith(_LABELS):
-            labels = list(_lines(name.removeprefix(_LABELS)))
+        if name.startswith(CLASS_NAMES):
+            labels = list(_lines(name.removeprefix(CLASS_NAMES)))
             return [template.replace("{}", label) for label in labels for template in DEFAULT_TEMPLATES]
         if _extension(name) == ".txt":
             return list(_lines(name))
@@ -57,8 +57,8 @@ def read_texts(name: str) -> list[str]:
         return _distinct(_data_set_cells(source, column))
     raise ValueError(
         f"train_texts={name!r} names no texts. Allowed are a file of texts ('queries.txt'), of class names "
-        f"('{_LABELS}names.txt'), a column of a table ('pairs.parquet:caption', .csv, .tsv, .jsonl) or of a data set "
-        f"('owner/name:caption'), {WORDS!r}, and {CAPTIONS!r}."
+        f"('{CLASS_NAMES}names.txt'), a column of a table ('pairs.parquet:caption', .csv, .tsv, .jsonl) or of a data "
+        f"set ('owner/name:caption'), {WORDS!r}, and {CAPTIONS!r}."
     )
 
 
@@ -76,13 +76,13 @@ def _lines(path: str) -> Iterator[str]:
 def _cells(path: str, column: str) -> Iterable[Any]:
     extension = _extension(path)
     if extension == ".parquet":
-        _check_column(path, column, pq.read_schema(path).names)
+        check_column(path, column, pq.read_schema(path).names)
         return pq.read_table(path, columns=[column]).column(0).to_pylist()
     if extension == ".jsonl":
         return _json_cells(path, column)
     layout = pa_csv.ParseOptions(delimiter=_SEPARATORS[extension], newlines_in_values=True)
     table = pa_csv.open_csv(path, parse_options=layout)
-    _check_column(path, column, table.schema.names)
+    check_column(path, column, table.schema.names)
     # All that stands there is text, words such as NA too.
     text = pa_csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()})
     return pa_csv.read_csv(path, parse_options=layout, convert_options=text).column(0).to_pylist()
@@ -96,7 +96,7 @@ def _json_cells(path: str, column: str) -> Iterator[Any]:
             raise ValueError(f"{path!r} has a line that is no object with columns: {line[:40]!r}. Repair it.")
         is_there = is_there or column in row  # a row may leave it out
         yield row.get(column)
-    _check_column(path, column, [column] if is_there else list(row))
+    check_column(path, column, [column] if is_there else list(row))
 
 
 def _data_set_cells(source: str, column: str) -> Iterator[Any]:
@@ -111,9 +111,20 @@ def _data_set_cells(source: str, column: str) -> Iterator[Any]:
         yield from table.column(column).to_pylist()
 
 
-def _check_column(path: str, column: str, found: list[str]) -> None:
+def check_column(name: str, column: str, found: Iterable[str]) -> None:
+    """
+    Checks that a table or data set has a column.
+
+    Args:
+        name: Of the table, for the error message.
+        column: The column.
+        found: Its columns.
+
+    Raises:
+        ValueError: If it is not among them.
+    """
     if column not in found:
-        raise ValueError(f"{path!r} has no column {column!r}; it has {found}.")
+        raise ValueError(f"{name!r} has no column {column!r}; it has {list(found)}.")
 
 
 def _distinct(cells: Iterable[Any]) -> list[str]:
