@@ -75,7 +75,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("recipes", "clipmap_hf", "docs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "small").mkdir()
-    (tmp_path / "queries.txt").write_text("a red circle\n")
+    (tmp_path / "queries.txt").write_text("a red circle\na blue square\na small green triangle\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -183,14 +183,26 @@ def test_the_commands_of_the_readme_run_one_after_another(folder, pairs_parquet)
     (folder / "small").rmdir()
     for name in ("pairs.parquet", "test.parquet"):
         (folder / name).write_bytes(pairs_parquet.read_bytes())
-    documented = {words[1]: words for page, words in PROGRAMS if page == "README.md" and words[0] == "clipmap-hf"}
     for name in RUN:
-        words = [SMALL_DATA.get(word, word) for word in documented[name][1:]]
+        words = documented(name)[0]
         if name == "compare":  # with another student: what open_clip's folder becomes
             back = ["--model", "small-open-clip", "--to", "transformers", "--output_dir", SMALL_DATA["other"]]
             finish("convert_open_clip", *back)
         finish(*words)
     assert (folder / "comparison" / "index.html").exists() and (folder / "small" / "onnx" / "model.onnx").exists()
+
+
+@pytest.mark.recipes
+def test_the_readme_s_command_for_a_folder_of_images_runs(folder, images):
+    (folder / "photos").symlink_to(images)
+    finish(*documented("compress")[1], "--distillation_max_steps", "2")
+    assert (folder / "tiny" / "config.json").exists()
+
+
+def documented(name: str) -> list[list[str]]:
+    """The arguments of each `clipmap-hf name …` of the README, on small data."""
+    found = [words[1:] for page, words in PROGRAMS if page == "README.md" and words[:2] == ["clipmap-hf", name]]
+    return [[SMALL_DATA.get(word, word) for word in words] for words in found]
 
 
 def finish(*words: str) -> None:
