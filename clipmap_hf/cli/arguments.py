@@ -54,13 +54,13 @@ class StudentArguments:
         default=None,
         metadata={
             "help": "Heads where no number is given: `whole` ones, as wide as the teacher's, or as many, but `narrow` "
-            "(default with calibrated_narrow)."
+            "(default with calibrated)."
         },
     )
     initializer: str | None = field(
         default=None,
         metadata={
-            "help": "Start of the operators: calibrated (default), calibrated_narrow, importance; without data "
+            "help": "Start of the operators: calibrated (default), calibrated_whole, importance; without data "
             "diagonal, random, kaiming, xavier; selections manual, magnitude, taylor, mope, random_selection."
         },
     )
@@ -68,7 +68,8 @@ class StudentArguments:
         default=None, metadata={"help": "Whether `calibrated` solves the layers one after another (default: true)."}
     )
     refit_steps: int | None = field(
-        default=None, metadata={"help": "Steps of gradient descent on each layer after it was solved (default: 200)."}
+        default=None,
+        metadata={"help": "Steps of gradient descent on each tower after it was solved (default: 400)."},
     )
     depth: str | None = field(
         default=None,

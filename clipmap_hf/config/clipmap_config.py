@@ -83,14 +83,15 @@ class ClipMapConfig:
         heads: How many heads a tower gets that does not say it. `whole` keeps the teacher's head width where the width
             is a multiple of it, as the papers do. `narrow` keeps the teacher's number of heads where that makes them a
             multiple of 8 and at least 16 wide, else the nearest number that does. By default `narrow` with
-            `calibrated_narrow`, else `whole`.
+            `calibrated`, else `whole`.
         budget: What the student may cost, a `Budget` or its values by name. Widths and depths that are not given are
             then searched (`choose_shape`) instead of taken from the teacher.
         initializer: How the width operators start, a key of `STARTS` (`diagonal` is Eq. 9). Some starts read
             calibration data (`STARTS[name].reads_pairs`). By default `calibrated` with such data, `diagonal` without.
+            `calibrated_whole` is `calibrated` as it was first made, with whole heads.
         refit: Whether `calibrated` solves the student's layers one after another (`refit`).
-        refit_steps: Steps of gradient descent on each layer after it was solved, and as many on each tower: most of
-            the time of a start. Steps that make the error on the calibration pairs larger are taken back.
+        refit_steps: Steps of gradient descent on each tower after its layers were solved: most of the time of a start.
+            Steps that make the error on the calibration pairs larger are taken back.
         depth: Which teacher layers the depth operators start from: a key of `DEPTH_RULES`; `similarity` with
             `calibrated` or `importance`, which takes the layers that change the residual stream most; or `score` with
             a selection, which takes the layers that its criterion scores highest.
@@ -112,7 +113,7 @@ class ClipMapConfig:
     budget: Budget | Mapping[str, Any] | None = None
     initializer: str | None = None
     refit: bool = True
-    refit_steps: int = 200
+    refit_steps: int = 400
     depth: str = "interval_front"
     depth_per: Literal["tower", "kind"] = "tower"
     tie_ffn: bool = False
@@ -143,7 +144,7 @@ class ClipMapConfig:
     @property
     def head_rule(self) -> str:
         """The rule for heads, of `HEAD_RULES`."""
-        return self.heads or ("narrow" if self.initializer == "calibrated_narrow" else "whole")
+        return self.heads or ("narrow" if self.initializer == "calibrated" else "whole")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all values as plain JSON types; a budget of `None` is left out."""

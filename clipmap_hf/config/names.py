@@ -5,7 +5,7 @@ __all__ = ["DEPTH_NAMES", "START_NAMES"]
 # Keys of `clipmap_hf.starts.STARTS`: how operators may start.
 START_NAMES = (
     "calibrated",
-    "calibrated_narrow",
+    "calibrated_whole",
     "diagonal",
     "importance",
     "kaiming",

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import NORMALIZATION, PairCollator, normalized_pixels
+from clipmap_hf.data.collate import NORMALIZATION, PairCollator, normalized_pixels, tokenized
 from clipmap_hf.data.columns import ERROR_COLUMN, split_names, undecoded
 from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, pairs_or_images
 from clipmap_hf.data.tally import RowTally
@@ -45,6 +46,7 @@ class CalibrationPairs:
         texts: Texts to draw from beside the captions or in place of them, as in training.
         augmentation: Makes more of too few pairs: up to seven augmented views of each, with texts of their own draw.
             By default, there is one view of each, which is not augmented.
+        more_texts: Further texts, of no pair. Each batch has some of them behind its own.
 
     Raises:
         ValueError: If a column is missing, or there are fewer pairs than processes. While iterating, if too many rows
@@ -62,6 +64,7 @@ class CalibrationPairs:
         caption_column: str | None = "caption",
         texts: Texts | None = None,
         augmentation: Augmentation | None = None,
+        more_texts: Sequence[str] = (),
     ):
         columns = rows.column_names or ()
         captions = [] if caption_column is None else [caption_column]
@@ -86,17 +89,21 @@ class CalibrationPairs:
         self.augmented = replace(self.collator, augmentation=augmentation) if self.views > 1 else None
         self.number = min(-(-pairs // process_count()), self.views * len(self.rows))
         self.max_bad_fraction = max_bad_fraction
+        self.more_texts = more_texts[process_index() :: process_count()]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         tally = RowTally(self.max_bad_fraction)
-        for view in range(self.views):
-            rows = self.rows.select(range(min(len(self.rows), self.number - view * len(self.rows))))
+        counts = [min(len(self.rows), self.number - view * len(self.rows)) for view in range(self.views)]
+        batches, index = sum(-(-count // _BATCH_SIZE) for count in counts), 0
+        for view, count in enumerate(counts):
+            rows = self.rows.select(range(count))
             for batch in DataLoader(rows, _BATCH_SIZE, collate_fn=partial(self._collated, view)):
                 bad = batch.pop("bad_rows")
                 if not view:  # what is bad in one view is bad in all
                     tally.add(len(batch.get("pixel_values", ())) + sum(bad.values()), bad)
                 if batch:
-                    yield batch
+                    yield self._with_texts(batch, self.more_texts[index::batches])
+                index += 1
 
     def _collated(self, view: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not view:
@@ -104,6 +111,19 @@ class CalibrationPairs:
         batch = self.augmented([row | {"epoch": view} for row in rows])
         normalized = {"pixel_values": normalized_pixels(batch)} if "pixel_values" in batch else {}
         return {name: value for name, value in batch.items() if name not in NORMALIZATION} | normalized
+
+    def _with_texts(self, batch: dict[str, torch.Tensor], texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Puts texts behind those of a batch, of which none belongs to an image any more."""
+        if not texts or "input_ids" not in batch:
+            return batch
+        tokenizer = self.collator.tokenizer
+        more = tokenized(tokenizer, texts)
+        longest = max(one["input_ids"].shape[1] for one in (batch, more))
+        joined = {
+            name: torch.cat([F.pad(one[name], (0, longest - one[name].shape[1]), value=fill) for one in (batch, more)])
+            for name, fill in (("input_ids", tokenizer.pad_token_id), ("attention_mask", 0))
+        }
+        return {"pixel_values": batch["pixel_values"], **joined}
 
 
 def calibration_rows(

@@ -229,7 +229,7 @@ class PairCollator:
             image = self.mixing.image(image, augment, rng)
         if not self.caption_columns and self.texts is None:
             return _Example(image, [], key, view)
-        return _Example(image, [self._text(row, rng)], key, view)
+        return _Example(image, [self.text(row, rng)], key, view)
 
     def _example(self, row: Mapping[str, Any]) -> _Example:
         content, image = decoded(row)
@@ -237,13 +237,23 @@ class PairCollator:
             return self.view(row, content, image, row["epoch"] % self.views if self.views else row["epoch"])
         if self.texts is not None:  # to calibrate: one text, as in training
             key = content_key(content)
-            return _Example(image, [self._text(row, random.Random(f"{self.seed}-{key}"))], key, 0)
+            return _Example(image, [self.text(row, random.Random(f"{self.seed}-{key}"))], key, 0)
         if not self.caption_columns:
             return _Example(image, [], 0, 0)
         captions = row[self.caption_columns[0]]
         return _Example(image, filled_texts(captions) or [caption_text(captions)], content_key(content), 0)
 
-    def _text(self, row: Mapping[str, Any], rng: random.Random) -> str:
+    def text(self, row: Mapping[str, Any], rng: random.Random) -> str:
+        """
+        Draws a text for a row, as in training.
+
+        Args:
+            row: With the columns of captions and keywords.
+            rng: What is drawn with.
+
+        Raises:
+            BadRowError: If it would be the row's caption, and that is blank.
+        """
         if self.texts is not None and (text := self._drawn(row, rng)) is not None:
             return text
         caption = self._caption(row, rng)

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, TrainerCallback
 from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, ReadingArguments
 from clipmap_hf.data.calibration_pairs import CROPS, CalibrationPairs, calibration_rows
+from clipmap_hf.data.further_texts import further_texts
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.labels import Labels, load_labels
 from clipmap_hf.data.loader import PairDataset, PairStream
 from clipmap_hf.data.pairs import Datasets, PairSource, given_pairs, images_alone
-from clipmap_hf.data.sources import described, training_pairs
+from clipmap_hf.data.sources import described, training_collator, training_pairs
 from clipmap_hf.data.texts import load_texts
 from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
@@ -28,6 +29,8 @@ from clipmap_hf.training.run_arguments import RunArguments
 
 
 __all__ = ["GivenTeacher", "RunContext"]
+
+_TEXTS_PER_PAIR = 4  # that calibration reads, where there are so many
 
 GivenTeacher = Teacher | ModelId | str | os.PathLike | PreTrainedModel
 
@@ -239,7 +242,7 @@ class RunContext:
         if key not in self.loaded.calibration:
             rows = self._calibration_rows(calibration)
             caption = data.caption_column[0] if data.caption_column[0] in rows.column_names else None
-            needs_captions = data.texts is not None and data.texts.pairs
+            no_texts = caption is None and data.texts is not None and data.texts.pairs
             pairs = CalibrationPairs(
                 rows,
                 teacher.processor,
@@ -247,11 +250,18 @@ class RunContext:
                 data.max_bad_fraction,
                 self.run.seed,
                 caption_column=caption,
-                texts=None if caption is None and needs_captions else data.texts,
+                texts=None if no_texts else data.texts,
                 augmentation=None if once else CROPS,
+                more_texts=() if once or no_texts else self._further_texts(teacher, calibration),
             )
             self.loaded.calibration[key] = HeldBatches(pairs)
         return self.loaded.calibration[key]
+
+    def _further_texts(self, teacher: Teacher, calibration: CalibrationArguments) -> list[str]:
+        """Texts of training, beside those of calibration pairs."""
+        rows, count = self.pairs.pairs, (_TEXTS_PER_PAIR - 1) * calibration.calibration_pairs
+        collator = training_collator(self.data, teacher.processor, self.run.seed, partners=rows)
+        return further_texts(rows, collator, count, self.run.seed)
 
     def release_calibration(self) -> None:
         """Frees the memory of calibration batches; a run reads them before it trains."""

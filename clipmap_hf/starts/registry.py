@@ -54,16 +54,14 @@ class Start:
 
 
 STARTS = {
-    "calibrated": Start(
-        partial(calibrated, by_energy=True),
+    "calibrated": Start(calibrated, reads_pairs=True, depth_rule="similarity", folds=True, layerwise=True, adds=True),
+    "calibrated_whole": Start(
+        partial(calibrated, classic=True),
         reads_pairs=True,
         depth_rule="similarity",
         folds=True,
         layerwise=True,
         adds=True,
-    ),
-    "calibrated_narrow": Start(
-        calibrated, reads_pairs=True, depth_rule="similarity", folds=True, layerwise=True, adds=True
     ),
     "diagonal": Start(start_by(diagonal)),
     "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=True),

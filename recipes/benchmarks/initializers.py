@@ -29,7 +29,7 @@ from study.rates import best_trial, keep_tuned, read_tuned
 from transformers.utils import logging
 
 
-METHODS = ("random", "kaiming", "xavier", "diagonal", "importance", "calibrated", "calibrated_narrow")
+METHODS = ("random", "kaiming", "xavier", "diagonal", "importance", "calibrated_whole", "calibrated")
 # Width, depth and, where it is not four times the width, FFN width of the vision and of the text tower. Of the
 # teacher's parameters in blocks, "10 %" (the student of the demo) has 7 % and "1 %" has 1.1 %; the others have the
 # share that is their name, and are only evaluated untrained.
@@ -56,7 +56,8 @@ ABLATIONS = {
     "first heads and neurons": {"without": "energy"},
     "pooled token as any other": {"without": "weight of the pooled token"},
     "no gradient steps": {"refit_steps": 0},
-    "no gradient steps of whole towers": {"without": "gradient steps of whole towers"},
+    "800 gradient steps": {"refit_steps": 800},
+    "gradient steps for embeddings alone": {"without": "streams in gradient steps"},
     "no refit": {"refit": False},
     **{
         f"no refit, no {ingredient}": {"refit": False, "without": ingredient}
@@ -72,10 +73,10 @@ TUNED = {method: {"mapped": MAPPED} for method in METHODS}  # ways to train, eac
 TUNED["importance"] = {"mapped": MAPPED, "direct": DIRECT}
 TUNED |= {
     method: {"mapped": MAPPED, "direct": DIRECT, "feature": FEATURE}
-    for method in ("diagonal", "calibrated", "calibrated_narrow")
+    for method in ("diagonal", "calibrated_whole", "calibrated")
 }
 # How large the rates to try are beside those above: a good start is soon lost, unless the loss is its own.
-TRIALS_OF = {(method, way): 0.25 for method in ("calibrated", "calibrated_narrow") for way in ("mapped", "direct")}
+TRIALS_OF = {(method, way): 0.25 for method in ("calibrated_whole", "calibrated") for way in ("mapped", "direct")}
 
 # The rows of each part. A row without a method has that which is best in validation, and is mapped or not as there.
 STARTS = {method: {"method": method} for method in METHODS}
@@ -90,8 +91,9 @@ PARTS = {
             "importance",
             "no refit",
             "no gradient steps",
+            "calibrated_whole",
             "calibrated",
-            "calibrated_narrow",
+            "800 gradient steps",
             "4096 calibration pairs",
         )
     },
@@ -112,8 +114,8 @@ PARTS = {
         "manual inheritance, mapped": {"method": "diagonal", "mapping": 80},
         "manual inheritance, feature loss": {"method": "diagonal", **FEATURE},
         "importance": {"method": "importance"},
-        "calibrated_narrow": {"method": "calibrated_narrow"},
-        "calibrated_narrow, feature loss": {"method": "calibrated_narrow", **FEATURE},
+        "calibrated_whole": {"method": "calibrated_whole"},
+        "calibrated_whole, feature loss": {"method": "calibrated_whole", **FEATURE},
         "calibrated": {"method": "calibrated"},
         "calibrated, feature loss": {"method": "calibrated", **FEATURE},
     },

@@ -9,11 +9,12 @@ from clipmap_hf.distributed import process_count, sum_over_processes
 from clipmap_hf.starts.calibrated.streams import Streams
 
 
-__all__ = ["descend"]
+__all__ = ["descend", "share_lost", "watched_layers"]
 
 _LEARNING_RATE = 1e-3
 _FULL_RATE_STEPS = 50  # fewer have a lower rate: Adam's first step is as long as the rate, however near the goal
 _STEP_TOKENS = 2048  # about as many are in a step
+_WATCHED = 4  # layers at most, for a stream of each is kept
 
 Error = Callable[[Streams, torch.Tensor], torch.Tensor]
 
@@ -49,6 +50,26 @@ def descend(module: nn.Module, batches: Sequence[Streams], steps: int, error: Er
     if not _whole_error(batches, error) < error_before:  # or it is NaN
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
+
+
+def watched_layers(count: int) -> list[int]:
+    """The layers, of so many, behind which descent compares streams: four at most, spread evenly; the last is one."""
+    watched = min(count, _WATCHED)
+    return [count * (index + 1) // watched - 1 for index in range(watched)]
+
+
+def share_lost(stream: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    The squared error of a stream as a share of the variance of its target, over all tokens.
+
+    Args:
+        stream: `(items, tokens, width)`.
+        target: `(items, tokens, width)`.
+        weights: How much each token counts, `(items, tokens)`.
+    """
+    weights = weights[..., None] / weights.sum()
+    mean = (weights * target).sum(dim=(0, 1))
+    return (weights * (stream - target).square()).sum() / (weights * (target - mean).square()).sum()
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Sequential refit: a student's layers are solved front to back, each on the stream that the layers before leave."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -12,10 +12,11 @@ from clipmap_hf.distributed import process_count
 from clipmap_hf.files.tensor_store import TensorStore
 from clipmap_hf.models.towers import Tower, pooled
 from clipmap_hf.starts.calibrated.choice import explained, most_needed
-from clipmap_hf.starts.calibrated.descent import descend
+from clipmap_hf.starts.calibrated.descent import descend, share_lost, watched_layers
 from clipmap_hf.starts.calibrated.heads import by_head, narrow_scores, value_axes
 from clipmap_hf.starts.calibrated.moments import Moments
 from clipmap_hf.starts.calibrated.progress import layer_progress
+from clipmap_hf.starts.calibrated.readings import reading, set_linear
 from clipmap_hf.starts.calibrated.statistics import TowerStatistics, normalized, token_weights
 from clipmap_hf.starts.calibrated.streams import SegmentPass, Streams, segments
 from clipmap_hf.starts.selection.scores import strongest
@@ -41,7 +42,7 @@ def refit(
     batches: Iterable[Batch],
     steps: int = 0,
     *,
-    by_energy: bool = False,
+    classic: bool = False,
 ) -> None:
     """
     Solves all linear layers of both towers by ridge regression, front to back, and their final LayerNorms. A student
@@ -55,9 +56,11 @@ def refit(
     3. Of all neurons in the segment, those that `fc2` needs most are kept (`most_needed`), and read in the same way.
     4. `fc2` is solved for the mapped stream behind the segment.
 
-    Last, the projection is solved for the teacher's normalized embeddings. Gradient descent then repairs what solving
-    layers one by one cannot. No activations are kept but the streams that the towers begin with and those of the
-    current segment, in memory or in temporary files; several processes share the pairs.
+    Last, the projection is solved for the teacher's normalized embeddings. Gradient descent on all of a tower behind
+    its embeddings then repairs what solving layers one by one cannot. It looks at the normalized embeddings and at the
+    streams behind up to four layers, for embeddings alone are soon learned by heart. Kept are the streams that the
+    towers begin with, these, and those of the current segment, in memory or in temporary files; several processes
+    share the pairs.
 
     Args:
         student: Changed in place; its embeddings and `pre_layrnorm` are mapped already.
@@ -66,9 +69,9 @@ def refit(
         operators: As `calibrated_operators` gives them.
         layers: The teacher's layers that the segments begin with, by tower, ascending; the first begins at 0 always.
         batches: As `calibration_batch` gives them, at least one in each process.
-        steps: Steps of gradient descent on each layer after it was solved, for the mapped stream behind the segment,
-            and last on all of a tower behind its embeddings, for the teacher's normalized embeddings.
-        by_energy: Whether the neurons with most energy are kept, instead of those that `most_needed` chooses.
+        steps: Steps of gradient descent on each tower.
+        classic: As the start was first made: the neurons with most energy are kept; and half of the steps are made on
+            each layer by itself, after it was solved, the others on the tower, for its embeddings alone.
     """
     count = sum(len(layers[name]) for name in statistics)
     with layer_progress(count) as layer_is_done:
@@ -76,13 +79,12 @@ def refit(
             towers = (Tower(teacher, name), Tower(student, name))
             parts = segments(layers[name], len(towers[0].layers))
             longest = max(map(len, parts))
-            tower = _TowerRefit(*towers, operators[f"{name}_residual"], found, batches, longest, by_energy)
-            for index, (layer, segment) in enumerate(zip(towers[1].layers, parts, strict=True)):
-                tower.refit_layer(layer, segment, steps)
+            tower = _TowerRefit(*towers, operators[f"{name}_residual"], found, batches, longest, steps, classic)
+            for index, segment in enumerate(parts):
+                tower.refit_layer(index, segment)
                 layer_is_done(f"{name} layer {index + 1} of {len(parts)} stands for {_names(segment)}")
             tower.refit_projection(operators.get("embed"))
-            if steps:
-                tower.descend(steps)
+            tower.descend()
 
 
 Examples = Iterable[tuple[Streams, torch.Tensor, torch.Tensor]]  # inputs and targets, (items, tokens, width)
@@ -99,30 +101,35 @@ class _TowerRefit:
         statistics: TowerStatistics,
         batches: Iterable[Batch],
         longest_segment: int,
-        by_energy: bool,
+        steps: int,
+        classic: bool,
     ):
         self.teacher, self.student, self.residual, self.statistics = teacher, student, residual, statistics
-        self.by_energy = by_energy
+        self.classic, self.steps = classic, steps // 2 if classic else steps
+        self.watched = watched_layers(len(student.layers)) if steps and not classic else ()
         self.epsilon = student.config.layer_norm_eps
         self.streams, self.store = [], TensorStore()
         for batch in batches:
             batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
             big, small = teacher.embed(batch), student.embed(batch)
             weights = token_weights(teacher, batch, big)
-            self.store.expect((1 + longest_segment) * big.nbytes + 4 * small.nbytes)
+            self.store.expect((1 + longest_segment) * big.nbytes + (4 + len(self.watched)) * small.nbytes)
             first = self.store.keep(small)
             self.streams.append(Streams(weights, teacher.ends(batch), first, self.store.keep(big), first))
 
-    def refit_layer(self, layer: nn.Module, segment: range, steps: int) -> None:
+    def refit_layer(self, index: int, segment: range) -> None:
         """Solves a layer of the student for a segment of the teacher's, and goes on behind both."""
+        layer = self.student.layers[index]
         for norm in (layer.layer_norm1, layer.layer_norm2):
             norm.weight.fill_(1)
             norm.bias.zero_()
         self._refit_attention(layer, segment, self._follow_teacher(segment))
         self._refit_mlp(layer, segment)
-        if steps:
-            descend(layer, self.streams, steps, partial(self._error_behind, layer))
+        if self.steps and self.classic:
+            descend(layer, self.streams, self.steps, partial(self._error_behind, layer))
         for streams in self.streams:
+            if index in self.watched:
+                streams.watched[index] = streams.behind
             streams.student = self.store.keep(self.student.through(layer, self._load(streams.student)))
 
     def refit_projection(self, embed: torch.Tensor | None) -> None:
@@ -140,11 +147,12 @@ class _TowerRefit:
         self.student.final_norm.weight.fill_(1)
         self.student.add_constant(bias)
 
-    def descend(self, steps: int) -> None:
-        """Brings the student's embeddings nearer to the teacher's, with all layers at once."""
+    def descend(self) -> None:
+        """Brings the student's embeddings and watched streams nearer to the teacher's, with all layers at once."""
         student = self.student
         parts = nn.ModuleList([student.layers, student.final_norm, student.projection])
-        descend(parts, self.streams, steps, self._error)
+        if self.steps:
+            descend(parts, self.streams, self.steps, self._error)
 
     def _follow_teacher(self, segment: range) -> Moments:
         """
@@ -180,43 +188,43 @@ class _TowerRefit:
         lifts, heads = moments.solve(_RIDGE), self._strongest("head", segment, attention.num_heads)
         width, count = attention.head_dim, len(sources) * sources[0].num_heads
         query, key, value = (
-            by_head(_reading(lifts, [getattr(source, name) for source in sources]), count)[heads]
+            by_head(reading(lifts, [getattr(source, name) for source in sources]), count)[heads]
             for name in ("q_proj", "k_proj", "v_proj")
         )  # (heads, the teacher's head width, hidden_size + 1)
         seen = moments.with_constant
         of_query, of_key = narrow_scores(query @ seen @ query.mT, key @ seen @ key.mT, width)
         given = [self.statistics.attended[index].covariance for index in segment]
         of_value = torch.cat([value_axes(*one, self.residual, width) for one in zip(sources, given, strict=True)])
-        _set(attention.q_proj, (of_query @ query).flatten(0, 1))
-        _set(attention.k_proj, (of_key @ key).flatten(0, 1))
-        _set(attention.v_proj, (of_value[heads] @ value).flatten(0, 1))
+        set_linear(attention.q_proj, (of_query @ query).flatten(0, 1))
+        set_linear(attention.k_proj, (of_key @ key).flatten(0, 1))
+        set_linear(attention.v_proj, (of_value[heads] @ value).flatten(0, 1))
         inputs = ((streams, self._load(streams.student)) for streams in self.streams)
         examples = (
             (streams, self.student.attended(layer, x), self._load(streams.attended) - x) for streams, x in inputs
         )
-        _set(attention.out_proj, self._solve(examples))
+        set_linear(attention.out_proj, self._solve(examples))
 
     def _refit_mlp(self, layer: nn.Module, segment: range) -> None:
         mlp, sources = layer.mlp, [self.teacher.layers[index].mlp.fc1 for index in segment]
         middles = self._middles(layer)
         examples = ((streams, normalized(x, self.epsilon), self._load(streams.reads)) for streams, x in middles)
-        reading = _reading(self._moments(examples).solve(_RIDGE), sources)
-        _set(mlp.fc1, reading[self._neurons(layer, segment, reading)])
+        read = reading(self._moments(examples).solve(_RIDGE), sources)
+        set_linear(mlp.fc1, read[self._neurons(layer, segment, read)])
         middles = self._middles(layer)
         examples = (
             (streams, self.student.activated(layer, x), self._load(streams.behind) - x) for streams, x in middles
         )
-        _set(mlp.fc2, self._solve(examples))
+        set_linear(mlp.fc2, self._solve(examples))
 
-    def _neurons(self, layer: nn.Module, segment: range, reading: torch.Tensor) -> torch.Tensor:
-        """Which neurons of the segment's are kept, of which `reading` says how they read the student's stream."""
+    def _neurons(self, layer: nn.Module, segment: range, read: torch.Tensor) -> torch.Tensor:
+        """Which neurons of the segment's are kept, of which `read` says how they read the student's stream."""
         count = layer.mlp.fc1.out_features
         strongest_ones = self._strongest("neuron", segment, count)
-        if self.by_energy or count == len(reading):
+        if self.classic or count == len(read):
             return strongest_ones
         candidates = self._strongest("neuron", segment, _CANDIDATES * count)
-        fc1 = nn.Linear(reading.shape[1] - 1, len(candidates), device=self.teacher.device)
-        _set(fc1, reading[candidates])
+        fc1 = nn.Linear(read.shape[1] - 1, len(candidates), device=self.teacher.device)
+        set_linear(fc1, read[candidates])
         examples = (
             (streams, layer.mlp.activation_fn(fc1(layer.layer_norm2(x))), self._load(streams.behind) - x)
             for streams, x in self._middles(layer)
@@ -254,12 +262,15 @@ class _TowerRefit:
         return moments
 
     def _error(self, streams: Streams, items: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance of some items' normalized embeddings."""
-        stream = self._load(streams.first[items])
-        for layer in self.student.layers:
+        """Mean squared distance of some items' normalized embeddings, and the mean share of the watched streams."""
+        stream, weights, lost = self._load(streams.first[items]), streams.weights[items], []
+        for index, layer in enumerate(self.student.layers):
             stream = self.student.through(layer, stream)
+            if index in streams.watched:
+                lost.append(share_lost(stream, self._load(streams.watched[index][items]), weights))
         embeds = self.student.embeds(stream, streams.ends[items])
-        return (F.normalize(embeds, dim=-1) - streams.embeds[items]).square().sum(dim=-1).mean()
+        error = (F.normalize(embeds, dim=-1) - streams.embeds[items]).square().sum(dim=-1).mean()
+        return error + torch.stack(lost).mean() if lost else error
 
     def _error_behind(self, layer: nn.Module, streams: Streams, items: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the stream behind a layer, of some items."""
@@ -276,20 +287,3 @@ def _names(segment: range) -> str:
     """The teacher's layers of a segment, counted from 1."""
     first, last = segment.start + 1, segment.stop
     return f"the teacher's layer {first}" if first == last else f"the teacher's layers {first} to {last}"
-
-
-def _reading(lifts: tuple[torch.Tensor, torch.Tensor], sources: Sequence[nn.Linear]) -> torch.Tensor:
-    """
-    What the sources compute, read through lifts, side by side: weight and beside it the bias, `(outputs, inputs + 1)`,
-    in fp64.
-    """
-    readings = []
-    for source, weight, bias in zip(sources, *(lift.double().chunk(len(sources)) for lift in lifts), strict=True):
-        own = source.weight.double()
-        readings.append(torch.cat([own @ weight, (source.bias + own @ bias)[:, None]], dim=1))
-    return torch.cat(readings)
-
-
-def _set(linear: nn.Linear, reading: torch.Tensor) -> None:
-    linear.weight.copy_(reading[:, :-1])
-    linear.bias.copy_(reading[:, -1])

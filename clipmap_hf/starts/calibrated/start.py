@@ -27,7 +27,7 @@ def calibrated(
     plan: MappingPlan,
     batches: Iterable[Mapping[str, torch.Tensor]],
     *,
-    by_energy: bool = False,
+    classic: bool = False,
 ) -> WeightMapper:
     """
     A mapper whose operators, and corrections of its student's weights, come from the teacher's activations.
@@ -36,7 +36,7 @@ def calibrated(
         teacher: The model to compress; the activations are computed where it lies.
         plan: A plan that folds.
         batches: Of `pixel_values` and, if there are captions, `input_ids`. Of several processes, each has its own.
-        by_energy: Whether the neurons with most energy are kept, which is faster than to choose those needed most.
+        classic: As the start was first made (`refit`).
 
     Raises:
         TypeError: If `batches` is an iterator.
@@ -58,7 +58,7 @@ def calibrated(
     if "vision" in statistics:
         set_pre_layrnorm(student, model, statistics["vision"], operators)
     if config.refit:
-        refit(student, model, statistics, operators, layers, pairs, config.refit_steps, by_energy=by_energy)
+        refit(student, model, statistics, operators, layers, pairs, config.refit_steps, classic=classic)
     else:
         set_gains_and_shifts(student, model, statistics, operators, layers)
     mapper.correct(student.state_dict())

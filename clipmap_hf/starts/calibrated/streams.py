@@ -1,7 +1,7 @@
 """The residual streams of a batch while a tower is refitted, of the student and of the teacher."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise, starmap
 
 import torch
@@ -25,6 +25,7 @@ class Streams:
     reads: torch.Tensor | None = None  # what fc1 reads in layers of the segment, side by side
     behind: torch.Tensor | None = None  # mapped, behind the segment
     embeds: torch.Tensor | None = None  # what the student is to embed it as, normalized
+    watched: dict[int, torch.Tensor] = field(default_factory=dict)  # mapped, behind some layers of the student
 
     def add_to(self, moments: Moments, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Adds inputs and targets `(items, tokens, width)` to moments, but for tokens that are padding."""

@@ -56,7 +56,7 @@ REPLACEMENTS = {
         f"{_CALIBRATED}.refit._TowerRefit._strongest": first_of_segment,
         f"{_CALIBRATED}.refit.most_needed": lambda moments, count: torch.arange(count),
     },
-    "gradient steps of whole towers": {f"{_CALIBRATED}.refit._TowerRefit.descend": nothing},
+    "streams in gradient steps": {f"{_CALIBRATED}.refit.watched_layers": lambda count: ()},
     "weight of the pooled token": {f"{_CALIBRATED}.statistics.POOLED_WEIGHT": 1.0},
 }
 
