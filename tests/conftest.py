@@ -88,7 +88,7 @@ def as_process(monkeypatch):
 @pytest.fixture
 def layer_by_layer(monkeypatch):
     """A function that leaves out the last part of a refit, gradient steps on a whole tower."""
-    return lambda: monkeypatch.setattr(refit._TowerRefit, "descend", lambda tower, steps: None)
+    return lambda: monkeypatch.setattr(refit._TowerRefit, "descend", lambda tower: None)
 
 
 @pytest.fixture

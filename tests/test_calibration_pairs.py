@@ -205,3 +205,34 @@ def test_fewer_pairs_than_processes_are_an_error(rows, stream, tiny_processor, a
     for given, count in ((rows, 100), (rows, 4), (stream, 4)):
         with pytest.raises(ValueError, match=rf"has {min(count, 24)} pairs, fewer than the 25 processes"):
             CalibrationPairs(given, tiny_processor, count)
+
+
+def test_more_texts_stand_behind_those_of_the_pairs(rows, tiny_processor):
+    more = [f"{word} drawing" for word in ("a", "small", "large", "big blue")]
+    plain, longer = (
+        CalibrationPairs(rows, tiny_processor, 24),
+        CalibrationPairs(rows, tiny_processor, 24, more_texts=more),
+    )
+    tokenized = {tuple(ids) for ids in texts_of([tiny_processor.tokenizer(text)["input_ids"] for text in more])}
+    for own, batch in zip(plain, longer, strict=True):
+        torch.testing.assert_close(batch["pixel_values"], own["pixel_values"], atol=0, rtol=0)
+        count = len(own["input_ids"])
+        assert texts_of(batch["input_ids"].tolist())[:count] == texts_of(own["input_ids"].tolist())
+        assert len(batch["attention_mask"]) == len(batch["input_ids"]) > count
+        tokenized -= {tuple(ids) for ids in texts_of(batch["input_ids"].tolist())[count:]}
+    assert not tokenized
+    assert joined(longer)["texts"] == joined(longer)["texts"]
+
+
+def test_of_more_texts_each_process_has_its_own(rows, tiny_processor, as_process):
+    more, found = [f"{index} red circle" for index in range(8)], []
+    for process in (0, 1):
+        as_process(process, 2)
+        found.append(CalibrationPairs(rows, tiny_processor, 24, more_texts=more).more_texts)
+    assert sorted(found[0] + found[1]) == more and len(found[0]) == 4
+
+
+def texts_of(rows_of_ids: list[list[int]]) -> list[list[int]]:
+    """Ids up to the first end; ends fill the rest."""
+    end = max(max(ids) for ids in rows_of_ids)
+    return [ids[: ids.index(end)] for ids in rows_of_ids]

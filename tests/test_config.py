@@ -179,7 +179,7 @@ def test_an_unknown_key_of_a_tower_is_an_error_that_lists_the_allowed(tower):
     [
         (
             {"initializer": "svd"},
-            r"initializer='svd' is unknown; allowed are \['calibrated', 'calibrated_narrow', 'diagonal', 'importance'",
+            r"initializer='svd' is unknown; allowed are \['calibrated', 'calibrated_whole', 'diagonal', 'importance'",
         ),
         (
             {"depth": "last"},

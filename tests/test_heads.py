@@ -90,8 +90,8 @@ def test_heads_are_as_many_as_the_teachers_or_as_wide(width, narrow, whole):
     config = ClipMapConfig(vision=TowerConfig(width))
     for rule, expected in (("narrow", narrow), ("whole", whole)):
         assert heads_of(teacher, dataclasses.replace(config, heads=rule))[0] == expected
-    assert heads_of(teacher, dataclasses.replace(config, initializer="calibrated_narrow"))[0] == narrow
-    for initializer in (None, "diagonal", "magnitude", "calibrated"):
+    assert heads_of(teacher, dataclasses.replace(config, initializer="calibrated"))[0] == narrow
+    for initializer in (None, "diagonal", "magnitude", "calibrated_whole"):
         assert heads_of(teacher, dataclasses.replace(config, initializer=initializer))[0] == whole
 
 

@@ -140,9 +140,10 @@ def test_heads_are_taken_from_all_layers_of_a_segment(shared_teacher, batches):
 
 def test_gradient_steps_make_each_layers_error_smaller(shared_teacher, batches, layer_by_layer):
     layer_by_layer()
+    config = dataclasses.replace(SMALL, initializer="calibrated_whole")  # which makes steps on each layer
     pairs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     before, after = (
-        started(shared_teacher, dataclasses.replace(SMALL, refit_steps=steps), batches) for steps in (0, 30)
+        started(shared_teacher, dataclasses.replace(config, refit_steps=steps), batches) for steps in (0, 60)
     )
     for tower in TOWERS:
         errors = [losses(mapper, shared_teacher, tower, pairs, SEGMENTS[tower]) for mapper in (before, after)]
