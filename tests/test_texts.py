@@ -128,7 +128,7 @@ def test_an_image_has_the_same_view_and_a_text_that_is_drawn(collator, rows, tin
 def test_the_own_caption_is_one_of_the_sources(collator, rows):
     texts = Texts({"given": ["x"], "captions": []}, {"given": 1.0, "captions": 1.0})
     own = collator(texts)
-    drawn = [own._text(row, random.Random(index)) for index, row in enumerate(rows)]
+    drawn = [own.text(row, random.Random(index)) for index, row in enumerate(rows)]
     assert {"x"} < set(drawn) <= {"x", *(caption_text(row["caption"]) for row in rows)}
 
 

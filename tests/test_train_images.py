@@ -170,7 +170,7 @@ def test_a_row_without_a_caption_draws_from_the_other_texts(pairs_parquet, tiny_
     processors = (tiny_processor.tokenizer, tiny_processor.image_processor)
     collator = PairCollator(*processors, augmentation=Augmentation(), texts=texts)
     drawn = {
-        caption: Counter(collator._text({"caption": caption}, random.Random(seed)) for seed in range(200))
+        caption: Counter(collator.text({"caption": caption}, random.Random(seed)) for seed in range(200))
         for caption in ("own", None, "")
     }
     assert drawn[None] == drawn[""] == {"x": 200} and 70 < drawn["own"]["own"] < 130

@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import NORMALIZATION, PairCollator, normalized_pixels, tokenized
 from clipmap_hf.data.columns import ERROR_COLUMN, split_names, undecoded
+from clipmap_hf.data.further_texts import further_texts
 from clipmap_hf.data.pairs import PairSource, given_pairs, load_pairs, pairs_or_images
 from clipmap_hf.data.tally import RowTally
 from clipmap_hf.data.texts import Texts
 from clipmap_hf.distributed import process_count, process_index
 
 
-__all__ = ["CROPS", "CalibrationPairs", "calibration_rows", "sampled_pairs"]
+__all__ = ["CROPS", "TEXTS_PER_PAIR", "CalibrationPairs", "calibration_rows", "sampled_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ _BATCH_SIZE = 64
 _VIEWS = 8  # of an image, its first without augmentation
 
 CROPS = Augmentation(scale=(0.7, 1.0))
+TEXTS_PER_PAIR = 4  # where there are so many: its own, and others that belong to no pair
 
 
 class CalibrationPairs:
@@ -180,4 +182,7 @@ def sampled_pairs(
         columns["image_column"] = "image"  # to which `load_pairs` renames it
     else:
         rows = given_pairs(source)
-    return CalibrationPairs(rows, processor, pairs, **columns, augmentation=None if once else CROPS)
+    caption = columns["caption_column"]
+    drawing = PairCollator(processor.tokenizer, processor.image_processor, [caption] if caption else [])
+    more = () if once else further_texts(rows, drawing, (TEXTS_PER_PAIR - 1) * pairs, seed=0)
+    return CalibrationPairs(rows, processor, pairs, **columns, augmentation=None if once else CROPS, more_texts=more)

@@ -244,16 +244,7 @@ class PairCollator:
         return _Example(image, filled_texts(captions) or [caption_text(captions)], content_key(content), 0)
 
     def text(self, row: Mapping[str, Any], rng: random.Random) -> str:
-        """
-        Draws a text for a row, as in training.
-
-        Args:
-            row: With the columns of captions and keywords.
-            rng: What is drawn with.
-
-        Raises:
-            BadRowError: If it would be the row's caption, and that is blank.
-        """
+        """Draws a text for a row, as in training; raises `BadRowError` where that is a caption, and it is blank."""
         if self.texts is not None and (text := self._drawn(row, rng)) is not None:
             return text
         caption = self._caption(row, rng)

@@ -1,6 +1,7 @@
 """Texts to calibrate on beside those of pairs: what training draws, of rows whose images are not looked at."""
 
 import random
+from dataclasses import replace
 
 from datasets import Dataset, IterableDataset
 
@@ -19,19 +20,24 @@ def further_texts(rows: Dataset | IterableDataset, collator: PairCollator, count
     there are images: they cost little, and it is their number that it lacks.
 
     Args:
-        rows: Those of training. Of a stream, whose texts come with their images, none are drawn.
-        collator: That of training.
+        rows: Of a stream, whose texts come with their images, none are drawn.
+        collator: That of training. The rows may lack some of its columns.
         count: How many, at most; of few texts, there may be fewer.
         seed: Of the draw.
 
     Returns:
         The texts; none if training draws none.
     """
-    columns = [*collator.caption_columns, *collator.keyword_columns]
-    if not isinstance(rows, Dataset) or not (columns or collator.texts):
+    if not isinstance(rows, Dataset):
         return []
-    texts = rows.select_columns([name for name in columns if name in rows.column_names])
-    rng, found = random.Random(seed), {}
+    captions, keywords = (
+        [name for name in columns if name in rows.column_names]
+        for columns in (collator.caption_columns, collator.keyword_columns)
+    )
+    if not (captions or collator.texts):
+        return []
+    collator = replace(collator, caption_columns=captions, keyword_columns=keywords)
+    texts, rng, found = rows.select_columns([*captions, *keywords]), random.Random(seed), {}
     for _ in range(_TRIES * count):
         if len(found) == count:
             break

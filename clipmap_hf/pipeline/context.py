@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, ReadingArguments
-from clipmap_hf.data.calibration_pairs import CROPS, CalibrationPairs, calibration_rows
+from clipmap_hf.data.calibration_pairs import CROPS, TEXTS_PER_PAIR, CalibrationPairs, calibration_rows
 from clipmap_hf.data.further_texts import further_texts
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.labels import Labels, load_labels
@@ -29,8 +29,6 @@ from clipmap_hf.training.run_arguments import RunArguments
 
 
 __all__ = ["GivenTeacher", "RunContext"]
-
-_TEXTS_PER_PAIR = 4  # that calibration reads, where there are so many
 
 GivenTeacher = Teacher | ModelId | str | os.PathLike | PreTrainedModel
 
@@ -243,23 +241,24 @@ class RunContext:
             rows = self._calibration_rows(calibration)
             caption = data.caption_column[0] if data.caption_column[0] in rows.column_names else None
             no_texts = caption is None and data.texts is not None and data.texts.pairs
+            count = calibration.calibration_pairs
             pairs = CalibrationPairs(
                 rows,
                 teacher.processor,
-                calibration.calibration_pairs,
+                count,
                 data.max_bad_fraction,
                 self.run.seed,
                 caption_column=caption,
                 texts=None if no_texts else data.texts,
                 augmentation=None if once else CROPS,
-                more_texts=() if once or no_texts else self._further_texts(teacher, calibration),
+                more_texts=() if once or no_texts else self._further_texts(teacher, rows, count),
             )
             self.loaded.calibration[key] = HeldBatches(pairs)
         return self.loaded.calibration[key]
 
-    def _further_texts(self, teacher: Teacher, calibration: CalibrationArguments) -> list[str]:
-        """Texts of training, beside those of calibration pairs."""
-        rows, count = self.pairs.pairs, (_TEXTS_PER_PAIR - 1) * calibration.calibration_pairs
+    def _further_texts(self, teacher: Teacher, rows: Dataset | IterableDataset, pairs: int) -> list[str]:
+        """Texts as training draws them, beside those of so many calibration pairs."""
+        count = (TEXTS_PER_PAIR - 1) * pairs
         collator = training_collator(self.data, teacher.processor, self.run.seed, partners=rows)
         return further_texts(rows, collator, count, self.run.seed)
 
