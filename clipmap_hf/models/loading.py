@@ -226,4 +226,5 @@ def _least_parameters(tower: PretrainedConfig | None, projection_dim: int) -> in
     width, patch = size("hidden_size"), size("patch_size")
     rows = size("vocab_size") + size("max_position_embeddings") + max(projection_dim, size("projection_dim"))
     rows += size("num_channels") * patch**2 + (size("image_size") // patch) ** 2 if patch else 0
-    return size("num_hidden_layers") * (4 * width**2 + 2 * width * size("intermediate_size")) + rows * width
+    ffn = size("intermediate_size")  # a ResNet has none, and no layers that are all as wide
+    return (size("num_hidden_layers") * (4 * width**2 + 2 * width * ffn) if ffn else 0) + rows * width
