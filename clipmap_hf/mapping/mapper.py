@@ -134,7 +134,8 @@ class WeightMapper(nn.Module):
                 if spec.rule.stacked > 1:
                     mapped = mapped.flatten(-1 - len(spec.rule.axes), -len(spec.rule.axes))
                 if spec.layer is None:
-                    weights[spec.kind] = mapped.contiguous()
+                    # Not `contiguous`, which leaves a convolution of one pixel as it lies, so that it runs otherwise.
+                    weights[spec.kind] = mapped.clone(memory_format=torch.contiguous_format)
                 else:
                     weights |= {spec.name(layer): tensor for layer, tensor in enumerate(mapped)}
         return {**weights, **{name: getattr(self, name) for name in self.plan.copied}}
@@ -178,6 +179,8 @@ class WeightMapper(nn.Module):
             for axis, space in enumerate(spec.rule.axes)
             if space is not None and (name := plan.operator_name(space, spec.tower)) in operators
         }
+        if spec.rule.squared:
+            along = {axis: operator.square() for axis, operator in along.items()}
         if spec.rule.lookup and token_ids is not None:
             rows = token_ids.unique()
             mapped = project_axes(tensor[rows], along)

@@ -67,6 +67,11 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
         return self.hidden_size // self.head_width
 
     @property
+    def stem_widths(self) -> list[int]:
+        """Channels that each convolution of the stem writes."""
+        return [self.width // 2, self.width // 2, self.width]
+
+    @property
     def stage_widths(self) -> list[int]:
         """Channels within the bottlenecks of each stage."""
         return [self.width * 2**stage for stage in range(_STAGES)]

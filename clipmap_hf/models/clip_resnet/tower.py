@@ -85,15 +85,14 @@ class ModifiedResNet(nn.Module):
     def __init__(self, config: CLIPResNetVisionConfig):
         super().__init__()
         self.config = config
-        half, width = config.width // 2, config.width
-        self.conv1 = nn.Conv2d(config.num_channels, half, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(half)
-        self.conv2 = nn.Conv2d(half, half, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = nn.Conv2d(half, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
+        first, second, read = config.stem_widths
+        self.conv1 = nn.Conv2d(config.num_channels, first, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.conv2 = nn.Conv2d(first, second, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(second)
+        self.conv3 = nn.Conv2d(second, read, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(read)
         self.avgpool = nn.AvgPool2d(2)
-        read = width
         for stage, (blocks, inner, written) in enumerate(
             zip(config.layers, config.stage_widths, config.stream_widths, strict=True)
         ):
