@@ -6,16 +6,17 @@ import sys
 
 import pytest
 import torch
-from open_clip_golden import RESNET_CONFIG, RESNET_FOLDER
+from open_clip_golden import FOLDER, RESNET_CONFIG, RESNET_FOLDER
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPProcessor, pipeline
 
+from clipmap_hf.export.open_clip import clip_config
 from clipmap_hf.export.open_clip_folder import read_open_clip_folder, write_open_clip_folder
 from clipmap_hf.files.atomic import read_json
 from clipmap_hf.models.clip_resnet.config import CLIPResNetConfig
 from clipmap_hf.models.clip_resnet.model import CLIPResNetModel
 from clipmap_hf.models.features import encode_images, encode_texts
-from clipmap_hf.models.loading import load_model, load_processor
+from clipmap_hf.models.loading import load_config, load_model, load_processor
 
 
 @pytest.fixture
@@ -184,18 +185,27 @@ def test_a_text_tower_of_another_kind_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("width", "text_layers", "millions", "vision_millions"),
-    # OpenAI's RN50 (102.0 M in open_clip's table of models, 38.3 M of them the image tower's); TinyCLIP's two.
-    [(64, 12, 102.007137, 38.316896)],
+    ("size", "layers", "width", "dim", "text", "parameters", "vision_parameters"),
+    # Counted by open_clip 3.3.0 on its own models of these sizes: OpenAI's five, then TinyCLIP's two.
+    [
+        (224, [3, 4, 6, 3], 64, 1024, (512, 12), 102_007_137, 38_316_896),
+        (224, [3, 4, 23, 3], 64, 512, (512, 12), 119_688_033, 56_259_936),
+        (288, [4, 6, 10, 6], 80, 640, (640, 12), 178_300_601, 87_137_080),
+        (384, [6, 8, 18, 8], 96, 768, (768, 12), 290_979_217, 167_328_912),
+        (448, [3, 15, 36, 10], 128, 1024, (1024, 12), 623_258_305, 420_380_352),
+        (224, [3, 4, 6, 3], 56, 1024, (512, 9), 83_816_869, 29_583_780),
+        (224, [3, 4, 6, 3], 44, 1024, (512, 6), 63_372_703, 18_596_766),
+    ],
+    ids=["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "RN-30M", "RN-19M"],
 )
-def test_sizes_are_those_of_published_models(width, text_layers, millions, vision_millions):
-    config = CLIPResNetConfig(
-        vision_config={"width": width}, text_config={"num_hidden_layers": text_layers}, projection_dim=1024
-    )
+def test_sizes_are_those_of_published_models(size, layers, width, dim, text, parameters, vision_parameters):
+    words = {"context_length": 77, "vocab_size": 49408, "width": text[0], "heads": text[0] // 64, "layers": text[1]}
+    vision = {"image_size": size, "layers": layers, "width": width, "patch_size": None}
+    config = clip_config({"model_cfg": {"embed_dim": dim, "vision_cfg": vision, "text_cfg": words}})
     with torch.device("meta"):
         model = CLIPResNetModel(config)
-    count, vision = (sum(one.numel() for one in part.parameters()) for part in (model, model.vision_model))
-    assert (count / 1e6, vision / 1e6) == (millions, vision_millions)
+    counts = [sum(one.numel() for one in part.parameters()) for part in (model, model.vision_model)]
+    assert counts == [parameters, vision_parameters]
 
 
 def test_a_new_model_starts_as_openais():
@@ -207,3 +217,12 @@ def test_a_new_model_starts_as_openais():
         assert float(tensor.std()) == pytest.approx(256**-0.5, rel=0.05)
     assert not model.vision_model.layer3[2].bn3.weight.any() and model.vision_model.layer3[2].bn2.weight.all()
     assert float(model.vision_model.layer4[1].conv2.weight.abs().max()) <= (64 * 9) ** -0.5  # torch's own bound
+
+
+@pytest.mark.parametrize("of", ["vit", "resnet"])
+def test_a_folder_in_open_clips_format_is_an_error_that_says_how_to_convert_it(of, golden):
+    if of == "vit":
+        shutil.copyfile(FOLDER / "open_clip_config.json", golden / "open_clip_config.json")
+    for load in (load_config, load_model, load_processor):
+        with pytest.raises(OSError, match="is in open_clip's format.*clipmap-hf convert_open_clip --model .* --to"):
+            load(str(golden))

@@ -1,5 +1,6 @@
 """Students of a CLIP with a ResNet: TinyCLIP's slices, what else works, and what is refused by name."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig, ResNetTowerConfig, TowerConfig, cut_towers, student_config
@@ -28,7 +30,9 @@ from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import DistillationTrainer, freeze_tower
 from clipmap_hf.shapes import choose_shape
 from clipmap_hf.starts import STARTS, start_mapper
+from clipmap_hf.starts.selection.criteria import magnitude
 from clipmap_hf.starts.selection.masks import Masks
+from clipmap_hf.starts.selection.mope import mope_errors
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
 from clipmap_hf.ternary.config import TernaryConfig
 from clipmap_hf.ternary.model import pack_model
@@ -218,7 +222,7 @@ def test_a_start_from_data_is_refused_by_name(clip_resnet_folder, pairs_parquet)
         ClipMapCompressor.from_pretrained(clip_resnet_folder, NARROW, calibration_data=str(pairs_parquet))
 
 
-def test_what_needs_a_transformer_is_refused_by_name(clip_resnet, shared_teacher):
+def test_what_needs_a_transformer_is_refused_by_name(clip_resnet, tiny_teacher):
     config = clip_resnet.config
     with pytest.raises(ValueError, match="budget .* type 'clip_resnet'"):
         choose_shape(config, ClipMapConfig(budget={"params": "50k"}))
@@ -228,7 +232,12 @@ def test_what_needs_a_transformer_is_refused_by_name(clip_resnet, shared_teacher
         pack_model(clip_resnet, TernaryConfig())
     with pytest.raises(ValueError, match="'clip_resnet' cannot be gone through layer by layer"):
         Tower(clip_resnet, "text")
-    for student, teacher in ((clip_resnet, shared_teacher), (shared_teacher, clip_resnet)):
+    with pytest.raises(ValueError, match="'clip_resnet' cannot be gone through layer by layer"):
+        mope_errors(clip_resnet, [])
+    with pytest.raises(ValueError, match="'clip_resnet' have no scores of heads"):
+        magnitude(clip_resnet, [], seed=0)
+    clip_resnet = copy.deepcopy(clip_resnet)  # which stages freeze
+    for student, teacher in ((clip_resnet, tiny_teacher), (tiny_teacher, clip_resnet)):
         with pytest.raises(ValueError, match="hidden loss .* 'clip_resnet'"):
             DistillationStage(student, teachers=[teacher], losses={"hidden": 1, "affinity": 1})
 
@@ -250,9 +259,10 @@ def test_what_batch_norms_do_not_allow_is_refused_by_name(clip_resnet, tiny_batc
         stage([tiny_batch])
 
 
-def test_a_resnet_that_teaches_is_left_as_it_is(clip_resnet, shared_teacher, tiny_batch):
+def test_a_resnet_that_teaches_is_left_as_it_is(clip_resnet, tiny_teacher, tiny_batch):
+    clip_resnet = copy.deepcopy(clip_resnet)
     before = {name: one.clone() for name, one in clip_resnet.state_dict().items()}
-    stage = DistillationStage(shared_teacher, teachers=[clip_resnet], losses={"affinity": 1}).train()
+    stage = DistillationStage(tiny_teacher, teachers=[clip_resnet], losses={"affinity": 1}).train()
     assert stage([tiny_batch, tiny_batch])["loss"].isfinite()
     torch.testing.assert_close(dict(clip_resnet.state_dict()), before, atol=0, rtol=0)
 
@@ -275,6 +285,30 @@ def test_a_resnet_is_compressed_and_distilled(
     assert all(int(norm.num_batches_tracked) == 7 + 2 for norm in norms)
     assert not torch.equal(written.vision_model.bn1.running_mean, before)
     assert evaluate_retrieval(written, [tiny_batch | {"image_of_text": torch.arange(8)}])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_taken_up_again_has_the_same_bits(
+    clip_resnet_folder, pairs_parquet, tmp_path, fresh_accelerator
+):
+    """The statistics of BatchNorms are part of a checkpoint."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def train(name: str, *callbacks: type[TrainerCallback]) -> dict[str, torch.Tensor]:
+        student = ClipMapCompressor.from_pretrained(clip_resnet_folder, NARROW).export()
+        run = RunArguments(output_dir=str(tmp_path / name), save_steps=2)
+        context = RunContext(run, DataArguments(train_data=str(pairs_parquet)), callbacks=callbacks)
+        arguments = DistillationStageArguments(max_steps=4, batch_size=8)
+        DistillationTrainer(student, Teacher.load(str(clip_resnet_folder)), arguments, context=context).train()
+        return load_file(tmp_path / name / "model.safetensors")
+
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", Stop)
+    torch.testing.assert_close(train("stopped"), train("straight"), atol=0, rtol=0)
 
 
 @pytest.mark.slow
