@@ -134,8 +134,7 @@ class WeightMapper(nn.Module):
                 if spec.rule.stacked > 1:
                     mapped = mapped.flatten(-1 - len(spec.rule.axes), -len(spec.rule.axes))
                 if spec.layer is None:
-                    # Not `contiguous`, which leaves a convolution of one pixel as it lies, so that it runs otherwise.
-                    weights[spec.kind] = mapped.clone(memory_format=torch.contiguous_format)
+                    weights[spec.kind] = _laid_out(mapped)
                 else:
                     weights |= {spec.name(layer): tensor for layer, tensor in enumerate(mapped)}
         return {**weights, **{name: getattr(self, name) for name in self.plan.copied}}
@@ -224,6 +223,11 @@ class _Method(nn.Module):
 
     def forward(self, **inputs: torch.Tensor):
         return getattr(self.model, self.method)(**inputs)
+
+
+def _laid_out(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the layout of a model's own; of a kernel of one pixel, `contiguous` would not change a thing."""
+    return tensor.contiguous() if tensor.ndim < 4 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _stacked(tensors: Mapping[str, torch.Tensor], spec: TensorSpec, teacher: PretrainedConfig) -> torch.Tensor:
