@@ -7,6 +7,7 @@ from open_clip_golden import CONFIG, FOLDER, RESNET_FOLDER, import_open_clip
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
+from clipmap_hf.export import open_clip_folder
 from clipmap_hf.export.open_clip import clip_config, clip_image_processor, open_clip_config
 from clipmap_hf.export.open_clip_folder import read_open_clip_folder, write_open_clip_folder
 from clipmap_hf.export.open_clip_tensors import clip_tensors, open_clip_tensors
@@ -220,3 +221,16 @@ def test_what_is_kept_of_open_clip_is_what_it_says(open_clip, folder):
     with torch.no_grad():
         images = model.encode_image(expected["pixel_values"], normalize=True)
     torch.testing.assert_close(images, expected["image_embeds"], atol=1e-6, rtol=0)
+
+
+def test_a_hub_id_may_have_the_prefix_that_open_clip_gives_it(golden, monkeypatch):
+    asked = []
+
+    def download(source: str, **options) -> str:
+        asked.append(source)
+        return str(golden)
+
+    monkeypatch.setattr(open_clip_folder, "snapshot_download", download)
+    for source in ("hf-hub:me/model", "me/model"):
+        read_open_clip_folder(source)
+    assert asked == ["me/model", "me/model"]
