@@ -8,7 +8,12 @@ import sys
 
 __version__ = "0.1.0"
 
-_QUANTIZERS = "transformers.quantizers.auto"
+# Where transformers looks up what it loads, and the modules that register there what is ours. These are imported while
+# modules of transformers are half imported, so they may import little of it.
+_REGISTRIES = {
+    "transformers.models.auto.configuration_auto": "clipmap_hf.models.clip_resnet.config",
+    "transformers.quantizers.auto": "clipmap_hf.ternary.integration",
+}
 # Public names, imported on first use: a recipe's `--help` must not wait for torch.
 _PUBLIC = {
     "Budget": "clipmap_hf.config",
@@ -24,6 +29,7 @@ _PUBLIC = {
     "PRESETS": "clipmap_hf.config",
     "PretrainingArguments": "clipmap_hf.pipeline.arguments",
     "PretrainingTrainer": "clipmap_hf.pipeline.pretraining",
+    "ResNetTowerConfig": "clipmap_hf.config",
     "TernaryArguments": "clipmap_hf.pipeline.arguments",
     "TernaryTrainer": "clipmap_hf.pipeline.ternarization",
     "TowerConfig": "clipmap_hf.config",
@@ -47,6 +53,7 @@ __all__ = [
     "MaskingStageArguments",
     "PretrainingArguments",
     "PretrainingTrainer",
+    "ResNetTowerConfig",
     "TernaryArguments",
     "TernaryTrainer",
     "TowerConfig",
@@ -67,34 +74,37 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-class _WhenQuantizersAreImported(importlib.abc.MetaPathFinder):
+class _WhenTransformersImports(importlib.abc.MetaPathFinder):
     """
-    Adds the quantizer of ternary models to transformers' as soon as these are imported, so that any `from_pretrained`
-    loads such a model after `import clipmap_hf`, which imports neither library by itself.
+    Adds what is ours to transformers' registries as soon as these are imported, so that any `from_pretrained` loads
+    our models and formats after `import clipmap_hf`, which imports neither library by itself.
     """
 
+    def __init__(self):
+        self._found = set()
+
     def find_spec(self, name, path, target=None):
-        if name != _QUANTIZERS:
+        if name not in _REGISTRIES or name in self._found:
             return None
-        sys.meta_path.remove(self)
+        self._found.add(name)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def execute_and_register(module) -> None:
             execute(module)
-            _register()
+            _register(name)
 
         spec.loader.exec_module = execute_and_register
         return spec
 
 
-def _register() -> None:
-    module = importlib.import_module("clipmap_hf.ternary.integration")
-    if hasattr(module, "register"):  # or it is what imports the quantizers, and registers when it is done
+def _register(registry: str) -> None:
+    module = importlib.import_module(_REGISTRIES[registry])
+    if hasattr(module, "register"):  # or it is what imports the registry, and registers when it is done
         module.register()
 
 
-if _QUANTIZERS in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _WhenQuantizersAreImported())
+for _registry in _REGISTRIES:
+    if _registry in sys.modules:
+        _register(_registry)
+sys.meta_path.insert(0, _WhenTransformersImports())

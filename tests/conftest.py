@@ -40,6 +40,8 @@ from transformers.utils import logging
 
 from clipmap_hf import compressor
 from clipmap_hf.files import tensor_store
+from clipmap_hf.models.clip_resnet.config import CLIPResNetConfig
+from clipmap_hf.models.clip_resnet.model import CLIPResNetModel
 from clipmap_hf.pipeline import start as pipeline_start
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.starts.calibrated import refit
@@ -275,6 +277,29 @@ def chinese_clip(tiny_config) -> ChineseCLIPModel:
     towers = _towers(tiny_config())
     towers["text_config"]["hidden_act"] = "gelu"
     return randomize(ChineseCLIPModel(ChineseCLIPConfig(**towers, projection_dim=PROJECTION_DIM))).eval()
+
+
+@pytest.fixture(scope="session")
+def clip_resnet(tiny_config) -> CLIPResNetModel:
+    """A random CLIP with a ResNet and the tiny teacher's text tower, in eval mode; its BatchNorms have seen images."""
+    vision = {"width": 4, "layers": [1, 2, 1, 1], "head_width": 32, "image_size": IMAGE_SIZE}
+    text = _towers(tiny_config())["text_config"]
+    config = CLIPResNetConfig(vision_config=vision, text_config=text, projection_dim=PROJECTION_DIM)
+    model, generator = randomize(CLIPResNetModel(config)), torch.Generator().manual_seed(1)
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        draws = torch.randn(3, norm.num_features, generator=generator)
+        norm.weight.data, norm.running_mean, norm.running_var = 1 + 0.2 * draws[0], 0.1 * draws[1], draws[2].exp()
+        norm.num_batches_tracked += 7
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def clip_resnet_folder(clip_resnet, tiny_processor, tmp_path_factory) -> Path:
+    """A folder with the ResNet and the tiny teacher's processor; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("clip_resnet")
+    clip_resnet.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
 
 
 def _towers(config: CLIPConfig) -> dict[str, dict[str, Any]]:

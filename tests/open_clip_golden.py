@@ -1,6 +1,6 @@
-"""open_clip's own model code, with or without torchvision; and what it says of a tiny model, kept in `data/open_clip`.
+"""open_clip's own model code, with or without torchvision; and what it says of tiny models, kept in `data`.
 
-`python tests/open_clip_golden.py` makes that folder anew where open_clip is installed (3.3.0 was).
+`python tests/open_clip_golden.py` makes both folders anew where open_clip is installed (3.3.0 was).
 """
 
 import importlib
@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import MagicMock
 
 import torch
@@ -17,6 +18,7 @@ from transformers.utils import is_torchvision_available
 
 
 FOLDER = Path(__file__).parent / "data" / "open_clip"
+RESNET_FOLDER = Path(__file__).parent / "data" / "open_clip_resnet"
 # A tiny model, with what OpenAI's have: QuickGELU, and another width of heads than open_clip's default.
 CONFIG = {
     "model_cfg": {
@@ -30,6 +32,14 @@ CONFIG = {
         "std": [0.26862954, 0.26130258, 0.27577711],
         "interpolation": "bicubic",
         "resize_mode": "shortest",
+    },
+}
+# A tiny ResNet, whose stages differ in depth, and whose last one leaves more than one place to the attention pool.
+RESNET_CONFIG = {
+    **CONFIG,
+    "model_cfg": {
+        **CONFIG["model_cfg"],
+        "vision_cfg": {"image_size": 64, "layers": [1, 2, 1, 1], "width": 4, "head_width": 32, "patch_size": None},
     },
 }
 
@@ -52,14 +62,28 @@ def import_open_clip() -> ModuleType:
             del sys.modules[name]
 
 
-def main() -> None:
-    open_clip = import_open_clip()
+def pictures(size: int) -> torch.Tensor:
+    """Random pixels; coarse ones if there are many, of which convolutions would see nothing but the mean."""
+    if size <= 16:
+        return torch.randn(3, 3, size, size)
+    return 10 * torch.randn(3, 3, 4, 4).repeat_interleave(size // 4, dim=2).repeat_interleave(size // 4, dim=3)
+
+
+def write(folder: Path, config: dict[str, Any], open_clip: ModuleType) -> None:
+    """Writes a random model of a config, and what it says of random inputs."""
     torch.manual_seed(0)
-    model = open_clip.CLIP(**CONFIG["model_cfg"]).eval()
+    model, size = open_clip.CLIP(**config["model_cfg"]).eval(), config["model_cfg"]["vision_cfg"]["image_size"]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape)
-        pixels, ids = torch.randn(3, 3, 16, 16), torch.randint(1, 39, (3, 8))
+        for name, buffer in model.named_buffers():  # of BatchNorms, where there are any
+            if name.endswith("running_mean"):
+                buffer += 0.2 * torch.randn(buffer.shape)
+            elif name.endswith("running_var"):
+                buffer *= 0.5 + torch.rand(buffer.shape)
+            elif name.endswith("num_batches_tracked"):
+                buffer += 7
+        pixels, ids = pictures(size), torch.randint(1, 39, (3, 8))
         ids[:, 5], ids[:, 6:] = 39, 0  # the end, then open_clip's padding
         results = {
             "pixel_values": pixels,
@@ -67,10 +91,16 @@ def main() -> None:
             "image_embeds": model.encode_image(pixels, normalize=True),
             "text_embeds": model.encode_text(ids, normalize=True),
         }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), FOLDER / "open_clip_model.safetensors")
-    save_file(results, FOLDER / "expected.safetensors")
-    (FOLDER / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    save_file(results, folder / "expected.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    open_clip = import_open_clip()
+    for folder, config in ((FOLDER, CONFIG), (RESNET_FOLDER, RESNET_CONFIG)):
+        write(folder, config, open_clip)
 
 
 if __name__ == "__main__":

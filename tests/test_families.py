@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModel, CLIPModel, MetaClip2Model, PreTrainedModel
 
-from clipmap_hf.config import ClipMapConfig, TowerConfig
+from clipmap_hf.config import ClipMapConfig, ResNetTowerConfig, TowerConfig
 from clipmap_hf.families import CHINESE_CLIP, CLIP, FAMILIES, SIGLIP, TensorRule, family_for
 from clipmap_hf.starts import start_mapper
 
@@ -16,9 +16,15 @@ HALF = ClipMapConfig(
 
 
 @pytest.fixture
-def models(shared_teacher, metaclip2, siglip, chinese_clip) -> dict[str, PreTrainedModel]:
+def models(shared_teacher, metaclip2, siglip, chinese_clip, clip_resnet) -> dict[str, PreTrainedModel]:
     """A model of each type that a table describes."""
-    return {model.config.model_type: model for model in (shared_teacher, metaclip2, siglip, chinese_clip)}
+    return {model.config.model_type: model for model in (shared_teacher, metaclip2, siglip, chinese_clip, clip_resnet)}
+
+
+def half(model: PreTrainedModel) -> ClipMapConfig:
+    """About half of a model's width."""
+    is_resnet = not family_for(model.config).transformers
+    return dataclasses.replace(HALF, vision=ResNetTowerConfig(width=2)) if is_resnet else HALF
 
 
 def test_every_family_is_tested(models):
@@ -41,7 +47,7 @@ def test_every_tensor_of_a_family_matches_exactly_one_rule(model_type, models):
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_a_mapped_model_does_what_its_export_does(model_type, models, initializer, tiny_batch):
     model = models[model_type]
-    mapper = start_mapper(model, dataclasses.replace(HALF, initializer=initializer)).eval()
+    mapper = start_mapper(model, dataclasses.replace(half(model), initializer=initializer)).eval()
     exported = mapper.export().requires_grad_(
         False
     )  # torch reads a fused in_proj otherwise, if it may need a gradient
@@ -65,7 +71,8 @@ def test_square_operators_change_nothing(model_type, models, tiny_batch):
     model = copy.deepcopy(models[model_type])
     widths = {}
     for name in ("vision", "text"):
-        widths[name] = getattr(model.config, f"{name}_config").intermediate_size - 1
+        if hasattr(tower := getattr(model.config, f"{name}_config"), "intermediate_size"):
+            widths[name] = tower.intermediate_size - 1
     for name, tensor in model.state_dict().items():
         if {"ffn.in", "pool_ffn.in"} & set(family_for(model.config).match(name).rule.axes):
             tensor[:, -1] = 0
@@ -126,7 +133,7 @@ def test_a_tensor_of_a_wrong_shape_is_an_error_that_names_it(shared_teacher, sha
 
 def test_a_family_without_a_table_is_an_error_that_lists_those_with_one(tiny_config):
     vision_only = tiny_config().vision_config
-    message = r"'clip_vision_model' are not supported; supported are \['chinese_clip', 'clip', 'metaclip_2', 'siglip'"
+    message = r"'clip_vision_model' are not supported; supported are \['chinese_clip', 'clip', 'clip_resnet', 'meta"
     with pytest.raises(ValueError, match=message):
         family_for(vision_only)
 

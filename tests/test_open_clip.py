@@ -3,18 +3,14 @@ import shutil
 import pytest
 import torch
 from conftest import clip_of_kind
-from open_clip_golden import CONFIG, FOLDER, import_open_clip
+from open_clip_golden import CONFIG, FOLDER, RESNET_FOLDER, import_open_clip
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
-from clipmap_hf.export.open_clip import (
-    clip_config,
-    clip_image_processor,
-    clip_tensors,
-    open_clip_config,
-    open_clip_tensors,
-)
+from clipmap_hf.export import open_clip_folder
+from clipmap_hf.export.open_clip import clip_config, clip_image_processor, open_clip_config
 from clipmap_hf.export.open_clip_folder import read_open_clip_folder, write_open_clip_folder
+from clipmap_hf.export.open_clip_tensors import clip_tensors, open_clip_tensors
 from clipmap_hf.files.atomic import read_json, write_json
 from clipmap_hf.models.features import encode_images, encode_texts
 
@@ -109,7 +105,8 @@ def test_unknown_and_missing_tensors_are_errors(tiny_teacher, convert):
     ("section", "values", "message"),
     [
         ("vision_cfg", {"timm_model_name": "vit"}, r"vision_cfg with \{'timm_model_name': 'vit'\}"),
-        ("vision_cfg", {"layers": [3, 4, 6, 3]}, r"vision_cfg\.layers=\[3, 4, 6, 3\]"),
+        ("vision_cfg", {"layers": [3, 4, 6, 3]}, "vision_cfg of a ResNet with {'patch_size': 8}"),
+        ("vision_cfg", {"layers": [3, 4], "patch_size": None}, r"(?s)not valid.*layers=\[3, 4\] must be 4 numbers"),
         ("text_cfg", {"hf_model_name": "roberta"}, "text_cfg with"),
         ("text_cfg", {"pool_type": "last"}, "pool_type='last'"),
         ("text_cfg", {"pool_type": "eos", "eos_id": 2}, "pool_type='eos' at the id 2"),
@@ -197,11 +194,11 @@ def open_clip():
         pytest.skip("open_clip is not installed: it requires torchvision; pip install --no-deps open_clip_torch does")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "resnet"])
 def test_open_clip_has_the_same_embeddings_of_a_model_from_here(
-    open_clip, tiny_config, tiny_processor, tiny_batch, tmp_path, kind
+    open_clip, tiny_config, clip_resnet, tiny_processor, tiny_batch, tmp_path, kind
 ):
-    model = clip_of_kind(tiny_config(), kind)
+    model = clip_resnet if kind == "resnet" else clip_of_kind(tiny_config(), kind)
     write_open_clip_folder(tmp_path, model, tiny_processor)
     there = open_clip.create_model(f"local-dir:{tmp_path}").eval()
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["red circle", "blue bar"])
@@ -216,10 +213,24 @@ def test_open_clip_has_the_same_embeddings_of_a_model_from_here(
     torch.testing.assert_close(there.logit_scale, model.logit_scale, atol=0, rtol=0)
 
 
-def test_what_is_kept_of_open_clip_is_what_it_says(open_clip):
-    """The folder in `data` was made by this version of open_clip, or by one that computes the same."""
-    model = open_clip.create_model(f"local-dir:{FOLDER}").eval()
-    expected = load_file(FOLDER / "expected.safetensors")
+@pytest.mark.parametrize("folder", [FOLDER, RESNET_FOLDER], ids=lambda folder: folder.name)
+def test_what_is_kept_of_open_clip_is_what_it_says(open_clip, folder):
+    """The folders in `data` were made by this version of open_clip, or by one that computes the same."""
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    expected = load_file(folder / "expected.safetensors")
     with torch.no_grad():
         images = model.encode_image(expected["pixel_values"], normalize=True)
     torch.testing.assert_close(images, expected["image_embeds"], atol=1e-6, rtol=0)
+
+
+def test_a_hub_id_may_have_the_prefix_that_open_clip_gives_it(golden, monkeypatch):
+    asked = []
+
+    def download(source: str, **options) -> str:
+        asked.append(source)
+        return str(golden)
+
+    monkeypatch.setattr(open_clip_folder, "snapshot_download", download)
+    for source in ("hf-hub:me/model", "me/model"):
+        read_open_clip_folder(source)
+    assert asked == ["me/model", "me/model"]

@@ -60,7 +60,7 @@ def test_a_size_has_a_preset_or_a_budget():
         with_size(StudentArguments(), "student=small,params=30M")
 
 
-@pytest.mark.parametrize("size", ["vision_width=2", "vision_hidden_size=", "text_hidden_size=64,tiny"])
+@pytest.mark.parametrize("size", ["vision_depth=2", "vision_hidden_size=", "text_hidden_size=64,tiny"])
 def test_a_size_that_says_nothing_known_is_an_error(size):
     with pytest.raises(ValueError, match="it takes option=value, with an option of .'student', 'vision_hidden_size'"):
         with_size(StudentArguments(), size)

@@ -43,6 +43,8 @@ class StudentArguments:
     vision_intermediate_size: int | None = field(default=None, metadata={"help": "FFN width of the vision tower."})
     vision_num_hidden_layers: int | None = field(default=None, metadata={"help": "Depth of the vision tower."})
     vision_num_attention_heads: int | None = field(default=None, metadata={"help": "Heads of the vision tower."})
+    vision_width: int | None = field(default=None, metadata={"help": "Width of a ResNet; that of RN50 is 64."})
+    vision_layers: list[int] | None = field(default=None, metadata={"help": "Blocks of each stage of a ResNet."})
     text_hidden_size: int | None = field(default=None, metadata={"help": "Width of the text tower."})
     text_intermediate_size: int | None = field(default=None, metadata={"help": "FFN width of the text tower."})
     text_num_hidden_layers: int | None = field(default=None, metadata={"help": "Depth of the text tower."})

@@ -5,7 +5,7 @@ import dataclasses
 import yaml
 
 from clipmap_hf.cli.arguments import StudentArguments
-from clipmap_hf.config import PRESETS, Budget, ClipMapConfig, TowerConfig
+from clipmap_hf.config import PRESETS, Budget, ClipMapConfig, ResNetTowerConfig, TowerConfig
 
 
 __all__ = ["map_config", "with_size"]
@@ -32,9 +32,15 @@ def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | No
         raise ValueError(f"student={preset!r} is unknown; the presets are {sorted(PRESETS)}.")
     config = ClipMapConfig() if preset is None else PRESETS[preset]
     for tower in ("vision", "text"):
-        sizes = {f.name: given.pop(f"{tower}_{f.name}", None) for f in dataclasses.fields(TowerConfig)}
-        sizes = {name: value for name, value in sizes.items() if value is not None}
-        given[tower] = dataclasses.replace(getattr(config, tower), **sizes)
+        names = {f.name for kind in (TowerConfig, ResNetTowerConfig) for f in dataclasses.fields(kind)}
+        sizes = {name: given.pop(f"{tower}_{name}") for name in names if f"{tower}_{name}" in given}
+        of_resnet = [f.name for f in dataclasses.fields(ResNetTowerConfig) if f.name in sizes]
+        if of_resnet and len(of_resnet) < len(sizes):
+            raise ValueError(
+                f"The {tower} tower's size is given by {sorted(sizes)}; of these, {of_resnet} are a ResNet's."
+            )
+        size = ResNetTowerConfig() if of_resnet else getattr(config, tower)
+        given[tower] = dataclasses.replace(size, **sizes)
     return dataclasses.replace(config, seed=seed, **given)
 
 

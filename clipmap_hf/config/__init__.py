@@ -4,6 +4,7 @@ from clipmap_hf.config.budget import Budget
 from clipmap_hf.config.clipmap_config import ClipMapConfig, TowerConfig
 from clipmap_hf.config.presets import PRESETS
 from clipmap_hf.config.request import requested_config
+from clipmap_hf.config.resnet import ResNetTowerConfig
 from clipmap_hf.config.student import cut_towers, embedding_width, student_config
 
 
@@ -11,6 +12,7 @@ __all__ = [
     "PRESETS",
     "Budget",
     "ClipMapConfig",
+    "ResNetTowerConfig",
     "TowerConfig",
     "cut_towers",
     "embedding_width",

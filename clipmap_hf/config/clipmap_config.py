@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from clipmap_hf.config.budget import Budget
 from clipmap_hf.config.heads import HEAD_RULES, check_head_count, head_count
 from clipmap_hf.config.names import DEPTH_NAMES, START_NAMES
+from clipmap_hf.config.resnet import ResNetTowerConfig
 
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class ClipMapConfig:
     The student to make, and the mapping that makes it.
 
     Args:
-        vision: Size of the vision tower.
+        vision: Size of the vision tower, a `TowerConfig` or, of a ResNet, a `ResNetTowerConfig`.
         text: Size of the text tower. A tower that is left as large as the teacher's is kept as it is, bit for bit.
         projection_dim: Width of the joint embedding; the teacher's by default, so that the student's embeddings
             live in the teacher's space.
@@ -103,10 +104,10 @@ class ClipMapConfig:
 
     Raises:
         ValueError: If a name is unknown, or `refit_steps` is negative or no integer.
-        TypeError: If `vision` or `text` is no `TowerConfig`, or `budget` neither a `Budget` nor a mapping.
+        TypeError: If `vision` or `text` is neither class, or `budget` neither a `Budget` nor a mapping.
     """
 
-    vision: TowerConfig = field(default_factory=TowerConfig)
+    vision: TowerConfig | ResNetTowerConfig = field(default_factory=TowerConfig)
     text: TowerConfig = field(default_factory=TowerConfig)
     projection_dim: int | None = None
     heads: Literal["whole", "narrow"] | None = None
@@ -133,9 +134,10 @@ class ClipMapConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; allowed are {names}.")
         if type(self.refit_steps) is not int or self.refit_steps < 0:
             raise ValueError(f"refit_steps={self.refit_steps!r} must be an integer of at least 0.")
-        for name in ("vision", "text"):
-            if not isinstance(getattr(self, name), TowerConfig):
-                raise TypeError(f"{name} must be a TowerConfig, got {type(getattr(self, name)).__name__}.")
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(self, name), kinds):
+                allowed = " or a ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{name} must be a {allowed}, got {type(getattr(self, name)).__name__}.")
         if isinstance(self.budget, Mapping):
             object.__setattr__(self, "budget", Budget.from_dict(self.budget))
         if not isinstance(self.budget, Budget | None):
@@ -161,14 +163,23 @@ class ClipMapConfig:
         """
         values = dict(values)
         _check_keys(values, cls)
-        for name in ("vision", "text"):
+        for name, kinds in _KINDS.items():
             if name in values:
-                _check_keys(values[name], TowerConfig)
-                values[name] = TowerConfig(**values[name])
+                # Whichever knows the keys; a typing error is told of a transformer.
+                kind = next((one for one in kinds if set(values[name]) <= _fields(one)), TowerConfig)
+                _check_keys(values[name], kind)
+                values[name] = kind(**values[name])
         return cls(**values)
 
 
+_KINDS = {"vision": (TowerConfig, ResNetTowerConfig), "text": (TowerConfig,)}
+
+
+def _fields(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
 def _check_keys(values: dict[str, Any], cls: type) -> None:
-    allowed = {f.name for f in dataclasses.fields(cls)}
+    allowed = _fields(cls)
     if unknown := sorted(set(values) - allowed):
         raise ValueError(f"Unknown keys {unknown} for {cls.__name__}; allowed are {sorted(allowed)}.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipmap_hf.config.clipmap_config import ClipMapConfig, TowerConfig
+from clipmap_hf.config.resnet import ResNetTowerConfig
 
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> Pretrain
     has_projections = hasattr(teacher, "projection_dim")
     for name in ("vision", "text"):
         tower = getattr(student, f"{name}_config")
-        size = getattr(config, name).resolve(tower, name, config.head_rule)
+        size = _of_kind(getattr(config, name), tower, name).resolve(tower, name, config.head_rule)
         for attribute, value in dataclasses.asdict(size).items():
             setattr(tower, attribute, value)
         if has_projections:
@@ -66,9 +67,29 @@ def embedding_width(config: PretrainedConfig) -> int:
 
 def cut_towers(teacher: PretrainedConfig, student: PretrainedConfig) -> tuple[str, ...]:
     """Names the towers, `vision` or `text`, that are smaller in the student; the joint embedding belongs to both."""
-    sizes = [field.name for field in dataclasses.fields(TowerConfig)]
 
-    def size(config: PretrainedConfig, tower: str) -> list[int]:
-        return [embedding_width(config), *(getattr(getattr(config, f"{tower}_config"), name) for name in sizes)]
+    def size(config: PretrainedConfig, name: str) -> list[Any]:
+        tower = getattr(config, f"{name}_config")
+        return [embedding_width(config), *(getattr(tower, field.name) for field in dataclasses.fields(_kind(tower)))]
 
     return tuple(tower for tower in ("vision", "text") if size(teacher, tower) != size(student, tower))
+
+
+def _kind(tower: PretrainedConfig) -> type[TowerConfig] | type[ResNetTowerConfig]:
+    """The class of what says how large such a tower is."""
+    return TowerConfig if hasattr(tower, "intermediate_size") else ResNetTowerConfig
+
+
+def _of_kind(
+    size: TowerConfig | ResNetTowerConfig, tower: PretrainedConfig, name: str
+) -> TowerConfig | ResNetTowerConfig:
+    """The size, after a check that it says what such a tower has; one that says nothing is one of any kind."""
+    kind = _kind(tower)
+    given = [field for field, value in dataclasses.asdict(size).items() if value is not None]
+    if not isinstance(size, kind) and given:
+        allowed = [field.name for field in dataclasses.fields(kind)]
+        raise ValueError(
+            f"{name} is given by {given}, but the teacher's {name} tower is of another kind, whose size is given by "
+            f"{allowed} (a {kind.__name__})."
+        )
+    return size if isinstance(size, kind) else kind()

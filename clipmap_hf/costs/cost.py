@@ -67,7 +67,7 @@ def model_cost(config: CLIPConfig, dtype: torch.dtype = torch.float32) -> Cost:
         dtype: Dtype of the weights in the file.
     """
     with torch.device("meta"):  # attention runs as matrix products on this device, and the counter sees these
-        model = AutoModel.from_config(copy.deepcopy(config))
+        model = AutoModel.from_config(copy.deepcopy(config)).eval()  # BatchNorms compute otherwise in training
         vision_macs, text_macs = _vision_macs(model), _text_macs(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parameters = sum(sizes.values())
@@ -80,7 +80,7 @@ def model_cost(config: CLIPConfig, dtype: torch.dtype = torch.float32) -> Cost:
 def vision_cost(config: CLIPConfig) -> Cost:
     """Computes the cost of the vision tower and its projection alone, of the model that `config` describes."""
     with torch.device("meta"):
-        model = AutoModel.from_config(copy.deepcopy(config))
+        model = AutoModel.from_config(copy.deepcopy(config)).eval()  # BatchNorms compute otherwise in training
         macs = _vision_macs(model)
     tower = (model.vision_model, model.visual_projection)
     parameters = sum(weight.numel() for part in tower for weight in part.parameters())

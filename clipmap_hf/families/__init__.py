@@ -5,12 +5,25 @@ from transformers import PretrainedConfig
 from clipmap_hf.families.base import Family, TensorRule, TensorSpec
 from clipmap_hf.families.chinese_clip import CHINESE_CLIP
 from clipmap_hf.families.clip import CLIP
+from clipmap_hf.families.clip_resnet import CLIP_RESNET
 from clipmap_hf.families.siglip import SIGLIP
 
 
-__all__ = ["CHINESE_CLIP", "CLIP", "FAMILIES", "SIGLIP", "Family", "TensorRule", "TensorSpec", "family_for"]
+__all__ = [
+    "CHINESE_CLIP",
+    "CLIP",
+    "CLIP_RESNET",
+    "FAMILIES",
+    "SIGLIP",
+    "Family",
+    "TensorRule",
+    "TensorSpec",
+    "family_for",
+]
 
-FAMILIES = {model_type: family for family in (CHINESE_CLIP, CLIP, SIGLIP) for model_type in family.model_types}
+FAMILIES = {
+    model_type: family for family in (CHINESE_CLIP, CLIP, CLIP_RESNET, SIGLIP) for model_type in family.model_types
+}
 
 
 def family_for(config: PretrainedConfig) -> Family:

@@ -6,7 +6,7 @@ A space is a set of channels that several tensors share, such as the channels of
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -24,11 +24,13 @@ class TensorRule:
         pattern: Regular expression that matches the whole state-dict name. Its group `layer` is the layer's number.
             Its group `tower` is `vision` or `text`.
         axes: The space of each axis; `None` for an axis that is not mapped. `x` stands for an axis that writes the
-            space `x` (the paper's F^out), and `x.in` for an axis that reads it (F^in).
+            space `x` (the paper's F^out), and `x.in` for an axis that reads it (F^in). Names in braces, as in
+            `stream{stage}`, stand for groups of the pattern.
         tower: The tower of the tensors, for a pattern without the group `tower`.
         lookup: Whether rows are looked up by token id, so that a batch needs only some of the rows.
         stacked: How many tensors with these axes are stacked along the first axis: 3 where query, key and value are
             stored as a single tensor.
+        squared: Whether the tensors are variances, which go through the squares of an operator's entries.
     """
 
     pattern: str
@@ -36,6 +38,7 @@ class TensorRule:
     tower: str | None = None
     lookup: bool = False
     stacked: int = 1
+    squared: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Family:
         name: Name of the family.
         model_types: Every `config.model_type` that the table describes.
         rules: The lines of the table. Every tensor must match exactly one line.
-        spaces: The size of each space that belongs to a tower, as the name of an attribute of the tower's config.
+        spaces: The size of each space that belongs to a tower, as the name of an attribute of the tower's config; with
+            a number behind it, `x.2`, where that is a list. A space `x.N`, with a number, is as large as `x`.
         shared_spaces: The size of each space that both towers share, as the name of an attribute of the model's
             config. Dots in the name lead into the config of a tower.
         layer_spaces: Spaces of which every layer has its own. Of the other spaces, there is one per tower or, if they
@@ -95,6 +99,8 @@ class Family:
             those of `operator_ties`.
         layerwise: Whether `Tower` can run the family's models layer by layer. Calibrated starts, MoPE's errors and
             budgets chosen by activations need that.
+        transformers: Whether both towers are transformers, so that each has layers, heads and neurons. Selections,
+            budgets, ternary weights and the hidden loss need that.
     """
 
     name: str
@@ -107,6 +113,7 @@ class Family:
     norms: tuple[NormRule, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     layerwise: bool = True
+    transformers: bool = True
 
     def match(self, name: str) -> TensorSpec:
         """
@@ -126,6 +133,7 @@ class Family:
             )
         rule, match = found[0]
         groups = match.groupdict()
+        rule = replace(rule, axes=tuple(space and space.format(**groups) for space in rule.axes))
         layer = groups.get("layer")
         kind = name if layer is None else name[: match.start("layer")] + "*" + name[match.end("layer") :]
         return TensorSpec(kind, rule.tower or groups.get("tower"), None if layer is None else int(layer), rule)
@@ -135,7 +143,11 @@ class Family:
         space = space.removesuffix(".in")
         if space in self.shared_spaces:
             return operator.attrgetter(self.shared_spaces[space])(config)
-        return getattr(getattr(config, f"{tower}_config"), self.spaces[space])
+        if space not in self.spaces:
+            space = space.rpartition(".")[0]
+        attribute, _, entry = self.spaces[space].partition(".")
+        size = getattr(getattr(config, f"{tower}_config"), attribute)
+        return size[int(entry)] if entry else size
 
     def specs(self, tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) -> dict[str, TensorSpec]:
         """

@@ -46,7 +46,7 @@ def render_card(
     Args:
         teacher: Hub id or folder of the teacher. Only a Hub id becomes the card's `base_model`.
         cost_table: Markdown table with the sizes of teacher and student.
-        model_class: The student's class in transformers.
+        model_class: The student's class, in transformers or here.
         method: A sentence on how the weights were made.
         revision: The teacher's branch, tag or commit on the Hub.
         results: The student's results.
@@ -63,6 +63,7 @@ def render_card(
     shown = shown_name(teacher)
     arguments = yaml.safe_load(recipe) if recipe else {}
     index = {"model_name": f"compressed {shown}", "eval_results": model_index(results)} if results else {}
+    own = not hasattr(transformers, model_class)  # loaded by the automatic classes after this package is imported
     with_projection = model_class.replace("Model", "VisionModelWithProjection")  # SigLIP has no such class
     data = ModelCardData(
         base_model=None if is_local else teacher,
@@ -80,6 +81,8 @@ def render_card(
         template_path=str(_TEMPLATES / ("model_card.md" if labels is None else "label_card.md")),
         teacher=shown,
         model_class=model_class,
+        own=own,
+        loader="AutoModel" if own else model_class,
         projection="WithProjection" if hasattr(transformers, with_projection) else "",
         method=method,
         cost_table=cost_table,

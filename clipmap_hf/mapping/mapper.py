@@ -134,7 +134,7 @@ class WeightMapper(nn.Module):
                 if spec.rule.stacked > 1:
                     mapped = mapped.flatten(-1 - len(spec.rule.axes), -len(spec.rule.axes))
                 if spec.layer is None:
-                    weights[spec.kind] = mapped.contiguous()
+                    weights[spec.kind] = _laid_out(mapped)
                 else:
                     weights |= {spec.name(layer): tensor for layer, tensor in enumerate(mapped)}
         return {**weights, **{name: getattr(self, name) for name in self.plan.copied}}
@@ -178,6 +178,8 @@ class WeightMapper(nn.Module):
             for axis, space in enumerate(spec.rule.axes)
             if space is not None and (name := plan.operator_name(space, spec.tower)) in operators
         }
+        if spec.rule.squared:
+            along = {axis: operator.square() for axis, operator in along.items()}
         if spec.rule.lookup and token_ids is not None:
             rows = token_ids.unique()
             mapped = project_axes(tensor[rows], along)
@@ -221,6 +223,11 @@ class _Method(nn.Module):
 
     def forward(self, **inputs: torch.Tensor):
         return getattr(self.model, self.method)(**inputs)
+
+
+def _laid_out(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the layout of a model's own; of a kernel of one pixel, `contiguous` would not change a thing."""
+    return tensor.contiguous() if tensor.ndim < 4 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _stacked(tensors: Mapping[str, torch.Tensor], spec: TensorSpec, teacher: PretrainedConfig) -> torch.Tensor:

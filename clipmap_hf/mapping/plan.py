@@ -84,8 +84,12 @@ class MappingPlan:
         return [spec for spec in self.kinds if spec.tower in self.cut]
 
     def teacher_tensors(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
-        """The teacher's state dict in fp32, folded in the towers that are cut if the plan says so."""
-        tensors = {name: tensor.detach().float() for name, tensor in teacher.state_dict().items()}
+        """
+        The teacher's state dict in fp32, folded in the towers that are cut if the plan says so. What counts, as a
+        BatchNorm's batches, stays an integer.
+        """
+        tensors = {name: tensor.detach() for name, tensor in teacher.state_dict().items()}
+        tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         if not self.folds:
             return tensors
         folded = fold(tensors, self.family)

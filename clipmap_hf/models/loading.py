@@ -45,7 +45,7 @@ def load_config(source: str, *, revision: str | None = None, **kwargs) -> Pretra
         kwargs: Passed to `from_pretrained`.
 
     Raises:
-        OSError: If it is missing or the Hub cannot be reached.
+        OSError: If it is missing or the Hub cannot be reached, or the folder is in open_clip's format.
         ValueError: If its values are of the wrong kind, or it names code of its own, which is never run.
     """
     if not os.path.isdir(source):
@@ -54,6 +54,13 @@ def load_config(source: str, *, revision: str | None = None, **kwargs) -> Pretra
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **kwargs)
     except StrictDataclassError as error:
         raise ValueError(f"The config.json in {source!r} is not valid. {error}") from error
+    except (OSError, ValueError) as error:
+        if (Path(source) / "open_clip_config.json").is_file():
+            raise OSError(
+                f"{source!r} is in open_clip's format. Convert it first, and give the folder that this writes: "
+                f"clipmap-hf convert_open_clip --model {source} --to transformers --output_dir FOLDER"
+            ) from error
+        raise
     if getattr(config, "auto_map", None):
         raise ValueError(
             f"The config.json in {source!r} names code of its own (auto_map: {config.auto_map}), which is never "
@@ -226,4 +233,5 @@ def _least_parameters(tower: PretrainedConfig | None, projection_dim: int) -> in
     width, patch = size("hidden_size"), size("patch_size")
     rows = size("vocab_size") + size("max_position_embeddings") + max(projection_dim, size("projection_dim"))
     rows += size("num_channels") * patch**2 + (size("image_size") // patch) ** 2 if patch else 0
-    return size("num_hidden_layers") * (4 * width**2 + 2 * width * size("intermediate_size")) + rows * width
+    ffn = size("intermediate_size")  # a ResNet has none, and no layers that are all as wide
+    return (size("num_hidden_layers") * (4 * width**2 + 2 * width * ffn) if ffn else 0) + rows * width

@@ -14,6 +14,7 @@ from clipmap_hf.data.pairs import PairSource
 from clipmap_hf.families import family_for
 from clipmap_hf.hub.card import render_card, shown_name
 from clipmap_hf.hub.folder import write_card, write_student_folder
+from clipmap_hf.models.batch_norms import has_batch_norms
 from clipmap_hf.models.fingerprints import config_values
 from clipmap_hf.models.finite import check_finite
 from clipmap_hf.models.loading import check_float, load_model
@@ -168,8 +169,18 @@ class DistillationTrainer(StageTrainer):
 
 
 def freeze_tower(model: PreTrainedModel, tower: str | None) -> PreTrainedModel:
-    """Lets all weights of a model be trained, but those of a tower and its projection; `None` freezes neither."""
+    """
+    Lets all weights of a model be trained, but those of a tower and its projection; `None` freezes neither.
+
+    Raises:
+        ValueError: If the tower has BatchNorms, which would go on to count.
+    """
     family = family_for(model.config)
+    if tower is not None and has_batch_norms(getattr(model, f"{tower}_model")):
+        raise ValueError(
+            f"freeze={tower!r}, but the {tower} tower of a {type(model).__name__} has BatchNorms, whose statistics "
+            "change in training even if no weight does. Freeze the other tower, or none."
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(tower is None or family.match(name).tower != tower)
     return model

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from clipmap_hf.config import ClipMapConfig, student_config
 from clipmap_hf.config.heads import head_width
 from clipmap_hf.costs.cost import model_cost, parameter_count
+from clipmap_hf.families import family_for
 
 
 __all__ = [
@@ -64,8 +65,13 @@ def grid_of(teacher: PretrainedConfig, config: ClipMapConfig) -> Grid:
         config: The config of the student.
 
     Raises:
-        ValueError: If a given size does not fit the teacher.
+        ValueError: If a given size does not fit the teacher, or a tower is no transformer.
     """
+    if not family_for(teacher).transformers:
+        raise ValueError(
+            "A search within a budget compares widths and depths of transformers, which is not written for models of "
+            f"type {teacher.model_type!r}. Give the student's sizes instead of a budget."
+        )
     grid = {}
     for name in ("vision", "text"):
         tower, given = getattr(teacher, f"{name}_config"), getattr(config, name)

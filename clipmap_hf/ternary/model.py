@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from clipmap_hf.families import FAMILIES
 from clipmap_hf.models.loading import check_float
 from clipmap_hf.ternary.config import BACKENDS, TernaryConfig
 from clipmap_hf.ternary.integration import TernaryQuantizer, configs, mark_as_packed, named, swap
@@ -18,13 +19,19 @@ from clipmap_hf.ternary.quantizers import ternarized
 __all__ = ["pack_model", "set_backend", "sparsity", "ternary_modules"]
 
 
-def ternary_modules(model: nn.Module, config: TernaryConfig) -> list[str]:
+def ternary_modules(model: PreTrainedModel, config: TernaryConfig) -> list[str]:
     """
     Returns the names of the modules that `config` selects in a model.
 
     Raises:
-        ValueError: If the model has no modules of a part.
+        ValueError: If the model has no modules of a part, or a tower is no transformer.
     """
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and not family.transformers:
+        raise ValueError(
+            f"Ternary weights are those of transformers; the vision tower of a model of type "
+            f"{model.config.model_type!r} cannot have them."
+        )
     return config.modules or config.select(name for name, module in model.named_modules() if type(module) in TERNARY)
 
 

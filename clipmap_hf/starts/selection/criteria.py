@@ -99,9 +99,14 @@ def part_sums(teacher: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> S
     Args:
         teacher: The model.
         values: Of its tensors, by their names and of their shapes.
+
+    Raises:
+        ValueError: If a tower is no transformer, so that it has no heads and neurons.
     """
     sums = defaultdict(float)
     family = family_for(teacher.config)
+    if not family.transformers:
+        raise ValueError(f"Models of type {teacher.config.model_type!r} have no scores of heads and neurons.")
     for name, spec in family.specs(teacher.state_dict(), teacher.config).items():
         value = values[name].unflatten(0, (spec.rule.stacked, -1)).sum(dim=0) if spec.tower else None
         for axis, space in enumerate(spec.rule.axes):

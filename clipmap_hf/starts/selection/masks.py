@@ -68,7 +68,10 @@ class Masks(nn.Module):
     def __init__(self, config: PretrainedConfig, family: Family, towers: Sequence[str] = ("vision", "text")):
         super().__init__()
         if not family.layerwise:
-            raise ValueError(f"Models of type {config.model_type!r} cannot be masked; start from a selection instead.")
+            raise ValueError(
+                f"Models of type {config.model_type!r} cannot be masked; start by an initializer instead, such as "
+                "'diagonal'."
+            )
         self.config, self.family, self.towers = config, family, towers
         for name in towers:
             tower = getattr(config, f"{name}_config")

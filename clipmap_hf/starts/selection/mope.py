@@ -59,7 +59,12 @@ def mope_errors(teacher: PreTrainedModel, batches: Sequence[Batch]) -> tuple[dic
     Args:
         teacher: The model, on the device to compute on.
         batches: As for `taylor`.
+
+    Raises:
+        ValueError: If the model's family is none that `Tower` goes through.
     """
+    for name in ("vision", "text"):
+        Tower(teacher, name)  # refuses what it cannot take apart before anything is computed
     estimates = taylor(teacher, batches, seed=0)
     neurons = {name: getattr(estimates, name).neurons for name in ("vision", "text")}
     return pruning_errors(teacher, batches, neurons), estimates

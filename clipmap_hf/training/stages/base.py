@@ -10,7 +10,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from clipmap_hf.data.collate import normalized_pixels
-from clipmap_hf.distributed import gather
+from clipmap_hf.distributed import gather, process_count
+from clipmap_hf.models.batch_norms import has_batch_norms
 from clipmap_hf.models.features import ClipFeatures
 from clipmap_hf.training.stages.logits import clamp_scale, logit_parameters, set_scale
 
@@ -65,6 +66,7 @@ class Stage(nn.Module):
         if learn_logit_scale:
             self._set_scale(learn=True)
         self._encode = self.encoder
+        self._has_batch_norms = has_batch_norms(trained)
 
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """Returns `{"loss": …}` over the chunks of all processes, and the scalars to log."""
@@ -91,6 +93,12 @@ class Stage(nn.Module):
         return self.trained, {}
 
     def _student_features(self, chunks: Sequence[Batch]) -> ClipFeatures:
+        if self._has_batch_norms and self.training and (len(chunks) > 1 or process_count() > 1):
+            raise ValueError(
+                "A model with BatchNorms is trained on whole batches in one process: chunks, or processes, would each "
+                "have statistics of their own, and the gradient would not be the batch's. Leave micro_batch_size out, "
+                "and start one process."
+            )
         model = self._student_model(chunks)
         if len(chunks) == 1:
             embeds = [self._encoded(*model, chunks[0])]

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from clipmap_hf.config import embedding_width
+from clipmap_hf.families import family_for
 from clipmap_hf.losses import EMBEDDING_LOSSES, LOSSES, check_losses, loss_weights
 from clipmap_hf.losses.hidden import hidden_errors
 from clipmap_hf.models.features import ClipFeatures
@@ -70,6 +71,12 @@ class DistillationStage(Stage):
         if "hidden" in losses:
             if not teachers:
                 raise ValueError("The hidden loss needs the teacher itself, of whose streams a cache has none.")
+            for one in (config, teachers[0].config):
+                if not family_for(one).transformers:
+                    raise ValueError(
+                        "The hidden loss compares the tokens of transformers, which a vision tower of a model of type "
+                        f"{one.model_type!r} does not have; leave it out."
+                    )
             _check_same_inputs(config, teachers[0].config, ("image_size", "patch_size"))  # token by token
             self.stream_projectors = stream_projectors(config, teachers[0].config)
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from clipmap_hf.distributed import average_gradients, gather
 from clipmap_hf.mapping.mapper import WeightMapper
+from clipmap_hf.models.batch_norms import has_batch_norms
 from clipmap_hf.training.stages.base import CONTRASTIVE, Batch
 from clipmap_hf.training.stages.distillation import DistillationStage
 
@@ -29,8 +30,8 @@ class MappingStage(DistillationStage):
         teacher_dims: As in `DistillationStage`.
 
     Raises:
-        ValueError: If the student is as large as its teacher, so that nothing is mapped, for the hidden loss, whose
-            projections are trained with a student, or as in `DistillationStage`.
+        ValueError: If the student is as large as its teacher, so that nothing is mapped, if it has BatchNorms, for the
+            hidden loss, whose projections are trained with a student, or as in `DistillationStage`.
     """
 
     trained: WeightMapper
@@ -50,6 +51,12 @@ class MappingStage(DistillationStage):
             raise ValueError(
                 "The student is as large as its teacher, so there is nothing to map. Say what is to be smaller: a "
                 "preset, or sizes such as vision_hidden_size."
+            )
+        if has_batch_norms(trained.skeleton):
+            raise ValueError(
+                "The mapping stage is not written for models with BatchNorms, such as those of type "
+                f"{trained.config.model_type!r}: their statistics would have to be those of the mapped network. "
+                "Distill the student as it starts."
             )
         if "hidden" in losses:
             raise ValueError("The mapping stage knows no hidden loss; leave it out, or use it in distillation.")

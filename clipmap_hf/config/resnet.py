@@ -1,0 +1,56 @@
+"""The size of a ResNet tower of a student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["ResNetTowerConfig"]
+
+
+@dataclass(frozen=True)
+class ResNetTowerConfig:
+    """
+    The size of a ResNet tower. What is left out stays as in the teacher.
+
+    Args:
+        width: Channels behind the stem; those of RN50 are 64.
+        layers: Bottlenecks of each stage. They are the teacher's: fewer cannot be made yet.
+    """
+
+    width: int | None = None
+    layers: Sequence[int] | None = None
+
+    def resolve(self, teacher: PretrainedConfig, name: str, rule: str = "whole") -> ResNetTowerConfig:
+        """
+        Fills in what was left out.
+
+        Args:
+            teacher: The config of the teacher's tower.
+            name: `vision`, for errors.
+            rule: Not used; heads are as wide as the teacher's.
+
+        Raises:
+            ValueError: If the tower cannot be cut from this teacher; the message says what can.
+        """
+        width = teacher.width if self.width is None else self.width
+        # Half of the width is that of the stem, and 32 times the width are heads.
+        fitting = [one for one in range(2, teacher.width + 1, 2) if one * 32 % teacher.head_width == 0]
+        if type(width) is not int or width not in fitting:
+            raise ValueError(
+                f"{name}.width={width!r} does not fit the teacher; it must be even, no larger than the teacher's "
+                f"{teacher.width}, and 32 times it a multiple of the heads' {teacher.head_width} channels. Those that "
+                f"are so are {fitting}."
+            )
+        layers = teacher.layers if self.layers is None else list(self.layers)
+        if layers != teacher.layers:
+            raise ValueError(
+                f"{name}.layers={layers}, but a student of a ResNet has as many blocks as its teacher, "
+                f"{teacher.layers}: fewer cannot be made yet. Leave layers out."
+            )
+        return ResNetTowerConfig(width, layers)
