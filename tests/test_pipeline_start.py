@@ -127,6 +127,14 @@ def test_another_command_starts_anew(start, no_start, changes):
         start(**{"student": STARTED} | changes)
 
 
+@pytest.mark.parametrize("changes", [{"keyword_column": []}, {"caption_sampling": "first"}, {"mix": 0.5}])
+def test_other_texts_of_training_are_another_start(start, data, no_start, changes):
+    start(STARTED)
+    no_start()
+    with pytest.raises(pytest.fail.Exception, match="it was calibrated"):
+        start(STARTED, data=dataclasses.replace(data, **changes))
+
+
 def test_a_start_for_another_student_takes_the_place_of_the_first(start, no_start):
     start(STARTED)
     other = dataclasses.replace(STARTED, projection_dim=16)

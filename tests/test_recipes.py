@@ -21,6 +21,8 @@ from transformers import CLIPModel, CLIPProcessor
 import clipmap_hf
 from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
 from clipmap_hf.data.calibration_pairs import CalibrationPairs
+from clipmap_hf.data.collate import PairCollator
+from clipmap_hf.data.further_texts import further_texts
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.evaluation.sets import EVAL_SETS
 from clipmap_hf.models.loading import load_processor
@@ -429,9 +431,9 @@ def test_compress_without_steps_writes_the_calibrated_start(finish, teacher_fold
     none = ("--mapping_steps", 0, "--distillation_steps", 0, "--mapping_batch_size", 8, "--distillation_batch_size", 8)
     finish("compress.py", *argv, *none, "--output_dir", tmp_path)
     sizes = {"vision": TowerConfig(32, num_hidden_layers=2), "text": TowerConfig(16)}
-    pairs = CalibrationPairs(
-        load_pairs(str(pairs_parquet)), load_processor(str(teacher_folder), backend="pil"), 16, seed=3
-    )
+    rows, processor = load_pairs(str(pairs_parquet)), load_processor(str(teacher_folder), backend="pil")
+    more = further_texts(rows, PairCollator(processor.tokenizer, processor.image_processor), 48, seed=3)
+    pairs = CalibrationPairs(rows, processor, 16, seed=3, more_texts=more)
     expected = ClipMapCompressor.from_pretrained(
         teacher_folder, ClipMapConfig(**sizes, seed=3), calibration_data=pairs
     ).export()

@@ -167,6 +167,9 @@ def start_origin(
         origin["calibration"] = json_values(dataclasses.replace(calibration, calibration_data=source))
         origin["data"] = source_files(data, given) | {
             "caption_column": data.caption_column,
+            "keyword_column": data.keyword_column,
+            "caption_sampling": data.sampling,
+            "mix": data.mix,
             "streaming": data.streaming,
             "image_backend": data.image_backend,
         }

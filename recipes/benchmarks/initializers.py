@@ -91,6 +91,7 @@ PARTS = {
             "importance",
             "no refit",
             "no gradient steps",
+            "gradient steps for embeddings alone",
             "calibrated_whole",
             "calibrated",
             "800 gradient steps",
