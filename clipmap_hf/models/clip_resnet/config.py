@@ -24,7 +24,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
     """
     The config of the vision tower.
 
-    Args:
+    Attributes:
         width: Channels behind the stem; those of RN50 are 64 (TinyCLIP's RN-30M: 56, RN-19M: 44).
         layers: Bottlenecks of each of the four stages.
         head_width: Channels of a head of the attention pool.
@@ -106,7 +106,7 @@ class CLIPResNetConfig(PreTrainedConfig):
     """
     The config of a `CLIPResNetModel`.
 
-    Args:
+    Attributes:
         text_config: That of the text tower, a `CLIPTextConfig` or its values by name.
         vision_config: That of the vision tower, a `CLIPResNetVisionConfig` or its values by name.
         projection_dim: Width of the joint embedding, which the towers' configs get too.
