@@ -265,10 +265,7 @@ def siglip_processor(tiny_pairs, siglip, tmp_path_factory) -> SiglipProcessor:
 @pytest.fixture(scope="session")
 def siglip_folder(siglip, siglip_processor, tmp_path_factory) -> Path:
     """A folder with the SigLIP and its processor; copy it before changing it."""
-    folder = tmp_path_factory.mktemp("siglip")
-    siglip.save_pretrained(folder)
-    siglip_processor.save_pretrained(folder)
-    return folder
+    return _saved(tmp_path_factory.mktemp("siglip"), siglip, siglip_processor)
 
 
 @pytest.fixture(scope="session")
@@ -296,9 +293,12 @@ def clip_resnet(tiny_config) -> CLIPResNetModel:
 @pytest.fixture(scope="session")
 def clip_resnet_folder(clip_resnet, tiny_processor, tmp_path_factory) -> Path:
     """A folder with the ResNet and the tiny teacher's processor; copy it before changing it."""
-    folder = tmp_path_factory.mktemp("clip_resnet")
-    clip_resnet.save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
+    return _saved(tmp_path_factory.mktemp("clip_resnet"), clip_resnet, tiny_processor)
+
+
+def _saved(folder: Path, *parts: Any) -> Path:
+    for part in parts:
+        part.save_pretrained(folder)
     return folder
 
 
@@ -393,10 +393,7 @@ def pairs_tars(pairs_tar, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def teacher_folder(shared_teacher, tiny_processor, tmp_path_factory) -> Path:
     """A folder with the tiny teacher and its processor; copy it before changing it."""
-    folder = tmp_path_factory.mktemp("teacher")
-    shared_teacher.save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    return folder
+    return _saved(tmp_path_factory.mktemp("teacher"), shared_teacher, tiny_processor)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +61,13 @@ def import_open_clip() -> ModuleType:
     finally:
         for name in stubs:
             del sys.modules[name]
+
+
+def copied(source: Path, folder: Path, tokenizer: Any) -> Path:
+    """A copy of what open_clip wrote, with a tokenizer."""
+    shutil.copytree(source, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def pictures(size: int) -> torch.Tensor:

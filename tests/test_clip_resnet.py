@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from open_clip_golden import FOLDER, RESNET_CONFIG, RESNET_FOLDER
+from open_clip_golden import FOLDER, RESNET_CONFIG, RESNET_FOLDER, copied
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPProcessor, pipeline
 
@@ -22,10 +22,7 @@ from clipmap_hf.models.loading import load_config, load_model, load_processor
 @pytest.fixture
 def golden(tmp_path, tiny_processor):
     """What open_clip itself wrote, and a tokenizer."""
-    folder = tmp_path / "golden"
-    shutil.copytree(RESNET_FOLDER, folder)
-    tiny_processor.tokenizer.save_pretrained(folder)
-    return folder
+    return copied(RESNET_FOLDER, tmp_path / "golden", tiny_processor.tokenizer)
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
-import shutil
-
 import pytest
 import torch
 from conftest import clip_of_kind
-from open_clip_golden import CONFIG, FOLDER, RESNET_FOLDER, import_open_clip
+from open_clip_golden import CONFIG, FOLDER, RESNET_FOLDER, copied, import_open_clip
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
@@ -21,10 +19,7 @@ KINDS = ("gelu", "quick_gelu", "old end token")
 @pytest.fixture
 def golden(tmp_path, tiny_processor):
     """What open_clip itself wrote, and a tokenizer."""
-    folder = tmp_path / "golden"
-    shutil.copytree(FOLDER, folder)
-    tiny_processor.tokenizer.save_pretrained(folder)
-    return folder
+    return copied(FOLDER, tmp_path / "golden", tiny_processor.tokenizer)
 
 
 @pytest.fixture

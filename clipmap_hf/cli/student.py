@@ -31,8 +31,8 @@ def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | No
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"student={preset!r} is unknown; the presets are {sorted(PRESETS)}.")
     config = ClipMapConfig() if preset is None else PRESETS[preset]
+    names = {f.name for kind in (TowerConfig, ResNetTowerConfig) for f in dataclasses.fields(kind)}
     for tower in ("vision", "text"):
-        names = {f.name for kind in (TowerConfig, ResNetTowerConfig) for f in dataclasses.fields(kind)}
         sizes = {name: given.pop(f"{tower}_{name}") for name in names if f"{tower}_{name}" in given}
         of_resnet = [f.name for f in dataclasses.fields(ResNetTowerConfig) if f.name in sizes]
         if of_resnet and len(of_resnet) < len(sizes):

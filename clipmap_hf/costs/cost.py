@@ -67,7 +67,7 @@ def model_cost(config: CLIPConfig, dtype: torch.dtype = torch.float32) -> Cost:
         dtype: Dtype of the weights in the file.
     """
     with torch.device("meta"):  # attention runs as matrix products on this device, and the counter sees these
-        model = AutoModel.from_config(copy.deepcopy(config)).eval()  # BatchNorms compute otherwise in training
+        model = _model(config)
         vision_macs, text_macs = _vision_macs(model), _text_macs(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parameters = sum(sizes.values())
@@ -80,7 +80,7 @@ def model_cost(config: CLIPConfig, dtype: torch.dtype = torch.float32) -> Cost:
 def vision_cost(config: CLIPConfig) -> Cost:
     """Computes the cost of the vision tower and its projection alone, of the model that `config` describes."""
     with torch.device("meta"):
-        model = AutoModel.from_config(copy.deepcopy(config)).eval()  # BatchNorms compute otherwise in training
+        model = _model(config)
         macs = _vision_macs(model)
     tower = (model.vision_model, model.visual_projection)
     parameters = sum(weight.numel() for part in tower for weight in part.parameters())
@@ -90,7 +90,12 @@ def vision_cost(config: CLIPConfig) -> Cost:
 def parameter_count(config: CLIPConfig) -> int:
     """Counts all parameters of the model that `config` describes. Takes a tenth of the time of `model_cost`."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModel.from_config(copy.deepcopy(config)).parameters())
+        return sum(parameter.numel() for parameter in _model(config).parameters())
+
+
+def _model(config: CLIPConfig) -> PreTrainedModel:
+    """The model that `config` describes, in evaluation: BatchNorms compute otherwise in training."""
+    return AutoModel.from_config(copy.deepcopy(config)).eval()
 
 
 def with_bytes_of(cost: Cost, model: PreTrainedModel) -> Cost:

@@ -22,7 +22,7 @@ from clipmap_hf.data.texts import Texts
 from clipmap_hf.distributed import process_count, process_index
 
 
-__all__ = ["CROPS", "TEXTS_PER_PAIR", "CalibrationPairs", "calibration_rows", "sampled_pairs"]
+__all__ = ["CROPS", "MORE_TEXTS", "CalibrationPairs", "calibration_rows", "sampled_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _BATCH_SIZE = 64
 _VIEWS = 8  # of an image, its first without augmentation
 
 CROPS = Augmentation(scale=(0.7, 1.0))
-TEXTS_PER_PAIR = 4  # where there are so many: its own, and others that belong to no pair
+MORE_TEXTS = 3  # for each pair, texts that belong to none, where there are so many
 
 
 class CalibrationPairs:
@@ -184,5 +184,5 @@ def sampled_pairs(
         rows = given_pairs(source)
     caption = columns["caption_column"]
     drawing = PairCollator(processor.tokenizer, processor.image_processor, [caption] if caption else [])
-    more = () if once else further_texts(rows, drawing, (TEXTS_PER_PAIR - 1) * pairs, seed=0)
+    more = () if once else further_texts(rows, drawing, MORE_TEXTS * pairs, seed=0)
     return CalibrationPairs(rows, processor, pairs, **columns, augmentation=None if once else CROPS, more_texts=more)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from clipmap_hf.config.json_values import json_values
 from clipmap_hf.data.arguments import CalibrationArguments, DataArguments, ReadingArguments
-from clipmap_hf.data.calibration_pairs import CROPS, TEXTS_PER_PAIR, CalibrationPairs, calibration_rows
+from clipmap_hf.data.calibration_pairs import CROPS, MORE_TEXTS, CalibrationPairs, calibration_rows
 from clipmap_hf.data.further_texts import further_texts
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.labels import Labels, load_labels
@@ -258,9 +258,8 @@ class RunContext:
 
     def _further_texts(self, teacher: Teacher, rows: Dataset | IterableDataset, pairs: int) -> list[str]:
         """Texts as training draws them, beside those of so many calibration pairs."""
-        count = (TEXTS_PER_PAIR - 1) * pairs
         collator = training_collator(self.data, teacher.processor, self.run.seed, partners=rows)
-        return further_texts(rows, collator, count, self.run.seed)
+        return further_texts(rows, collator, MORE_TEXTS * pairs, self.run.seed)
 
     def release_calibration(self) -> None:
         """Frees the memory of calibration batches; a run reads them before it trains."""

@@ -5,7 +5,6 @@ from itertools import chain
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForZeroShotImageClassification,
@@ -15,7 +14,7 @@ from transformers import (
     initialization,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPOutput, CLIPPreTrainedModel
+from transformers.models.clip.modeling_clip import CLIPOutput, CLIPPreTrainedModel, image_text_contrastive_loss
 
 from clipmap_hf.models.clip_resnet.config import CLIPResNetConfig
 from clipmap_hf.models.clip_resnet.tower import AttentionPool, ModifiedResNet
@@ -140,7 +139,7 @@ class CLIPResNetModel(CLIPPreTrainedModel):
         )
         logits_per_text = self.logit_scale.exp() * text_embeds @ image_embeds.T
         return CLIPOutput(
-            loss=_contrastive_loss(logits_per_text) if return_loss else None,
+            loss=image_text_contrastive_loss(logits_per_text) if return_loss else None,
             logits_per_image=logits_per_text.T,
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
@@ -148,11 +147,6 @@ class CLIPResNetModel(CLIPPreTrainedModel):
             text_model_output=text,
             vision_model_output=vision,
         )
-
-
-def _contrastive_loss(logits: torch.Tensor) -> torch.Tensor:
-    pairs = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
 
 def _register() -> None:
