@@ -83,7 +83,7 @@ def test_every_norm_counts_alike_and_the_last_four_times():
         rest = torch.eye(12, dtype=torch.float64) * 1e-6
         return energy * (torch.outer(axes[index], axes[index]) + rest)
 
-    # Energies are taken as shares: a norm of which all is 1000 times as large counts no more.
+    # Energies are taken relative to their geometric mean: a norm of which all is 1000 times as large counts no more.
     two_to_one = torch.stack([along(0, 1.0), along(0, 1.0), along(1, 1000.0), along(2, 1e-3)])
     kept = [residual_axes(two_to_one, size) for size in (2, 3)]
     torch.testing.assert_close((kept[0] @ axes[2].float()).norm(), torch.tensor(1.0), atol=1e-4, rtol=0)
@@ -91,6 +91,32 @@ def test_every_norm_counts_alike_and_the_last_four_times():
     against_four = torch.stack([along(0, 1.0)] * 5 + [along(2, 1.0)])
     operator = residual_axes(against_four, 2)
     torch.testing.assert_close((operator @ axes[0].float()).norm(), torch.tensor(1.0), atol=1e-4, rtol=0)
+
+
+def test_a_huge_channel_in_some_layers_costs_the_other_axes_of_these_layers_no_weight():
+    _, axes = known_moments(12)
+    variances = torch.full((11,), 0.01, dtype=torch.float64)
+    variances[0] = 1.0
+    early = axes.T * variances @ axes  # axis 0, before the channel is there
+    variances[0], variances[1], variances[2] = 0.01, 1.0, 1e4
+    late = (axes.T * variances @ axes) / 1e4  # axis 1, for a LayerNorm gives vectors of a length
+    operator = residual_axes(torch.stack([early, *late.expand(3, -1, -1)]), 3)
+    found = operator @ axes[1:3].T.float()  # by their sums, axes 0 and 2 were the main ones
+    torch.testing.assert_close(found.norm(dim=0), torch.ones(2), atol=1e-3, rtol=0)
+
+
+def test_axes_along_which_no_token_varies_do_not_count():
+    read, axes = known_moments(12)
+    few = axes[:4].T @ axes[:4]  # of fewer tokens than axes
+    operator = residual_axes(torch.stack([*read, few]), 5)
+    torch.testing.assert_close(operator.T @ operator, few.float(), atol=1e-5, rtol=0)
+
+
+def test_axes_beyond_those_that_vary_have_mean_zero_too():
+    axes = known_moments(12)[1][:4]
+    operator = residual_axes((axes.T @ axes).expand(3, -1, -1), 9)
+    torch.testing.assert_close(operator.sum(dim=1), torch.zeros(9), atol=1e-6, rtol=0)
+    torch.testing.assert_close(operator @ operator.T, torch.eye(9) - 1 / 9, atol=1e-6, rtol=0)
 
 
 def test_a_layer_norm_commutes_with_axes_but_for_a_scalar():

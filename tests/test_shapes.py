@@ -195,10 +195,14 @@ def test_what_is_kept_is_the_formula(tiny_teacher, tiny_batch):
     statistics, tower = calibrate(tiny_teacher, [batch])["vision"], Tower(tiny_teacher, "vision")
     heads, layers, width = 2, 3, 64
     axes = residual_axes(statistics.read, heads * 16).double()
-    share = statistics.read / statistics.read.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    total = share[:-1].sum(0) + 4 * share[-1]
     centering = torch.eye(width, dtype=torch.float64) - 1 / width
-    lost = -torch.log((axes @ total @ axes.T).trace() / (centering @ total @ centering).trace())
+    read = centering @ statistics.read @ centering
+    variances = [
+        values[values > 1e-13 * values.max()] for values in torch.linalg.svdvals(read)
+    ]  # few tokens, few axes
+    share = torch.stack([one / own.log().mean().exp() for one, own in zip(read, variances, strict=True)])
+    total = share[:-1].sum(0) + 4 * share[-1]
+    lost = -torch.log((axes @ total @ axes.T).trace() / total.trace())
     dropped = statistics.changed.argmin()
     for index, layer in enumerate(tower.layers):
         covariance, written = statistics.attended[index].covariance, layer.self_attn.out_proj.weight.double()

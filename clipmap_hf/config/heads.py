@@ -29,7 +29,8 @@ def head_count(width: int, teacher: PretrainedConfig, rule: str, name: str) -> i
         width: Of the tower.
         teacher: The config of the teacher's tower.
         rule: `whole`, heads as wide as the teacher's where they divide the width; or `narrow`, as many heads as the
-            teacher, or the nearest number of heads whose width is a multiple of 8 and at least 16. Each rule stands in
+            teacher, or the largest number below whose heads have a width that is a multiple of 8 and at least 16.
+            There are no more than the teacher's, from which a start would not know what to make. Each rule stands in
             where the other finds nothing.
         name: `vision` or `text`, for errors.
 
@@ -42,8 +43,9 @@ def head_count(width: int, teacher: PretrainedConfig, rule: str, name: str) -> i
         return whole
     narrowest = min(_NARROWEST, widest)
     counts = [width // one for one in range(_STEP, widest + 1, _STEP) if one >= narrowest and width % one == 0]
+    counts = [count for count in counts if count <= teacher.num_attention_heads]
     if counts:
-        return min(counts, key=lambda count: (abs(count - teacher.num_attention_heads), count))
+        return max(counts)
     if whole:
         return whole
     below, above = width // widest * widest, (width // widest + 1) * widest

@@ -30,15 +30,15 @@ from transformers.utils import logging
 
 
 METHODS = ("random", "kaiming", "xavier", "diagonal", "importance", "calibrated_whole", "calibrated")
-# Width, depth and, where it is not four times the width, FFN width of the vision and of the text tower. Of the
-# teacher's parameters in blocks, "10 %" (the student of the demo) has 7 % and "1 %" has 1.1 %; the others have the
+# Width, depth and, where it is not four times the width, FFN width of the vision and of the text tower; and the heads,
+# where the width is a multiple of the teacher's heads, but not of 8 of them. Of the teacher's parameters in blocks, "10 %" (the student of the demo) has 7 % and "1 %" has 1.1 %; the others have the
 # share that is their name, and are only evaluated untrained.
 SIZES = {"10 %": ((64, 3), (64, 2)), "1 %": ((32, 2), (32, 1))}
 LARGER = {
-    "57 %": ((160, 5), (96, 4)),
-    "56 %, text by depth": ((160, 6, 480), (128, 2)),
+    "57 %": ((162, 5, 632, 6), (96, 4)),
+    "56 %, text by depth": ((162, 6, 472, 6), (128, 2)),
     "50 %, by depth": ((192, 3), (128, 2)),
-    "50 %, vision by width": ((160, 5, 512), (128, 2)),
+    "50 %, vision by width": ((162, 5, 504, 6), (128, 2)),
     "25 %": ((96, 6), (64, 4)),
     "25 %, text by depth": ((96, 6), (128, 1)),
     "12.5 %": ((96, 3), (64, 2)),

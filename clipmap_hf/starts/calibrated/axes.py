@@ -6,6 +6,7 @@ import torch
 __all__ = ["residual_axes", "stream_moment"]
 
 _FINAL_WEIGHT = 4.0  # of the final LayerNorm among all: what it loses, no later layer makes good
+_FLOOR = 1e-13  # of the largest variance: below it, there is rounding only, or fewer tokens than axes
 
 
 def residual_axes(read: torch.Tensor, size: int) -> torch.Tensor:
@@ -21,7 +22,9 @@ def residual_axes(read: torch.Tensor, size: int) -> torch.Tensor:
     width = read.shape[-1]
     if size == width:
         return _centering(read).float()
-    axes = torch.linalg.eigh(stream_moment(read)).eigenvectors.flip(1)[:, : size - 1]
+    moment = stream_moment(read)
+    moment = moment - moment.trace() / width  # else the vector of ones is no more last than axes of no variance
+    axes = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : size - 1]
     spanning = torch.eye(size, dtype=read.dtype, device=read.device).roll(1, dims=1)
     spanning[:, 0] = 1
     basis = torch.linalg.qr(spanning).Q[:, 1:]  # orthonormal, and orthogonal to the vector of ones
@@ -31,14 +34,19 @@ def residual_axes(read: torch.Tensor, size: int) -> torch.Tensor:
 def stream_moment(read: torch.Tensor) -> torch.Tensor:
     """
     The second moment `(width, width)` of a tower's stream within the vectors of mean zero: the mean over its
-    LayerNorms, up to a factor, the final LayerNorm weighing more.
+    LayerNorms, the final LayerNorm weighing more. Each is divided by the geometric mean of its variances along its own
+    axes. By their sum, a few channels with huge activations, as large models have, would leave hardly any weight to
+    the others, and the axes would be those of the layers without such channels.
 
     Args:
         read: As in `residual_axes`.
     """
-    share = read / read.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
-    total = share[:-1].sum(dim=0) + _FINAL_WEIGHT * share[-1]
-    return _centering(read) @ total @ _centering(read)
+    centered = _centering(read) @ read @ _centering(read)
+    variances = torch.linalg.eigvalsh(centered)
+    varies = variances > _FLOOR * variances[:, -1:]
+    size = (variances.where(varies, 1).log().sum(dim=1) / varies.sum(dim=1)).exp()
+    share = centered / size[:, None, None]
+    return share[:-1].sum(dim=0) + _FINAL_WEIGHT * share[-1]
 
 
 def _centering(read: torch.Tensor) -> torch.Tensor:
