@@ -5,11 +5,11 @@ import dataclasses
 
 import datasets
 import pytest
-import torch
 from calibrated_starts import NARROW, TOWERS, frugal, nearness, random_pairs, split, started, streams
 from outliers import plant_outliers
 
-from clipmap_hf import ClipMapCompressor, ClipMapConfig, DataArguments, TowerConfig
+from clipmap_hf import ClipMapCompressor, ClipMapConfig, TowerConfig
+from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.sources import evaluation_batches
 from clipmap_hf.demo import TEACHER, TEST_PAIRS, TRAIN_PAIRS
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval

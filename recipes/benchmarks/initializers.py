@@ -31,8 +31,8 @@ from transformers.utils import logging
 
 METHODS = ("random", "kaiming", "xavier", "diagonal", "importance", "calibrated_whole", "calibrated")
 # Width, depth and, where it is not four times the width, FFN width of the vision and of the text tower; and the heads,
-# where the width is a multiple of the teacher's heads, but not of 8 of them. Of the teacher's parameters in blocks, "10 %" (the student of the demo) has 7 % and "1 %" has 1.1 %; the others have the
-# share that is their name, and are only evaluated untrained.
+# where they are not those of the rule. Of the teacher's parameters in blocks, "10 %" (the student of the demo) has 7 %
+# and "1 %" has 1.1 %; the others have the share that is their name, and are only evaluated untrained.
 SIZES = {"10 %": ((64, 3), (64, 2)), "1 %": ((32, 2), (32, 1))}
 LARGER = {
     "57 %": ((162, 5, 632, 6), (96, 4)),
