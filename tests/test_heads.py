@@ -91,9 +91,29 @@ def test_heads_are_as_many_as_the_teachers_or_as_wide(width, narrow, whole):
     config = ClipMapConfig(vision=TowerConfig(width))
     for rule, expected in (("narrow", narrow), ("whole", whole)):
         assert heads_of(teacher, dataclasses.replace(config, heads=rule))[0] == expected
-    assert heads_of(teacher, dataclasses.replace(config, initializer="calibrated"))[0] == narrow
+    assert heads_of(teacher, dataclasses.replace(config, initializer="calibrated"))[0] == narrow  # each for a layer
     for initializer in (None, "diagonal", "magnitude", "calibrated_whole"):
         assert heads_of(teacher, dataclasses.replace(config, initializer=initializer))[0] == whole
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "every"),
+    [
+        (768, 12, 12),
+        (768, 7, 12),  # the first of which stand for single layers
+        (768, 6, 24),
+        (768, 4, 32),  # of 36, which do not divide it
+        (384, 6, 24),  # 16 wide
+        (384, 3, 24),
+        (576, 6, 24),
+    ],
+)
+def test_a_layer_that_stands_for_several_has_the_heads_of_all(width, layers, every):
+    teacher = teacher_of("ViT-B/16")
+    config = ClipMapConfig(vision=TowerConfig(width, None, layers), initializer="calibrated")
+    assert heads_of(teacher, config)[0] == heads_of(teacher, dataclasses.replace(config, heads="all"))[0] == every
+    for changes in ({"heads": "narrow"}, {"refit": False}, {"depth": "similarity"}):
+        assert heads_of(teacher, dataclasses.replace(config, **changes))[0] == 12
 
 
 def test_heads_alone_are_those_of_the_teachers_width():

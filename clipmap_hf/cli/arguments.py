@@ -55,8 +55,8 @@ class StudentArguments:
     heads: str | None = field(
         default=None,
         metadata={
-            "help": "Heads where no number is given: `whole` ones, as wide as the teacher's, or as many, but `narrow` "
-            "(default with calibrated)."
+            "help": "Heads where no number is given: `whole` ones, as wide as the teacher's; as many, but `narrow`; "
+            "or `all` of the layers that one stands for (default with calibrated)."
         },
     )
     initializer: str | None = field(

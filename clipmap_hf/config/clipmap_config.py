@@ -51,16 +51,14 @@ class TowerConfig:
             ValueError: If the tower cannot be cut from this teacher; the message says what can.
         """
         width = self._checked(name, "hidden_size", teacher.hidden_size, teacher.hidden_size)
+        depth = self._checked(name, "num_hidden_layers", teacher.num_hidden_layers, teacher.num_hidden_layers)
         heads = self.num_attention_heads
         if heads is None:
-            heads = head_count(width, teacher, rule, name)
+            heads = head_count(width, teacher, rule, name, teacher.num_hidden_layers // depth)
         check_head_count(heads, width, teacher, name)
         default_ffn = width * teacher.intermediate_size // teacher.hidden_size
         return TowerConfig(
-            width,
-            self._checked(name, "intermediate_size", teacher.intermediate_size, default_ffn),
-            self._checked(name, "num_hidden_layers", teacher.num_hidden_layers, teacher.num_hidden_layers),
-            heads,
+            width, self._checked(name, "intermediate_size", teacher.intermediate_size, default_ffn), depth, heads
         )
 
     def _checked(self, name: str, attribute: str, largest: int, default: int) -> int:
@@ -83,8 +81,9 @@ class ClipMapConfig:
             live in the teacher's space.
         heads: How many heads a tower gets that does not say it. `whole` keeps the teacher's head width where the width
             is a multiple of it, as the papers do. `narrow` keeps the teacher's number of heads where that makes them a
-            multiple of 8 and at least 16 wide, else the nearest number that does. By default `narrow` with
-            `calibrated`, else `whole`.
+            multiple of 8 and at least 16 wide, else the largest number below that does. `all` does so with the heads
+            of all layers together that a layer stands for. By default `all` with `calibrated`, or `narrow` where it
+            takes heads from single layers: without a refit, or if `depth` is not `interval_front`; else `whole`.
         budget: What the student may cost, a `Budget` or its values by name. Widths and depths that are not given are
             then searched (`choose_shape`) instead of taken from the teacher.
         initializer: How the width operators start, a key of `STARTS` (`diagonal` is Eq. 9). Some starts read
@@ -110,7 +109,7 @@ class ClipMapConfig:
     vision: TowerConfig | ResNetTowerConfig = field(default_factory=TowerConfig)
     text: TowerConfig = field(default_factory=TowerConfig)
     projection_dim: int | None = None
-    heads: Literal["whole", "narrow"] | None = None
+    heads: Literal["whole", "narrow", "all"] | None = None
     budget: Budget | Mapping[str, Any] | None = None
     initializer: str | None = None
     refit: bool = True
@@ -146,7 +145,9 @@ class ClipMapConfig:
     @property
     def head_rule(self) -> str:
         """The rule for heads, of `HEAD_RULES`."""
-        return self.heads or ("narrow" if self.initializer == "calibrated" else "whole")
+        if self.heads or self.initializer != "calibrated":
+            return self.heads or "whole"
+        return "all" if self.refit and self.depth == "interval_front" else "narrow"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all values as plain JSON types; a budget of `None` is left out."""

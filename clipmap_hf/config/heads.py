@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HEAD_RULES", "check_head_count", "head_count", "head_width", "shown_heads"]
 
-HEAD_RULES = ("whole", "narrow")
+HEAD_RULES = ("whole", "narrow", "all")
 
 _NARROWEST = 16  # channels of a head, unless the teacher's are narrower
 _STEP = 8  # of which a narrower head has a multiple, for the sake of kernels
@@ -21,29 +21,31 @@ def head_width(tower: PretrainedConfig) -> int:
     return tower.hidden_size // tower.num_attention_heads
 
 
-def head_count(width: int, teacher: PretrainedConfig, rule: str, name: str) -> int:
+def head_count(width: int, teacher: PretrainedConfig, rule: str, name: str, layers: int = 1) -> int:
     """
     Finds the number of heads of a student's tower.
 
     Args:
         width: Of the tower.
         teacher: The config of the teacher's tower.
-        rule: `whole`, heads as wide as the teacher's where they divide the width; or `narrow`, as many heads as the
-            teacher, or the largest number below whose heads have a width that is a multiple of 8 and at least 16.
-            There are no more than the teacher's, from which a start would not know what to make. Each rule stands in
-            where the other finds nothing.
+        rule: `whole`, heads as wide as the teacher's where they divide the width; `narrow`, as many heads as the
+            teacher, or the largest number below whose heads have a width that is a multiple of 8 and at least 16; or
+            `all`, likewise, but as many as all layers together that a layer of the student's stands for. There are
+            no more than these, for a start would not know what to make of others. `whole` and the others each stand
+            in where the other finds nothing.
         name: `vision` or `text`, for errors.
+        layers: Of the teacher's, that each layer of the student's stands for at least.
 
     Raises:
         ValueError: If no number of heads fits.
     """
-    widest = head_width(teacher)
+    widest, most = head_width(teacher), teacher.num_attention_heads * (layers if rule == "all" else 1)
     whole = width // widest if width % widest == 0 else None
-    if width == teacher.hidden_size or (rule == "whole" and whole):
+    if whole and (rule == "whole" or whole == most):
         return whole
     narrowest = min(_NARROWEST, widest)
     counts = [width // one for one in range(_STEP, widest + 1, _STEP) if one >= narrowest and width % one == 0]
-    counts = [count for count in counts if count <= teacher.num_attention_heads]
+    counts = [count for count in counts if count <= most]
     if counts:
         return max(counts)
     if whole:

@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
     parser.add_argument("--images", type=int, default=500, help="drawn by the seed from the embedded training images")
     parser.add_argument("--steps", type=int, default=1000, help="of 128 views")
+    parser.add_argument("--views", type=int, help="of each image that the teacher embeds once; by default each step's")
     parser.add_argument("--size", choices=SHAPES, default="10 %", help="of the teacher's parameters")
     parser.add_argument("--recipes", nargs="+", choices=recipes(), default=["manual", "calibrated", "few"])
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
@@ -84,6 +85,7 @@ def measured(arguments: argparse.Namespace, recipe: str, texts: str, seed: int) 
     start, numbers = recipes()[recipe]
     settings = {"images": arguments.images, "steps": arguments.steps, "size": arguments.size, "seed": seed}
     settings |= {"start": start, "numbers": numbers, "texts": texts}
+    settings |= {"views": arguments.views} if arguments.views else {}
     name = f"{recipe}-{arguments.images}-{arguments.steps}-{texts.replace(' ', '-')}-{seed}"
     path = cell_path(arguments.output_dir / "cells", name, settings)
     return made_once(path, lambda folder: trained(folder, settings), lambda cell: str(summary([cell])))
@@ -95,6 +97,8 @@ def trained(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     shape = zip(("vision", "text"), SHAPES[settings["size"]], strict=True)
     towers = {name: TowerConfig(hidden_size=width, num_hidden_layers=depth) for name, (width, depth) in shape}
     numbers = settings["numbers"] | {"max_steps": settings["steps"], "seed": settings["seed"]}
+    if "views" in settings:
+        numbers |= {"views": settings["views"], "teacher_cache": str(folder / "cache")}
     began = time.perf_counter()
     result = compress(
         str(TEACHER),
