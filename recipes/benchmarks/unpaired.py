@@ -98,7 +98,7 @@ def trained(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     towers = {name: TowerConfig(hidden_size=width, num_hidden_layers=depth) for name, (width, depth) in shape}
     numbers = settings["numbers"] | {"max_steps": settings["steps"], "seed": settings["seed"]}
     if "views" in settings:
-        numbers |= {"views": settings["views"], "teacher_cache": str(folder / "cache")}
+        numbers |= {"views": settings["views"], "teacher_cache": str(_cache_of(folder.parent.parent, settings))}
     began = time.perf_counter()
     result = compress(
         str(TEACHER),
@@ -109,6 +109,13 @@ def trained(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - began
     return {"student": result.metrics, "teacher": result.teacher_metrics, "seconds": seconds}
+
+
+def _cache_of(folder: Path, settings: dict[str, Any]) -> Path:
+    """Where students that look at the same views find the teacher's embeddings."""
+    looks = {name: settings["numbers"].get(name) for name in ("crop_scale", "mix", "flip")}
+    looks |= {name: settings[name] for name in ("images", "texts", "seed", "views")}
+    return cell_path(folder / "caches", "views", looks).with_suffix("")
 
 
 def summary(cells: list[dict[str, Any]]) -> dict[str, str]:
