@@ -28,6 +28,7 @@ RUNS = {
     ),
     "data.py": ("--images 16 --rounds 1 --batch_size 8 --shuffle_buffer 8", ["| clipmap_hf |", "| webdataset |"]),
     "full_size.py": ("--batch_size 2 --steps 1", ["batch 2: step 1 ", "peak memory "]),
+    "heads.py": ("--batch_size 1 --rounds 1", ["| vision |     6 |", "| text   |    16 |"]),
     "initializers.py": (
         "--output_dir {folder} --parts table --sizes '1 %' --methods diagonal --seeds 0 --steps 4 --batch_size 8",
         ["| 100 % | teacher |", "| 1 % | diagonal |"],
