@@ -1,6 +1,6 @@
 """
-What do many narrow heads cost in time? Towers of half the width of a ViT-B/16, random and of equal multiply-adds but for
-the number of their heads, all by turns in one process. The softmax is over as many numbers more as there are heads.
+What do many narrow heads cost in time? Random towers of half the width of a ViT-B/16, with fewer or more heads. Their
+multiply-adds are equal, but each head has a softmax. All are measured by turns in one process.
 
     python recipes/benchmarks/heads.py --rounds 7
     python recipes/benchmarks/heads.py --device cuda --rounds 20
