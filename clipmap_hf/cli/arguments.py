@@ -83,3 +83,10 @@ class StudentArguments:
         default=None,
         metadata={"help": "Weight decay pulls operators to their `initial` value (default) or to `zero`."},
     )
+    norm_statistics: str | None = field(
+        default=None,
+        metadata={
+            "help": "Statistics that a ResNet's BatchNorms start with: `measured` on calibration pairs (default) or "
+            "`inherited`."
+        },
+    )

@@ -100,6 +100,8 @@ class ClipMapConfig:
         tie_ffn: Whether `fc2` reads through the transposed operator that `fc1` writes with. A.3 lists no such tie.
         decay_towards: What weight decay pulls an operator to. `initial` keeps the inheritance; `zero` is the literal
             AdamW on the operators, which at the paper's settings decays the inheritance itself away.
+        norm_statistics: Means and variances that a ResNet's BatchNorms start with: `measured` on calibration pairs,
+            where there are some, or `inherited` through the operators.
         seed: Of random initializers.
 
     Raises:
@@ -119,6 +121,7 @@ class ClipMapConfig:
     depth_per: Literal["tower", "kind"] = "tower"
     tie_ffn: bool = False
     decay_towards: Literal["initial", "zero"] = "initial"
+    norm_statistics: Literal["measured", "inherited"] = "measured"
     seed: int = 0
 
     def __post_init__(self):
@@ -128,6 +131,7 @@ class ClipMapConfig:
             ("depth", DEPTH_NAMES),
             ("depth_per", ("tower", "kind")),
             ("decay_towards", ("initial", "zero")),
+            ("norm_statistics", ("measured", "inherited")),
         ):
             if getattr(self, name) not in allowed:
                 names = [value for value in allowed if value is not None]

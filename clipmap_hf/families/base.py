@@ -31,6 +31,8 @@ class TensorRule:
         stacked: How many tensors with these axes are stacked along the first axis: 3 where query, key and value are
             stored as a single tensor.
         squared: Whether the tensors are variances, which go through the squares of an operator's entries.
+        statistic: Whether the tensors are what a BatchNorm has measured. Only a student's first statistics are mapped
+            from the teacher's; from then on, they are its own.
     """
 
     pattern: str
@@ -39,6 +41,7 @@ class TensorRule:
     lookup: bool = False
     stacked: int = 1
     squared: bool = False
+    statistic: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ class Family:
     ties: Mapping[str, str] = field(default_factory=dict)
     layerwise: bool = True
     transformers: bool = True
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether its models have BatchNorms."""
+        return any(rule.statistic for rule in self.rules)
 
     def match(self, name: str) -> TensorSpec:
         """

@@ -17,13 +17,15 @@ _BEFORE = dict(zip("1234", _STAGES, strict=False))
 
 def _batch_norm(name: str, space: str) -> tuple[TensorRule, ...]:
     """
-    The rules of a BatchNorm, whose vectors have one axis. A variance goes through the squares of an operator: of
-    channels that are independent, that is the variance of their sum, and of a channel that is selected it is its own.
+    The rules of a BatchNorm, whose vectors have one axis. A student's first variance goes through the squares of an
+    operator: of channels that are independent, that is the variance of their sum, and of a channel that is selected it
+    is its own. What is right for any operator is to measure it on the student, as training and `measured` do.
     """
     return (
-        TensorRule(name + r"\.(weight|bias|running_mean)", (space,)),
-        TensorRule(name + r"\.running_var", (space,), squared=True),
-        TensorRule(name + r"\.num_batches_tracked", ()),
+        TensorRule(name + r"\.(weight|bias)", (space,)),
+        TensorRule(name + r"\.running_mean", (space,), statistic=True),
+        TensorRule(name + r"\.running_var", (space,), squared=True, statistic=True),
+        TensorRule(name + r"\.num_batches_tracked", (), statistic=True),
     )
 
 

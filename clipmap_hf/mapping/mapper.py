@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from clipmap_hf.families import TensorSpec
 from clipmap_hf.mapping.depth import one_hot_depth
 from clipmap_hf.mapping.operators import Operator, mix_depth, project_axes
 from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.mapping.statistics import Statistics
+from clipmap_hf.models.batch_norms import batch_norms, reestimate_batch_norms
 from clipmap_hf.models.finite import check_finite
 
 
@@ -29,6 +31,9 @@ class WeightMapper(nn.Module):
 
     If the plan folds, each student tensor, but for the token table, is the mapped tensor plus a correction, which is
     trained with the operators. A tower that is as large as the teacher's is copied as it is, and has no operators.
+
+    BatchNorms of a tower that is cut start with mapped statistics. These are then the student's own: a forward pass in
+    training changes them as in any other model, and operators do not.
 
     Args:
         plan: Which tensors and operators there are.
@@ -61,6 +66,9 @@ class WeightMapper(nn.Module):
         self.operators = nn.ModuleDict({name: self._operator(value) for name, value in initial.items()})
         self.corrections = nn.ModuleDict(self._zero_corrections() if plan.folds else {})
         self.to(self.logit_scale.device)  # operators start on the CPU, where a seed always means the same numbers
+        with torch.no_grad():
+            has_any = any(map(plan.is_statistic, plan.kinds))
+            self.statistics = Statistics(self._mapped(statistics=True) if has_any else {})
 
     @classmethod
     def from_state(
@@ -124,10 +132,17 @@ class WeightMapper(nn.Module):
         Args:
             token_ids: If given, rows of the token table that are not among them stay zero (cheaper in training).
         """
+        weights = self._mapped(token_ids)
+        return {**weights, **self.statistics.tensors(), **{name: getattr(self, name) for name in self.plan.copied}}
+
+    def _mapped(self, token_ids: torch.Tensor | None = None, statistics: bool = False) -> dict[str, torch.Tensor]:
+        """The weights that are mapped, or the statistics."""
         with torch.autocast(self.logit_scale.device.type, enabled=False):
             operators = {name: operator() for name, operator in self.operators.items()}
             weights = {}
             for index, spec in enumerate(self.plan.kinds):
+                if self.plan.is_statistic(spec) != statistics:
+                    continue
                 mapped = self._map(getattr(self, f"teacher_{index}"), spec, operators, token_ids)
                 if (name := self.plan.correction_name(spec)) in self.corrections:
                     mapped = mapped + self.corrections[name]()
@@ -137,7 +152,7 @@ class WeightMapper(nn.Module):
                     weights[spec.kind] = _laid_out(mapped)
                 else:
                     weights |= {spec.name(layer): tensor for layer, tensor in enumerate(mapped)}
-        return {**weights, **{name: getattr(self, name) for name in self.plan.copied}}
+        return weights
 
     @torch.no_grad()
     def export(self) -> PreTrainedModel:
@@ -155,6 +170,16 @@ class WeightMapper(nn.Module):
             if (name := self.plan.correction_name(spec)) in self.corrections:
                 change = self._student_tensor(weights, spec) - self._student_tensor(mapped, spec)
                 self.corrections[name].start(self.corrections[name]() + change)
+
+    def measure_statistics(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """
+        Measures the statistics of the student's BatchNorms on batches, as `reestimate_batch_norms` takes them. Without
+        BatchNorms in a tower that is cut, it does nothing.
+        """
+        if self.statistics.tensors():
+            student = self.export()
+            reestimate_batch_norms(student, batches)
+            self.statistics.load(student.state_dict())
 
     def _call(self, method: str, inputs: Mapping[str, torch.Tensor]):
         """Calls a method of the skeleton with the mapped weights in place of its own."""
@@ -211,6 +236,9 @@ class WeightMapper(nn.Module):
 
     def train(self, mode: bool = True):
         self.skeleton.train(mode)
+        for tower in {"vision", "text"} - {*self.plan.cut}:  # it is kept, and so are its statistics
+            for norm in batch_norms(getattr(self.skeleton, f"{tower}_model")):
+                norm.eval()
         return super().train(mode)
 
 

@@ -83,6 +83,10 @@ class MappingPlan:
         """The kinds of tensors of the towers that are cut."""
         return [spec for spec in self.kinds if spec.tower in self.cut]
 
+    def is_statistic(self, spec: TensorSpec) -> bool:
+        """Whether a kind is a BatchNorm's statistic that is mapped only once, and then the student's own."""
+        return spec.rule.statistic and spec.tower in self.cut
+
     def teacher_tensors(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
         """
         The teacher's state dict in fp32, folded in the towers that are cut if the plan says so. What counts, as a

@@ -22,7 +22,7 @@ from clipmap_hf.starts.selection.mope import mope
 from clipmap_hf.starts.selection.start import select_by
 
 
-__all__ = ["STARTS", "Start", "check_heads", "check_start", "make_plan", "start_mapper", "start_of"]
+__all__ = ["STARTS", "Start", "check_heads", "check_start", "make_plan", "start_mapper", "start_of", "uses_pairs"]
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
 
@@ -98,8 +98,8 @@ def start_mapper(teacher: PreTrainedModel, config: ClipMapConfig, batches: Batch
         teacher: The model to compress; what a start computes, it computes where the teacher lies.
         config: The student's size and how the operators start, `diagonal` by default.
         batches: Of `pixel_values`, `input_ids` and, for selections, `attention_mask` and `image_of_text` (see
-            `pair_batches`), for the starts that read pairs; gone through several times. Of several processes, each has
-            its own.
+            `pair_batches`), for the starts that read pairs, and to measure a ResNet's BatchNorms; gone through several
+            times. Of several processes, each has its own.
 
     Raises:
         TypeError: If `batches` is an iterator.
@@ -110,7 +110,10 @@ def start_mapper(teacher: PreTrainedModel, config: ClipMapConfig, batches: Batch
     check_start(config, family_for(teacher.config), has_pairs=batches is not None)
     plan = make_plan(teacher, config)
     check_heads(plan)
-    return start_of(config).make(teacher, plan, () if batches is None else batches)
+    mapper = start_of(config).make(teacher, plan, () if batches is None else batches)
+    if batches is not None and config.norm_statistics == "measured":
+        mapper.measure_statistics(batches)
+    return mapper
 
 
 def make_plan(teacher: PreTrainedModel, config: ClipMapConfig) -> MappingPlan:
@@ -121,6 +124,11 @@ def make_plan(teacher: PreTrainedModel, config: ClipMapConfig) -> MappingPlan:
 def start_of(config: ClipMapConfig) -> Start:
     """The start that a config names; `diagonal`, if it names none."""
     return STARTS[config.initializer or "diagonal"]
+
+
+def uses_pairs(config: ClipMapConfig, family: Family) -> bool:
+    """Whether a student begins with pairs: its start reads them, or BatchNorms are measured on them."""
+    return start_of(config).reads_pairs or (family.has_statistics and config.norm_statistics == "measured")
 
 
 def check_heads(plan: MappingPlan) -> None:
@@ -162,7 +170,8 @@ def check_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> None:
         has_pairs: Whether there is calibration data.
 
     Raises:
-        ValueError: If the start needs pairs and there are none, or the reverse; if it is not written for the family;
+        ValueError: If the start needs pairs and there are none, or there are some and nothing reads them; if it is not
+            written for the family;
             if the depth rule is that of another start.
     """
     name, start = config.initializer or "diagonal", start_of(config)
@@ -175,7 +184,7 @@ def check_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> None:
             f"initializer={name!r} {what}, which is not written for the family {family.name!r}. Name one of "
             f"{allowed}; of these, {which} calibration data."
         )
-    if start.reads_pairs != has_pairs:
+    if start.reads_pairs > has_pairs or has_pairs > uses_pairs(config, family):
         verb = "does not start from data; leave calibration_data out" if has_pairs else "needs calibration_data"
         readers = sorted(name for name, other in STARTS.items() if other.reads_pairs)
         raise ValueError(f"initializer={name!r} {verb}. Those that need it are {readers}.")
