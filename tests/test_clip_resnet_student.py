@@ -12,8 +12,18 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
+from clipmap_hf.cli.arguments import StudentArguments
+from clipmap_hf.cli.student import map_config
 from clipmap_hf.compressor import ClipMapCompressor
-from clipmap_hf.config import ClipMapConfig, ResNetTowerConfig, TowerConfig, cut_towers, student_config
+from clipmap_hf.config import (
+    PRESETS,
+    ClipMapConfig,
+    ResNetTowerConfig,
+    TowerConfig,
+    cut_towers,
+    presets_of,
+    student_config,
+)
 from clipmap_hf.costs.cost import model_cost
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
@@ -123,15 +133,14 @@ def test_sizes_of_published_models():
     """RN50's are open_clip's; TinyCLIP names its two by theirs, 30 M + 29 M and 19 M + 19 M (text without table)."""
     rn50 = CLIPResNetConfig()
     found = {}
-    for name, width, depth in (("RN50", 64, 12), ("RN-30M", 56, 9), ("RN-19M", 44, 6)):
-        size = ClipMapConfig(vision=ResNetTowerConfig(width=width), text=TowerConfig(num_hidden_layers=depth))
+    for name, size in (("RN50", ClipMapConfig()), *((name, PRESETS[name]) for name in presets_of(ResNetTowerConfig))):
         with torch.device("meta"):
             model = CLIPResNetModel(student_config(rn50, size))
         count = sum(one.numel() for one in model.parameters())
         vision = sum(one.numel() for one in model.vision_model.parameters())
         table = model.text_model.embeddings.token_embedding.weight.numel()
         found[name] = tuple(round(part / 1e6, 1) for part in (count, vision, count - vision - table))
-    assert found == {"RN50": (102.0, 38.3, 38.4), "RN-30M": (83.8, 29.6, 28.9), "RN-19M": (63.4, 18.6, 19.5)}
+    assert found == {"RN50": (102.0, 38.3, 38.4), "resnet-30m": (83.8, 29.6, 28.9), "resnet-19m": (63.4, 18.6, 19.5)}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,22 @@ def test_sizes_of_published_models():
 def test_a_size_that_does_not_fit_is_an_error(clip_resnet, size, message):
     with pytest.raises(ValueError, match=message):
         student_config(clip_resnet.config, ClipMapConfig(vision=size))
+
+
+def test_a_preset_of_another_kind_of_teacher_is_an_error_that_names_those_that_fit(clip_resnet, shared_teacher):
+    for teacher, wrong, fitting in (
+        (clip_resnet, "small", r"\['resnet-30m', 'resnet-19m'\]"),
+        (shared_teacher, "resnet-19m", r"\['base', 'small', 'tiny'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"tower is of another kind.*Its presets are {fitting}"):
+            start_mapper(teacher, PRESETS[wrong])
+
+
+def test_arguments_change_a_preset_of_a_resnet():
+    small = map_config(StudentArguments(student="resnet-19m", vision_width=40, text_num_hidden_layers=5))
+    assert (small.vision, small.text) == (ResNetTowerConfig(width=40), TowerConfig(num_hidden_layers=5))
+    assert map_config(StudentArguments(student="resnet-30m")) == PRESETS["resnet-30m"]
+    assert map_config(StudentArguments(student="resnet-30m", vision_hidden_size=64)).vision == TowerConfig(64)
 
 
 def test_the_size_of_a_resnet_does_not_fit_a_transformer(shared_teacher):
@@ -217,8 +242,9 @@ def test_starts_work_or_are_refused_by_name(clip_resnet, initializer, tiny_batch
 
 
 def test_a_start_from_data_is_refused_by_name(clip_resnet_folder, pairs_parquet):
+    given = {"calibration_data": str(pairs_parquet), "initializer": "calibrated"}
     with pytest.raises(ValueError, match="'calibrated' goes through .* 'clip_resnet'.*none reads calibration data"):
-        ClipMapCompressor.from_pretrained(clip_resnet_folder, NARROW, calibration_data=str(pairs_parquet))
+        ClipMapCompressor.from_pretrained(clip_resnet_folder, NARROW, **given)
 
 
 def test_what_needs_a_transformer_is_refused_by_name(clip_resnet, tiny_teacher):

@@ -88,8 +88,8 @@ class ClipMapConfig:
         budget: What the student may cost, a `Budget` or its values by name. Widths and depths that are not given are
             then searched (`choose_shape`) instead of taken from the teacher.
         initializer: How the width operators start, a key of `STARTS` (`diagonal` is Eq. 9). Some starts read
-            calibration data (`STARTS[name].reads_pairs`). By default `calibrated` with such data, `diagonal` without.
-            `calibrated_whole` is `calibrated` as it was first made, with whole heads.
+            calibration data (`STARTS[name].reads_pairs`). By default `calibrated` with such data, `diagonal` without
+            (and for a ResNet). `calibrated_whole` is `calibrated` as it was first made, with whole heads.
         refit: Whether `calibrated` solves the student's layers one after another (`refit`).
         refit_steps: Steps of gradient descent on each tower after its layers were solved: most of the time of a start.
             Steps that make the error on the calibration pairs larger are taken back.

@@ -7,6 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from clipmap_hf.config.clipmap_config import ClipMapConfig, TowerConfig
+from clipmap_hf.config.presets import presets_of
 from clipmap_hf.config.resnet import ResNetTowerConfig
 
 
@@ -90,6 +91,6 @@ def _of_kind(
         allowed = [field.name for field in dataclasses.fields(kind)]
         raise ValueError(
             f"{name} is given by {given}, but the teacher's {name} tower is of another kind, whose size is given by "
-            f"{allowed} (a {kind.__name__})."
+            f"{allowed} (a {kind.__name__}). Its presets are {presets_of(kind)}."
         )
     return size if isinstance(size, kind) else kind()

@@ -25,7 +25,7 @@ from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.shapes import search_shape
-from clipmap_hf.starts import STARTS, start_of, uses_pairs
+from clipmap_hf.starts import STARTS, default_start, start_of, uses_pairs
 
 
 __all__ = [
@@ -59,7 +59,7 @@ def choose_student(
     if student.budget is None:
         return student
     state, path = join_processes(), context.output_dir / _CHOICE
-    by_pairs = calibration is not None and _reads_pairs(student)
+    by_pairs = calibration is not None and _reads_pairs(source, student, context)
     origin = start_origin(source, student, context, calibration if by_pairs else None)
     found = read_json(path) if context.run.resume == "auto" and path.is_file() else {"origin": None}
     if found["origin"] != origin:
@@ -95,7 +95,7 @@ def start_compressor(
         return load_map(source, context)
     student = choose_student(source, student, context, calibration)
     if not _uses_pairs(source, student, context):
-        return ClipMapCompressor.from_teacher(context.teacher(source), _with_initializer(student, "diagonal"))
+        return ClipMapCompressor.from_teacher(context.teacher(source), _named(source, student, context))
     kept = _KeptStart(context, start_origin(source, student, context, calibration))
     if kept.is_there("map"):
         return load_map(ModelId(str(kept.folder)), context)
@@ -206,26 +206,30 @@ class _KeptStart:
             write_json(self.folder / _ORIGIN, self.origin)
 
 
-def _reads_pairs(student: ClipMapConfig) -> bool:
-    """Whether a student starts from pairs; it does if its config names no start."""
-    return start_of(_with_initializer(student, "calibrated")).reads_pairs
+def _named(source: ModelId, student: ClipMapConfig, context: RunContext) -> ClipMapConfig:
+    """The student with the start that a run, which has pairs, takes if it names none."""
+    if student.initializer:
+        return student
+    family = family_for(context.teacher(source).model.config)
+    return dataclasses.replace(student, initializer=default_start(family, has_pairs=True))
+
+
+def _reads_pairs(source: ModelId, student: ClipMapConfig, context: RunContext) -> bool:
+    """Whether a student starts from pairs."""
+    return start_of(_named(source, student, context)).reads_pairs
 
 
 def _uses_pairs(source: ModelId, student: ClipMapConfig, context: RunContext) -> bool:
     """Whether a student begins with pairs: those that start from them, and others with BatchNorms."""
-    if _reads_pairs(student):
+    if _reads_pairs(source, student, context):
         return True
     return uses_pairs(student, family_for(context.teacher(source).model.config))
-
-
-def _with_initializer(student: ClipMapConfig, name: str) -> ClipMapConfig:
-    return student if student.initializer else dataclasses.replace(student, initializer=name)
 
 
 def _calibrated_compressor(
     source: ModelId, student: ClipMapConfig, context: RunContext, calibration: CalibrationArguments
 ) -> ClipMapCompressor:
-    student = _with_initializer(student, "calibrated")
+    student = _named(source, student, context)
     if start_of(student).matches and not context.data.paired:
         others = sorted(name for name, start in STARTS.items() if not start.matches)
         raise ValueError(
@@ -242,7 +246,7 @@ def _calibrated_compressor(
 def _calibration_batches(
     teacher: Teacher, student: ClipMapConfig, context: RunContext, calibration: CalibrationArguments
 ) -> HeldBatches:
-    compares_pairs = start_of(_with_initializer(student, "calibrated")).matches
+    compares_pairs = start_of(student).matches
     return context.calibration_batches(teacher, calibration, once=compares_pairs)
 
 

@@ -1,5 +1,6 @@
 """Every way in which the operators of a mapping may start, in one table."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,18 @@ from clipmap_hf.starts.selection.mope import mope
 from clipmap_hf.starts.selection.start import select_by
 
 
-__all__ = ["STARTS", "Start", "check_heads", "check_start", "make_plan", "start_mapper", "start_of", "uses_pairs"]
+__all__ = [
+    "STARTS",
+    "Start",
+    "check_heads",
+    "check_start",
+    "default_start",
+    "make_plan",
+    "named_start",
+    "start_mapper",
+    "start_of",
+    "uses_pairs",
+]
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
 
@@ -124,6 +136,31 @@ def make_plan(teacher: PreTrainedModel, config: ClipMapConfig) -> MappingPlan:
 def start_of(config: ClipMapConfig) -> Start:
     """The start that a config names; `diagonal`, if it names none."""
     return STARTS[config.initializer or "diagonal"]
+
+
+def default_start(family: Family, has_pairs: bool) -> str:
+    """
+    Names the start of a student that names none: `calibrated` from pairs, `diagonal` without. Families with BatchNorms
+    start as `diagonal` in any case, since there pairs measure the norms.
+    """
+    return "calibrated" if has_pairs and not family.has_statistics else "diagonal"
+
+
+def named_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> ClipMapConfig:
+    """
+    Returns a config that names its start, after `check_start`.
+
+    Args:
+        config: The student's; `default_start` decides if it names none.
+        family: The teacher's.
+        has_pairs: Whether there is calibration data.
+
+    Raises:
+        ValueError: As in `check_start`.
+    """
+    named = dataclasses.replace(config, initializer=config.initializer or default_start(family, has_pairs))
+    check_start(named, family, has_pairs)
+    return named
 
 
 def uses_pairs(config: ClipMapConfig, family: Family) -> bool:
