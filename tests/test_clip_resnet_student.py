@@ -1,6 +1,7 @@
 """Students of a CLIP with a ResNet: TinyCLIP's slices, what else works, and what is refused by name."""
 
 import copy
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ from clipmap_hf.training.arguments import DistillationStageArguments
 from clipmap_hf.training.run_arguments import RunArguments
 from clipmap_hf.training.stages.contrastive import ContrastiveStage
 from clipmap_hf.training.stages.distillation import DistillationStage
+from clipmap_hf.training.stages.mapping import MappingStage
 
 
 NARROW = ClipMapConfig(vision=ResNetTowerConfig(width=2), text=TowerConfig(hidden_size=32, num_hidden_layers=2))
@@ -103,7 +105,7 @@ def test_square_operators_that_permute_channels_change_nothing(clip_resnet, tiny
 
 def test_a_variance_goes_through_the_squares_of_an_operator(clip_resnet):
     mapper = start_mapper(clip_resnet, ClipMapConfig(vision=ResNetTowerConfig(width=2), initializer="xavier"))
-    operator, norm = mapper.operators["vision_inner2b_1"](), clip_resnet.vision_model.layer2[1].bn2
+    operator, norm = mapper.operators["vision_inner2b"]()[0], clip_resnet.vision_model.layer2[1].bn2
     mapped = mapper.materialize()
     torch.testing.assert_close(
         mapped["vision_model.layer2.1.bn2.running_var"], operator.square() @ norm.running_var, atol=1e-6, rtol=0
@@ -114,7 +116,7 @@ def test_a_variance_goes_through_the_squares_of_an_operator(clip_resnet):
         torch.einsum(
             "ao,bi,oixy->abxy",
             operator,
-            mapper.operators["vision_inner2a_1"](),
+            mapper.operators["vision_inner2a"]()[0],
             clip_resnet.vision_model.layer2[1].conv2.weight,
         ),
         atol=1e-6,
@@ -122,10 +124,50 @@ def test_a_variance_goes_through_the_squares_of_an_operator(clip_resnet):
     )
 
 
+SHALLOW = ResNetTowerConfig(layers=[2, 2, 1, 3])
+
+
+def test_fewer_blocks_of_a_stage_are_the_first_ones(deep_clip_resnet):
+    student = start_mapper(deep_clip_resnet, ClipMapConfig(vision=SHALLOW)).export()
+    teacher, tensors = deep_clip_resnet.state_dict(), student.state_dict()
+    assert student.config.vision_config.layers == [2, 2, 1, 3] and student.config.vision_config.width == 4
+    gone = {".".join(name.split(".")[1:3]) for name in teacher.keys() - tensors.keys()}
+    assert gone == {"layer2.2", "layer3.1", "layer4.3"}
+    torch.testing.assert_close(dict(tensors), {name: teacher[name] for name in tensors}, atol=0, rtol=0)
+
+
+def test_a_depth_rule_chooses_among_the_blocks_behind_the_first(deep_clip_resnet):
+    config = ClipMapConfig(vision=ResNetTowerConfig(width=2, layers=[1, 2, 2, 3]), depth="spread")
+    tensors = start_mapper(deep_clip_resnet, config).export().state_dict()
+    teacher = deep_clip_resnet.state_dict()
+    olds = {"layer2.1": "layer2.2", "layer3.1": "layer3.1", "layer4.1": "layer4.1", "layer4.2": "layer4.3"}
+    for student, old in olds.items():
+        for name in (name for name in tensors if f".{student}." in name):
+            expected = front(teacher[name.replace(student, old)], tensors[name].shape)
+            torch.testing.assert_close(tensors[name], expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("depth_per", ["tower", "kind"])
+def test_a_shallower_student_is_mapped_saved_and_taken_up(deep_clip_resnet, tiny_batch, depth_per):
+    config = dataclasses.replace(NARROW, vision=ResNetTowerConfig(width=2, layers=[2, 2, 1, 3]), depth_per=depth_per)
+    mapper = start_mapper(deep_clip_resnet, config, [tiny_batch])
+    depths = {name: tuple(one().shape) for name, one in mapper.operators.items() if "depth" in name}
+    stages = {"layers_0": (1, 1), "layers_1": (1, 2), "layers_3": (2, 3)}
+    modules = [f"_{kind}{place}" for kind in ("conv", "bn") for place in "123"] if depth_per == "kind" else [""]
+    assert {name: depths[name] for name in depths if name.startswith("vision")} == {
+        f"vision_{stage}_depth{module}": shape for stage, shape in stages.items() for module in modules
+    }
+    stage = MappingStage(mapper).train()
+    stage([tiny_batch])["loss"].backward()
+    assert all(mapper.operators[f"vision_inner{place}a"].delta.grad.any() for place in (1, 2, 4))
+    again = type(mapper).from_state(mapper.plan, mapper.plan.teacher_tensors(deep_clip_resnet), mapper.state_dict())
+    torch.testing.assert_close(dict(again.export().state_dict()), dict(mapper.export().state_dict()), atol=0, rtol=0)
+
+
 def test_every_space_of_the_table_has_a_size(clip_resnet):
     config = clip_resnet.config
-    sizes = {"stem1": 2, "stem2": 2, "stem3": 4, "stream1": 16, "stream4": 128, "inner1a.0": 4, "inner2b.1": 8}
-    for space, size in {**sizes, "inner4a.0": 32, "pool_value": 128, "embed": 32}.items():
+    sizes = {"stem1": 2, "stem2": 2, "stem3": 4, "stream1": 16, "stream4": 128, "first1a": 4, "inner2b": 8}
+    for space, size in {**sizes, "first4a": 32, "pool_value": 128, "embed": 32}.items():
         assert CLIP_RESNET.size(space, "vision", config) == size
 
 
@@ -149,7 +191,9 @@ def test_sizes_of_published_models():
         (ResNetTowerConfig(width=3), r"vision\.width=3 does not fit the teacher; it must be even.*\[2, 4\]"),
         (ResNetTowerConfig(width=6), r"vision\.width=6 does not fit the teacher.*\[2, 4\]"),
         (ResNetTowerConfig(width=2.0), r"vision\.width=2\.0 does not fit"),
-        (ResNetTowerConfig(layers=[1, 1, 1, 1]), r"vision\.layers=\[1, 1, 1, 1\], but .* \[1, 2, 1, 1\]"),
+        (ResNetTowerConfig(layers=[1, 3, 1, 1]), r"vision\.layers=\[1, 3, 1, 1\] does not fit .* \[1, 2, 1, 1\]"),
+        (ResNetTowerConfig(layers=[1, 0, 1, 1]), r"vision\.layers=\[1, 0, 1, 1\] does not fit"),
+        (ResNetTowerConfig(layers=[1, 2, 1]), r"vision\.layers=\[1, 2, 1\] does not fit .* each of its 4 stages"),
         (TowerConfig(hidden_size=64), r"vision is given by \['hidden_size'\].*\['width', 'layers'\]"),
     ],
     ids=str,

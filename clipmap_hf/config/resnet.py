@@ -20,7 +20,7 @@ class ResNetTowerConfig:
 
     Args:
         width: Channels behind the stem; those of RN50 are 64.
-        layers: Bottlenecks of each stage. They are the teacher's: fewer cannot be made yet.
+        layers: Bottlenecks of each of the four stages. The first of a stage always stays.
     """
 
     width: int | None = None
@@ -48,9 +48,10 @@ class ResNetTowerConfig:
                 f"are so are {fitting}."
             )
         layers = teacher.layers if self.layers is None else list(self.layers)
-        if layers != teacher.layers:
+        fits = len(layers) == len(teacher.layers) and all(type(one) is int for one in layers)
+        if not fits or not all(1 <= one <= largest for one, largest in zip(layers, teacher.layers, strict=True)):
             raise ValueError(
-                f"{name}.layers={layers}, but a student of a ResNet has as many blocks as its teacher, "
-                f"{teacher.layers}: fewer cannot be made yet. Leave layers out."
+                f"{name}.layers={layers} does not fit the teacher; it must be a number of blocks for each of its "
+                f"{len(teacher.layers)} stages, from 1 to the teacher's {teacher.layers}."
             )
         return ResNetTowerConfig(width, layers)
