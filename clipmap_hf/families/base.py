@@ -106,7 +106,7 @@ class Family:
             those of `operator_ties`.
         layerwise: Whether `Tower` can run the family's models layer by layer. Calibrated starts, MoPE's errors and
             budgets chosen by activations need that.
-        transformers: Whether both towers are transformers, so that each has layers, heads and neurons. Selections,
+        transformers: Whether both towers are transformers, so that each has layers, heads and neurons. Masks,
             budgets, ternary weights and the hidden loss need that.
     """
 

@@ -31,9 +31,9 @@ def _batch_norm(name: str, space: str, **layers: Any) -> tuple[TensorRule, ...]:
 def _block(name: str, read: str, inner: str, written: str, **layers: Any) -> tuple[TensorRule, ...]:
     """The rules of a bottleneck. A stage's stream is shared by its blocks, and what is within a block is its own."""
     return (
-        TensorRule(name + r"conv1\.weight", (f"{inner}a", read, None, None), **layers),
-        TensorRule(name + r"conv2\.weight", (f"{inner}b", f"{inner}a", None, None), **layers),
-        TensorRule(name + r"conv3\.weight", (written, f"{inner}b", None, None), **layers),
+        TensorRule(name + r"conv1\.weight", (f"{inner}a", f"{read}.in", None, None), **layers),
+        TensorRule(name + r"conv2\.weight", (f"{inner}b", f"{inner}a.in", None, None), **layers),
+        TensorRule(name + r"conv3\.weight", (written, f"{inner}b.in", None, None), **layers),
         *_batch_norm(name + "bn1", f"{inner}a", **layers),
         *_batch_norm(name + "bn2", f"{inner}b", **layers),
         *_batch_norm(name + "bn3", written, **layers),
@@ -46,31 +46,31 @@ def _stage(stage: int) -> tuple[TensorRule, ...]:
     layers = {"depth": f"layers.{stage - 1}", "first": 1}
     return (
         *_block(name + r"0\.", before, f"first{stage}", stream),
-        TensorRule(name + r"0\.downsample\.0\.weight", (stream, before, None, None)),
+        TensorRule(name + r"0\.downsample\.0\.weight", (stream, f"{before}.in", None, None)),
         *_batch_norm(name + r"0\.downsample\.1", stream),
         *_block(name + r"(?P<layer>[1-9]\d*)\.", stream, f"inner{stage}", stream, **layers),
     )
 
 
-# A channel is read through the operator that writes it: ReLU and BatchNorm stand between, and know no other basis.
+_SPACES = {
+    "stem1": "stem_widths.0",
+    "stem2": "stem_widths.1",
+    **_STAGES,
+    **{
+        f"{block}{stage}{place}": f"stage_widths.{stage - 1}"
+        for block in ("first", "inner")
+        for stage in (1, 2, 3, 4)
+        for place in "ab"
+    },
+    "pool_query": "hidden_size",
+    "pool_key": "hidden_size",
+    "pool_value": "hidden_size",
+}
+
 CLIP_RESNET = Family(
     name="clip_resnet",
     model_types=("clip_resnet",),
-    spaces={
-        **{name: size for name, size in CLIP.spaces.items() if name != "patch"},
-        "stem1": "stem_widths.0",
-        "stem2": "stem_widths.1",
-        **_STAGES,
-        **{
-            f"{block}{stage}{place}": f"stage_widths.{stage - 1}"
-            for block in ("first", "inner")
-            for stage in (1, 2, 3, 4)
-            for place in "ab"
-        },
-        "pool_query": "hidden_size",
-        "pool_key": "hidden_size",
-        "pool_value": "hidden_size",
-    },
+    spaces={name: size for name, size in CLIP.spaces.items() if name != "patch"} | _SPACES,
     shared_spaces=CLIP.shared_spaces,
     layer_spaces=CLIP.layer_spaces | {f"inner{stage}{place}" for stage in (1, 2, 3, 4) for place in "ab"},
     head_spaces=CLIP.head_spaces | {"pool_query", "pool_key", "pool_value"},
@@ -78,8 +78,8 @@ CLIP_RESNET = Family(
         # CLIP's rules for layers cover both towers, but they match none of a ResNet's, which have other names.
         *(rule for rule in CLIP.rules if "vision)_model" not in rule.pattern and rule.tower != "vision"),
         TensorRule(_TOWER + r"conv1\.weight", ("stem1", None, None, None)),
-        TensorRule(_TOWER + r"conv2\.weight", ("stem2", "stem1", None, None)),
-        TensorRule(_TOWER + r"conv3\.weight", ("stem3", "stem2", None, None)),
+        TensorRule(_TOWER + r"conv2\.weight", ("stem2", "stem1.in", None, None)),
+        TensorRule(_TOWER + r"conv3\.weight", ("stem3", "stem2.in", None, None)),
         *(rule for place in "123" for rule in _batch_norm(_TOWER + rf"bn{place}", f"stem{place}")),
         *(rule for stage in (1, 2, 3, 4) for rule in _stage(stage)),
         TensorRule(_TOWER + r"attnpool\.positional_embedding", (None, "stream4")),
@@ -87,13 +87,15 @@ CLIP_RESNET = Family(
             rule
             for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
             for rule in (
-                TensorRule(_TOWER + rf"attnpool\.{letter}_proj\.weight", (f"pool_{name}", "stream4")),
+                TensorRule(_TOWER + rf"attnpool\.{letter}_proj\.weight", (f"pool_{name}", "stream4.in")),
                 TensorRule(_TOWER + rf"attnpool\.{letter}_proj\.bias", (f"pool_{name}",)),
             )
         ),
-        TensorRule(_TOWER + r"attnpool\.c_proj\.weight", ("embed", "pool_value")),
+        TensorRule(_TOWER + r"attnpool\.c_proj\.weight", ("embed", "pool_value.in")),
         TensorRule(_TOWER + r"attnpool\.c_proj\.bias", ("embed",)),
     ),
+    # A channel is read through the operator that writes it: ReLU and BatchNorm stand between, and know no other basis.
+    ties={f"{space}.in": space for space in _SPACES},
     layerwise=False,
     transformers=False,
 )

@@ -51,7 +51,6 @@ class Start:
         depth_rule: The depth rule that it brings with it, beside those of `DEPTH_RULES`.
         folds: Whether the teacher is folded and the student's weights are corrected (`MappingPlan`).
         layerwise: Whether it goes through the teacher layer by layer, which a family must allow.
-        scores: Whether it scores heads, neurons and layers, which both towers must have.
         narrows: Whether it can make heads narrower.
         adds: Whether a layer may have more heads than one of the teacher's, if it stands for several.
     """
@@ -62,13 +61,12 @@ class Start:
     depth_rule: str | None = None
     folds: bool = False
     layerwise: bool = False
-    scores: bool = False
     narrows: bool = True
     adds: bool = False
 
     def fits(self, family: Family) -> bool:
         """Whether it is written for a family."""
-        return (family.layerwise or not self.layerwise) and (family.transformers or not self.scores)
+        return family.layerwise or not self.layerwise
 
 
 STARTS = {
@@ -82,22 +80,14 @@ STARTS = {
         adds=True,
     ),
     "diagonal": Start(start_by(diagonal)),
-    "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=True, scores=True),
+    "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=True),
     "kaiming": Start(start_by(kaiming)),
-    "magnitude": Start(select_by(magnitude), depth_rule="score", scores=True),
-    "manual": Start(select_by(manual), depth_rule="score", scores=True),
-    "mope": Start(
-        select_by(mope),
-        reads_pairs=True,
-        matches=True,
-        depth_rule="score",
-        layerwise=True,
-        scores=True,
-        narrows=False,
-    ),
+    "magnitude": Start(select_by(magnitude), depth_rule="score"),
+    "manual": Start(select_by(manual), depth_rule="score"),
+    "mope": Start(select_by(mope), reads_pairs=True, matches=True, depth_rule="score", layerwise=True, narrows=False),
     "random": Start(start_by(random)),
-    "random_selection": Start(select_by(random_selection), depth_rule="score", scores=True),
-    "taylor": Start(select_by(taylor), reads_pairs=True, matches=True, depth_rule="score", scores=True),
+    "random_selection": Start(select_by(random_selection), depth_rule="score"),
+    "taylor": Start(select_by(taylor), reads_pairs=True, matches=True, depth_rule="score"),
     "xavier": Start(start_by(xavier)),
 }
 
@@ -215,11 +205,10 @@ def check_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> None:
     if not start.fits(family):
         allowed = sorted(name for name, other in STARTS.items() if other.fits(family))
         readers = [name for name in allowed if STARTS[name].reads_pairs]
-        what = "goes through the teacher's layers one by one" if start.layerwise else "scores heads and neurons"
         which = f"only {', '.join(map(repr, readers))} reads" if readers else "none reads"
         raise ValueError(
-            f"initializer={name!r} {what}, which is not written for the family {family.name!r}. Name one of "
-            f"{allowed}; of these, {which} calibration data."
+            f"initializer={name!r} goes through the teacher's layers one by one, which is not written for the family "
+            f"{family.name!r}. Name one of {allowed}; of these, {which} calibration data."
         )
     if start.reads_pairs > has_pairs or has_pairs > uses_pairs(config, family):
         verb = "does not start from data; leave calibration_data out" if has_pairs else "needs calibration_data"
