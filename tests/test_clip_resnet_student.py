@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
+from clipmap_hf import shapes
 from clipmap_hf.cli.arguments import StudentArguments
 from clipmap_hf.cli.student import map_config
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import (
     PRESETS,
+    Budget,
     ClipMapConfig,
     ResNetTowerConfig,
     TowerConfig,
@@ -39,7 +41,8 @@ from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.models.towers import Tower
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import DistillationTrainer, freeze_tower
-from clipmap_hf.shapes import choose_shape
+from clipmap_hf.shapes import choose_shape, search_shape
+from clipmap_hf.shapes.grid import COUNTED
 from clipmap_hf.starts import STARTS, start_mapper
 from clipmap_hf.starts.selection.masks import Masks
 from clipmap_hf.starts.selection.mope import mope_errors
@@ -53,6 +56,7 @@ from clipmap_hf.training.stages.distillation import DistillationStage
 from clipmap_hf.training.stages.mapping import MappingStage
 
 
+RN50 = CLIPResNetConfig()
 NARROW = ClipMapConfig(vision=ResNetTowerConfig(width=2), text=TowerConfig(hidden_size=32, num_hidden_layers=2))
 
 
@@ -184,6 +188,47 @@ def test_sizes_of_published_models():
     assert found == {"RN50": (102.0, 38.3, 38.4), "resnet-30m": (83.8, 29.6, 28.9), "resnet-19m": (63.4, 18.6, 19.5)}
 
 
+@pytest.mark.parametrize("preset", presets_of(ResNetTowerConfig))
+def test_at_the_cost_of_tinyclips_student_that_student_is_chosen(preset):
+    config = student_config(RN50, PRESETS[preset])
+    choice = choose_shape(RN50, ClipMapConfig(budget={"params": model_cost(config).parameters}))
+    assert choice.config.vision == PRESETS[preset].vision
+    assert choice.config.text.num_hidden_layers == PRESETS[preset].text.num_hidden_layers
+    assert student_config(RN50, choice.config).to_dict() == config.to_dict()
+    assert f"{config.vision_config.width} × 16" in str(choice)
+
+
+@pytest.mark.parametrize(("measure", "limit"), [("params", "40M"), ("macs", "2G"), ("bytes", "200M")])
+def test_a_budget_is_met_and_not_by_a_head_or_layer_more(measure, limit):
+    budget = Budget.from_dict({measure: limit})
+    choice = choose_shape(RN50, ClipMapConfig(vision=ResNetTowerConfig(layers=[3, 4, 5, 3]), budget=budget))
+    chosen = student_config(RN50, choice.config)
+    assert chosen.vision_config.layers == [3, 4, 5, 3] and chosen.vision_config.width % 2 == 0
+    wider = dataclasses.replace(choice.config, vision=ResNetTowerConfig(chosen.vision_config.width + 2, [3, 4, 5, 3]))
+    costs = [COUNTED[measure](config) for config in (chosen, student_config(RN50, wider))]
+    assert costs[0] == choice.candidates[0].cost <= budget.limit < costs[1]
+
+
+def test_a_latency_budget_measures_a_resnet_at_its_own_depth(clip_resnet, monkeypatch):
+    def measured(config, budget, towers=("vision", "text")):
+        sizes = {"vision": config.vision_config.width, "text": config.text_config.num_hidden_layers}
+        return {name: float(sizes[name]) for name in towers}
+
+    for module in (shapes.latency, shapes.choice):
+        monkeypatch.setattr(module, "measured_latency", measured)
+    choice = choose_shape(clip_resnet.config, ClipMapConfig(budget={"latency_ms": 4}))
+    assert (choice.config.vision.width, choice.config.text.num_hidden_layers) == (2, 2)
+
+
+def test_a_budget_is_searched_by_the_literature_though_pairs_measure_the_norms(clip_resnet_folder, pairs_parquet):
+    given = {"calibration_data": str(pairs_parquet), "calibration_pairs": 16}
+    compressor = ClipMapCompressor.from_pretrained(clip_resnet_folder, {"params": "60k"}, **given)
+    assert model_cost(compressor.config).parameters <= 60_000 and compressor.config.vision_config.width == 2
+    assert "nearest to the shapes of the literature" in str(compressor.choice)
+    expected = search_shape(load_model(str(clip_resnet_folder)), ClipMapConfig(budget={"params": "60k"})).config
+    assert compressor.map_config.vision == expected.vision and compressor.map_config.text == expected.text
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [
@@ -292,8 +337,6 @@ def test_a_start_from_data_is_refused_by_name(clip_resnet_folder, pairs_parquet)
 
 def test_what_needs_a_transformer_is_refused_by_name(clip_resnet, tiny_teacher):
     config = clip_resnet.config
-    with pytest.raises(ValueError, match="budget .* type 'clip_resnet'"):
-        choose_shape(config, ClipMapConfig(budget={"params": "50k"}))
     with pytest.raises(ValueError, match="'clip_resnet' cannot be masked; start by an initializer"):
         Masks(config, family_for(config))
     with pytest.raises(ValueError, match="Ternary .* 'clip_resnet'"):
