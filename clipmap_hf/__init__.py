@@ -37,6 +37,7 @@ _PUBLIC = {
     "evaluate_agreement": "clipmap_hf.evaluation.agreement",
     "evaluate_retrieval": "clipmap_hf.evaluation.retrieval",
     "evaluate_zero_shot": "clipmap_hf.evaluation.zero_shot",
+    "reestimate_batch_norms": "clipmap_hf.models.batch_norms",
 }
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "evaluate_agreement",
     "evaluate_retrieval",
     "evaluate_zero_shot",
+    "reestimate_batch_norms",
 ]
 
 

@@ -29,7 +29,7 @@ from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.options import check_download_options
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.shapes import Choice, search_shape
-from clipmap_hf.starts import check_start, start_mapper, start_of
+from clipmap_hf.starts import named_start, start_mapper, start_of
 
 
 __all__ = ["ClipMapCompressor"]
@@ -93,7 +93,7 @@ class ClipMapCompressor(nn.Module):
             processor: Tokenizer and image processor of a teacher given as a model; by default those at its
                 `name_or_path`.
             initializer: How the operators start, if `student` does not say it: by default `calibrated` with
-                calibration data, `diagonal` without.
+                calibration data, `diagonal` without, and `diagonal` for a ResNet.
             calibration_data: What starts read that look at pairs, such as `calibrated`: anything `load_pairs` reads,
                 a `Dataset` or a list of `(image, text)` among it; or batches of `pixel_values` and `input_ids`, in a
                 list or a `DataLoader`.
@@ -123,7 +123,7 @@ class ClipMapCompressor(nn.Module):
                 raise ValueError("A map that is gone on with has started already; leave initializer and data out.")
             source = ModelId(os.fspath(source), revision)
             return cls.from_map(source, partial(Teacher.load, **options), **kwargs).to(device)
-        config = requested_config(student, initializer, calibration_data is not None)
+        config = requested_config(student, initializer)
         teacher = Teacher.take(source, revision, processor, **options)
         if holds_pairs(calibration_data):
             given = {"image_column": image_column, "caption_column": caption_column, "once": start_of(config).matches}
@@ -149,7 +149,7 @@ class ClipMapCompressor(nn.Module):
             TypeError: If `batches` is an iterator.
             ValueError: As in `start_mapper` and `search_shape`.
         """
-        check_start(config, family_for(teacher.model.config), has_pairs=batches is not None)
+        config = named_start(config, family_for(teacher.model.config), has_pairs=batches is not None)
         if batches is not None:
             batches = batches if isinstance(batches, HeldBatches) else HeldBatches(batches)
             teacher.model.to(calibration_device())

@@ -279,8 +279,18 @@ def chinese_clip(tiny_config) -> ChineseCLIPModel:
 @pytest.fixture(scope="session")
 def clip_resnet(tiny_config) -> CLIPResNetModel:
     """A random CLIP with a ResNet and the tiny teacher's text tower, in eval mode; its BatchNorms have seen images."""
-    vision = {"width": 4, "layers": [1, 2, 1, 1], "head_width": 32, "image_size": IMAGE_SIZE}
-    text = _towers(tiny_config())["text_config"]
+    return _random_resnet(tiny_config(), [1, 2, 1, 1])
+
+
+@pytest.fixture(scope="session")
+def deep_clip_resnet(tiny_config) -> CLIPResNetModel:
+    """The same with several blocks in each stage."""
+    return _random_resnet(tiny_config(), [2, 3, 2, 4])
+
+
+def _random_resnet(clip: CLIPConfig, layers: list[int]) -> CLIPResNetModel:
+    vision = {"width": 4, "layers": layers, "head_width": 32, "image_size": IMAGE_SIZE}
+    text = _towers(clip)["text_config"]
     config = CLIPResNetConfig(vision_config=vision, text_config=text, projection_dim=PROJECTION_DIM)
     model, generator = randomize(CLIPResNetModel(config)), torch.Generator().manual_seed(1)
     for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):

@@ -47,6 +47,16 @@ RUNS = {
     ),
     "mope.py": ("--pairs 8 --rounds 1", ["| with reuse |", "| the whole model |", "whole / reuse: median "]),
     "packaged_sets.py": ("--output_dir {folder}", ["| digits | teacher |", "| icons  | teacher |"]),
+    "resnet.py": (
+        "--output_dir {folder} --sizes 1/2 --seeds 0 --teacher_steps 1 --steps 1 --batch_size 8 --pairs 64",
+        [
+            "| 1 | teacher | – |",
+            *(
+                f"| 1/2 | diagonal | {stage} |"
+                for stage in ("inherited", "measured", "mapped", "distilled", "mapped, distilled")
+            ),
+        ],
+    ),
     "runtimes.py": (
         "--pairs 2",
         [f"| {name} " for name in ("transformers, towers", "sentence-transformers", "ONNX Runtime, q8")],

@@ -1,6 +1,7 @@
 """Students of a CLIP with a ResNet: TinyCLIP's slices, what else works, and what is refused by name."""
 
 import copy
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,20 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
+from clipmap_hf import shapes
+from clipmap_hf.cli.arguments import StudentArguments
+from clipmap_hf.cli.student import map_config
 from clipmap_hf.compressor import ClipMapCompressor
-from clipmap_hf.config import ClipMapConfig, ResNetTowerConfig, TowerConfig, cut_towers, student_config
+from clipmap_hf.config import (
+    PRESETS,
+    Budget,
+    ClipMapConfig,
+    ResNetTowerConfig,
+    TowerConfig,
+    cut_towers,
+    presets_of,
+    student_config,
+)
 from clipmap_hf.costs.cost import model_cost
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.evaluation.retrieval import evaluate_retrieval
@@ -28,9 +41,9 @@ from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.models.towers import Tower
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.pipeline.distillation import DistillationTrainer, freeze_tower
-from clipmap_hf.shapes import choose_shape
+from clipmap_hf.shapes import choose_shape, search_shape
+from clipmap_hf.shapes.grid import COUNTED
 from clipmap_hf.starts import STARTS, start_mapper
-from clipmap_hf.starts.selection.criteria import magnitude
 from clipmap_hf.starts.selection.masks import Masks
 from clipmap_hf.starts.selection.mope import mope_errors
 from clipmap_hf.teacher_cache.arguments import TeacherCacheArguments
@@ -43,6 +56,7 @@ from clipmap_hf.training.stages.distillation import DistillationStage
 from clipmap_hf.training.stages.mapping import MappingStage
 
 
+RN50 = CLIPResNetConfig()
 NARROW = ClipMapConfig(vision=ResNetTowerConfig(width=2), text=TowerConfig(hidden_size=32, num_hidden_layers=2))
 
 
@@ -94,7 +108,7 @@ def test_square_operators_that_permute_channels_change_nothing(clip_resnet, tiny
 
 def test_a_variance_goes_through_the_squares_of_an_operator(clip_resnet):
     mapper = start_mapper(clip_resnet, ClipMapConfig(vision=ResNetTowerConfig(width=2), initializer="xavier"))
-    operator, norm = mapper.operators["vision_inner2b_1"](), clip_resnet.vision_model.layer2[1].bn2
+    operator, norm = mapper.operators["vision_inner2b"]()[0], clip_resnet.vision_model.layer2[1].bn2
     mapped = mapper.materialize()
     torch.testing.assert_close(
         mapped["vision_model.layer2.1.bn2.running_var"], operator.square() @ norm.running_var, atol=1e-6, rtol=0
@@ -105,7 +119,7 @@ def test_a_variance_goes_through_the_squares_of_an_operator(clip_resnet):
         torch.einsum(
             "ao,bi,oixy->abxy",
             operator,
-            mapper.operators["vision_inner2a_1"](),
+            mapper.operators["vision_inner2a"]()[0],
             clip_resnet.vision_model.layer2[1].conv2.weight,
         ),
         atol=1e-6,
@@ -113,10 +127,50 @@ def test_a_variance_goes_through_the_squares_of_an_operator(clip_resnet):
     )
 
 
+SHALLOW = ResNetTowerConfig(layers=[2, 2, 1, 3])
+
+
+def test_fewer_blocks_of_a_stage_are_the_first_ones(deep_clip_resnet):
+    student = start_mapper(deep_clip_resnet, ClipMapConfig(vision=SHALLOW)).export()
+    teacher, tensors = deep_clip_resnet.state_dict(), student.state_dict()
+    assert student.config.vision_config.layers == [2, 2, 1, 3] and student.config.vision_config.width == 4
+    gone = {".".join(name.split(".")[1:3]) for name in teacher.keys() - tensors.keys()}
+    assert gone == {"layer2.2", "layer3.1", "layer4.3"}
+    torch.testing.assert_close(dict(tensors), {name: teacher[name] for name in tensors}, atol=0, rtol=0)
+
+
+def test_a_depth_rule_chooses_among_the_blocks_behind_the_first(deep_clip_resnet):
+    config = ClipMapConfig(vision=ResNetTowerConfig(width=2, layers=[1, 2, 2, 3]), depth="spread")
+    tensors = start_mapper(deep_clip_resnet, config).export().state_dict()
+    teacher = deep_clip_resnet.state_dict()
+    olds = {"layer2.1": "layer2.2", "layer3.1": "layer3.1", "layer4.1": "layer4.1", "layer4.2": "layer4.3"}
+    for student, old in olds.items():
+        for name in (name for name in tensors if f".{student}." in name):
+            expected = front(teacher[name.replace(student, old)], tensors[name].shape)
+            torch.testing.assert_close(tensors[name], expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("depth_per", ["tower", "kind"])
+def test_a_shallower_student_is_mapped_saved_and_taken_up(deep_clip_resnet, tiny_batch, depth_per):
+    config = dataclasses.replace(NARROW, vision=ResNetTowerConfig(width=2, layers=[2, 2, 1, 3]), depth_per=depth_per)
+    mapper = start_mapper(deep_clip_resnet, config, [tiny_batch])
+    depths = {name: tuple(one().shape) for name, one in mapper.operators.items() if "depth" in name}
+    stages = {"layers_0": (1, 1), "layers_1": (1, 2), "layers_3": (2, 3)}
+    modules = [f"_{kind}{place}" for kind in ("conv", "bn") for place in "123"] if depth_per == "kind" else [""]
+    assert {name: depths[name] for name in depths if name.startswith("vision")} == {
+        f"vision_{stage}_depth{module}": shape for stage, shape in stages.items() for module in modules
+    }
+    stage = MappingStage(mapper).train()
+    stage([tiny_batch])["loss"].backward()
+    assert all(mapper.operators[f"vision_inner{place}a"].delta.grad.any() for place in (1, 2, 4))
+    again = type(mapper).from_state(mapper.plan, mapper.plan.teacher_tensors(deep_clip_resnet), mapper.state_dict())
+    torch.testing.assert_close(dict(again.export().state_dict()), dict(mapper.export().state_dict()), atol=0, rtol=0)
+
+
 def test_every_space_of_the_table_has_a_size(clip_resnet):
     config = clip_resnet.config
-    sizes = {"stem1": 2, "stem2": 2, "stem3": 4, "stream1": 16, "stream4": 128, "inner1a.0": 4, "inner2b.1": 8}
-    for space, size in {**sizes, "inner4a.0": 32, "pool_value": 128, "embed": 32}.items():
+    sizes = {"stem1": 2, "stem2": 2, "stem3": 4, "stream1": 16, "stream4": 128, "first1a": 4, "inner2b": 8}
+    for space, size in {**sizes, "first4a": 32, "pool_value": 128, "embed": 32}.items():
         assert CLIP_RESNET.size(space, "vision", config) == size
 
 
@@ -124,15 +178,55 @@ def test_sizes_of_published_models():
     """RN50's are open_clip's; TinyCLIP names its two by theirs, 30 M + 29 M and 19 M + 19 M (text without table)."""
     rn50 = CLIPResNetConfig()
     found = {}
-    for name, width, depth in (("RN50", 64, 12), ("RN-30M", 56, 9), ("RN-19M", 44, 6)):
-        size = ClipMapConfig(vision=ResNetTowerConfig(width=width), text=TowerConfig(num_hidden_layers=depth))
+    for name, size in (("RN50", ClipMapConfig()), *((name, PRESETS[name]) for name in presets_of(ResNetTowerConfig))):
         with torch.device("meta"):
             model = CLIPResNetModel(student_config(rn50, size))
         count = sum(one.numel() for one in model.parameters())
         vision = sum(one.numel() for one in model.vision_model.parameters())
         table = model.text_model.embeddings.token_embedding.weight.numel()
         found[name] = tuple(round(part / 1e6, 1) for part in (count, vision, count - vision - table))
-    assert found == {"RN50": (102.0, 38.3, 38.4), "RN-30M": (83.8, 29.6, 28.9), "RN-19M": (63.4, 18.6, 19.5)}
+    assert found == {"RN50": (102.0, 38.3, 38.4), "resnet-30m": (83.8, 29.6, 28.9), "resnet-19m": (63.4, 18.6, 19.5)}
+
+
+@pytest.mark.parametrize("preset", presets_of(ResNetTowerConfig))
+def test_at_the_cost_of_tinyclips_student_that_student_is_chosen(preset):
+    config = student_config(RN50, PRESETS[preset])
+    choice = choose_shape(RN50, ClipMapConfig(budget={"params": model_cost(config).parameters}))
+    assert choice.config.vision == PRESETS[preset].vision
+    assert choice.config.text.num_hidden_layers == PRESETS[preset].text.num_hidden_layers
+    assert student_config(RN50, choice.config).to_dict() == config.to_dict()
+    assert f"{config.vision_config.width} × 16" in str(choice)
+
+
+@pytest.mark.parametrize(("measure", "limit"), [("params", "40M"), ("macs", "2G"), ("bytes", "200M")])
+def test_a_budget_is_met_and_not_by_a_head_or_layer_more(measure, limit):
+    budget = Budget.from_dict({measure: limit})
+    choice = choose_shape(RN50, ClipMapConfig(vision=ResNetTowerConfig(layers=[3, 4, 5, 3]), budget=budget))
+    chosen = student_config(RN50, choice.config)
+    assert chosen.vision_config.layers == [3, 4, 5, 3] and chosen.vision_config.width % 2 == 0
+    wider = dataclasses.replace(choice.config, vision=ResNetTowerConfig(chosen.vision_config.width + 2, [3, 4, 5, 3]))
+    costs = [COUNTED[measure](config) for config in (chosen, student_config(RN50, wider))]
+    assert costs[0] == choice.candidates[0].cost <= budget.limit < costs[1]
+
+
+def test_a_latency_budget_measures_a_resnet_at_its_own_depth(clip_resnet, monkeypatch):
+    def measured(config, budget, towers=("vision", "text")):
+        sizes = {"vision": config.vision_config.width, "text": config.text_config.num_hidden_layers}
+        return {name: float(sizes[name]) for name in towers}
+
+    for module in (shapes.latency, shapes.choice):
+        monkeypatch.setattr(module, "measured_latency", measured)
+    choice = choose_shape(clip_resnet.config, ClipMapConfig(budget={"latency_ms": 4}))
+    assert (choice.config.vision.width, choice.config.text.num_hidden_layers) == (2, 2)
+
+
+def test_a_budget_is_searched_by_the_literature_though_pairs_measure_the_norms(clip_resnet_folder, pairs_parquet):
+    given = {"calibration_data": str(pairs_parquet), "calibration_pairs": 16}
+    compressor = ClipMapCompressor.from_pretrained(clip_resnet_folder, {"params": "60k"}, **given)
+    assert model_cost(compressor.config).parameters <= 60_000 and compressor.config.vision_config.width == 2
+    assert "nearest to the shapes of the literature" in str(compressor.choice)
+    expected = search_shape(load_model(str(clip_resnet_folder)), ClipMapConfig(budget={"params": "60k"})).config
+    assert compressor.map_config.vision == expected.vision and compressor.map_config.text == expected.text
 
 
 @pytest.mark.parametrize(
@@ -141,7 +235,9 @@ def test_sizes_of_published_models():
         (ResNetTowerConfig(width=3), r"vision\.width=3 does not fit the teacher; it must be even.*\[2, 4\]"),
         (ResNetTowerConfig(width=6), r"vision\.width=6 does not fit the teacher.*\[2, 4\]"),
         (ResNetTowerConfig(width=2.0), r"vision\.width=2\.0 does not fit"),
-        (ResNetTowerConfig(layers=[1, 1, 1, 1]), r"vision\.layers=\[1, 1, 1, 1\], but .* \[1, 2, 1, 1\]"),
+        (ResNetTowerConfig(layers=[1, 3, 1, 1]), r"vision\.layers=\[1, 3, 1, 1\] does not fit .* \[1, 2, 1, 1\]"),
+        (ResNetTowerConfig(layers=[1, 0, 1, 1]), r"vision\.layers=\[1, 0, 1, 1\] does not fit"),
+        (ResNetTowerConfig(layers=[1, 2, 1]), r"vision\.layers=\[1, 2, 1\] does not fit .* each of its 4 stages"),
         (TowerConfig(hidden_size=64), r"vision is given by \['hidden_size'\].*\['width', 'layers'\]"),
     ],
     ids=str,
@@ -149,6 +245,22 @@ def test_sizes_of_published_models():
 def test_a_size_that_does_not_fit_is_an_error(clip_resnet, size, message):
     with pytest.raises(ValueError, match=message):
         student_config(clip_resnet.config, ClipMapConfig(vision=size))
+
+
+def test_a_preset_of_another_kind_of_teacher_is_an_error_that_names_those_that_fit(clip_resnet, shared_teacher):
+    for teacher, wrong, fitting in (
+        (clip_resnet, "small", r"\['resnet-30m', 'resnet-19m'\]"),
+        (shared_teacher, "resnet-19m", r"\['base', 'small', 'tiny'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"tower is of another kind.*Its presets are {fitting}"):
+            start_mapper(teacher, PRESETS[wrong])
+
+
+def test_arguments_change_a_preset_of_a_resnet():
+    small = map_config(StudentArguments(student="resnet-19m", vision_width=40, text_num_hidden_layers=5))
+    assert (small.vision, small.text) == (ResNetTowerConfig(width=40), TowerConfig(num_hidden_layers=5))
+    assert map_config(StudentArguments(student="resnet-30m")) == PRESETS["resnet-30m"]
+    assert map_config(StudentArguments(student="resnet-30m", vision_hidden_size=64)).vision == TowerConfig(64)
 
 
 def test_the_size_of_a_resnet_does_not_fit_a_transformer(shared_teacher):
@@ -209,23 +321,22 @@ def test_the_card_of_a_student_says_how_it_is_loaded(clip_resnet_folder, tmp_pat
 def test_starts_work_or_are_refused_by_name(clip_resnet, initializer, tiny_batch):
     batches = [tiny_batch] if STARTS[initializer].reads_pairs else None
     config = ClipMapConfig(vision=ResNetTowerConfig(width=2), initializer=initializer)
-    if initializer in ("diagonal", "kaiming", "random", "xavier"):
+    if not STARTS[initializer].layerwise:
         assert start_mapper(clip_resnet, config, batches).export().get_image_features(tiny_batch["pixel_values"])
         return
-    message = rf"'{initializer}' .* family 'clip_resnet'\. Name one of \['diagonal', 'kaiming', 'random', 'xavier'\]"
+    message = rf"'{initializer}' .* family 'clip_resnet'\. Name one of \['diagonal', 'kaiming', 'magnitude', "
     with pytest.raises(ValueError, match=message):
         start_mapper(clip_resnet, config, batches)
 
 
 def test_a_start_from_data_is_refused_by_name(clip_resnet_folder, pairs_parquet):
-    with pytest.raises(ValueError, match="'calibrated' goes through .* 'clip_resnet'.*none reads calibration data"):
-        ClipMapCompressor.from_pretrained(clip_resnet_folder, NARROW, calibration_data=str(pairs_parquet))
+    given = {"calibration_data": str(pairs_parquet), "initializer": "calibrated"}
+    with pytest.raises(ValueError, match="'calibrated' goes through .* 'clip_resnet'.*only 'taylor' reads"):
+        ClipMapCompressor.from_pretrained(clip_resnet_folder, NARROW, **given)
 
 
 def test_what_needs_a_transformer_is_refused_by_name(clip_resnet, tiny_teacher):
     config = clip_resnet.config
-    with pytest.raises(ValueError, match="budget .* type 'clip_resnet'"):
-        choose_shape(config, ClipMapConfig(budget={"params": "50k"}))
     with pytest.raises(ValueError, match="'clip_resnet' cannot be masked; start by an initializer"):
         Masks(config, family_for(config))
     with pytest.raises(ValueError, match="Ternary .* 'clip_resnet'"):
@@ -234,8 +345,6 @@ def test_what_needs_a_transformer_is_refused_by_name(clip_resnet, tiny_teacher):
         Tower(clip_resnet, "text")
     with pytest.raises(ValueError, match="'clip_resnet' cannot be gone through layer by layer"):
         mope_errors(clip_resnet, [])
-    with pytest.raises(ValueError, match="'clip_resnet' have no scores of heads"):
-        magnitude(clip_resnet, [], seed=0)
     clip_resnet = copy.deepcopy(clip_resnet)  # which stages freeze
     for student, teacher in ((clip_resnet, tiny_teacher), (tiny_teacher, clip_resnet)):
         with pytest.raises(ValueError, match="hidden loss .* 'clip_resnet'"):
@@ -243,8 +352,6 @@ def test_what_needs_a_transformer_is_refused_by_name(clip_resnet, tiny_teacher):
 
 
 def test_what_batch_norms_do_not_allow_is_refused_by_name(clip_resnet, tiny_batch, as_process):
-    with pytest.raises(ValueError, match="mapping stage is not written for models with BatchNorms.*'clip_resnet'"):
-        MappingStage(start_mapper(clip_resnet, NARROW))
     model = start_mapper(clip_resnet, NARROW).export()
     with pytest.raises(ValueError, match="freeze='vision', but the vision tower of a CLIPResNetModel has BatchNorms"):
         freeze_tower(model, "vision")

@@ -42,6 +42,7 @@ SUBSTITUTES = {
 COMPILED = {
     ("docs/hub.md", 1): "pushes to the Hub; tests/test_push.py does so to a server of its own",
     ("docs/extending.md", 1): "an excerpt of clipmap_hf/families/siglip.py",
+    ("docs/families.md", 1): "compresses an RN50; tests/test_batch_norms.py does so with a tiny one",
     ("docs/python.md", 6): "leaves arguments out",
     ("docs/evaluation.md", 3): "reads a set of the reader's own",
 }

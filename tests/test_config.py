@@ -4,7 +4,7 @@ import json
 import pytest
 from transformers import CLIPConfig, CLIPModel
 
-from clipmap_hf.config import PRESETS, ClipMapConfig, ResNetTowerConfig, TowerConfig, student_config
+from clipmap_hf.config import PRESETS, ClipMapConfig, ResNetTowerConfig, TowerConfig, presets_of, student_config
 from clipmap_hf.config.names import DEPTH_NAMES, START_NAMES
 from clipmap_hf.mapping.depth import DEPTH_RULES
 from clipmap_hf.starts import STARTS
@@ -40,7 +40,10 @@ def test_presets_of_vit_b_16_have_the_papers_sizes(vit_b_16, preset, vision, tex
 
 
 def test_every_preset_is_tested_here():
-    assert sorted(PRESETS) == ["base", "small", "tiny"]
+    """Those of ResNets in tests/test_clip_resnet_student.py."""
+    assert presets_of(TowerConfig) == ["base", "small", "tiny"]
+    assert presets_of(ResNetTowerConfig) == ["resnet-30m", "resnet-19m"]
+    assert len(PRESETS) == 5
 
 
 def test_everything_but_the_sizes_is_kept(vit_b_16):

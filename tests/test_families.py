@@ -16,9 +16,10 @@ HALF = ClipMapConfig(
 
 
 @pytest.fixture
-def models(shared_teacher, metaclip2, siglip, chinese_clip, clip_resnet) -> dict[str, PreTrainedModel]:
+def models(shared_teacher, metaclip2, siglip, chinese_clip, deep_clip_resnet) -> dict[str, PreTrainedModel]:
     """A model of each type that a table describes."""
-    return {model.config.model_type: model for model in (shared_teacher, metaclip2, siglip, chinese_clip, clip_resnet)}
+    found = (shared_teacher, metaclip2, siglip, chinese_clip, deep_clip_resnet)
+    return {model.config.model_type: model for model in found}
 
 
 def half(model: PreTrainedModel) -> ClipMapConfig:

@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPConfig
 
 from clipmap_hf import PRESETS, Budget, ClipMapConfig, TowerConfig
-from clipmap_hf.config import student_config
+from clipmap_hf.config import presets_of, student_config
 from clipmap_hf.costs.cost import model_cost
 from clipmap_hf.models.towers import Tower
 from clipmap_hf.shapes import choice as choice_module
@@ -94,7 +94,7 @@ def test_costs_of_a_teacher_of_one_layer_add_up(tiny_config):
 # The choice
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", presets_of(TowerConfig))
 def test_at_the_cost_of_a_shape_of_the_literature_that_shape_is_chosen(vit_b_16, preset):
     params = cost_of(vit_b_16, PRESETS[preset], "params")
     chosen = choose_shape(vit_b_16, ClipMapConfig(budget={"params": params}))

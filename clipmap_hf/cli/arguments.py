@@ -37,7 +37,11 @@ class StudentArguments:
     """The size of the student and how its operators start; the words of `ClipMapConfig`."""
 
     student: str | dict[str, str] | None = field(
-        default=None, metadata={"help": "A preset: base, small or tiny; or a budget, such as params=30M or macs=2G."}
+        default=None,
+        metadata={
+            "help": "A preset: base, small or tiny, of a ResNet resnet-30m or resnet-19m; or a budget, such as "
+            "params=30M or macs=2G."
+        },
     )
     vision_hidden_size: int | None = field(default=None, metadata={"help": "Width of the vision tower."})
     vision_intermediate_size: int | None = field(default=None, metadata={"help": "FFN width of the vision tower."})
@@ -82,4 +86,11 @@ class StudentArguments:
     decay_towards: str | None = field(
         default=None,
         metadata={"help": "Weight decay pulls operators to their `initial` value (default) or to `zero`."},
+    )
+    norm_statistics: str | None = field(
+        default=None,
+        metadata={
+            "help": "Statistics that a ResNet's BatchNorms start with: `measured` on calibration pairs (default) or "
+            "`inherited`."
+        },
     )

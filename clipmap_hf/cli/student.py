@@ -39,8 +39,9 @@ def map_config(arguments: StudentArguments, seed: int = 0) -> ClipMapConfig | No
             raise ValueError(
                 f"The {tower} tower's size is given by {sorted(sizes)}; of these, {of_resnet} are a ResNet's."
             )
-        size = ResNetTowerConfig() if of_resnet else getattr(config, tower)
-        given[tower] = dataclasses.replace(size, **sizes)
+        kind = ResNetTowerConfig if of_resnet else TowerConfig
+        size = getattr(config, tower)
+        given[tower] = dataclasses.replace(size if isinstance(size, kind) or not sizes else kind(), **sizes)
     return dataclasses.replace(config, seed=seed, **given)
 
 

@@ -87,8 +87,8 @@ class ClipMapConfig:
         budget: What the student may cost, a `Budget` or its values by name. Widths and depths that are not given are
             then searched (`choose_shape`) instead of taken from the teacher.
         initializer: How the width operators start, a key of `STARTS` (`diagonal` is Eq. 9). Some starts read
-            calibration data (`STARTS[name].reads_pairs`). By default `calibrated` with such data, `diagonal` without.
-            `calibrated_whole` is `calibrated` as it was first made, with whole heads.
+            calibration data (`STARTS[name].reads_pairs`). By default `calibrated` with such data, `diagonal` without
+            (and for a ResNet). `calibrated_whole` is `calibrated` as it was first made, with whole heads.
         refit: Whether `calibrated` solves the student's layers one after another (`refit`).
         refit_steps: Steps of gradient descent on each tower after its layers were solved: most of the time of a start.
             Steps that make the error on the calibration pairs larger are taken back.
@@ -99,6 +99,8 @@ class ClipMapConfig:
         tie_ffn: Whether `fc2` reads through the transposed operator that `fc1` writes with. A.3 lists no such tie.
         decay_towards: What weight decay pulls an operator to. `initial` keeps the inheritance; `zero` is the literal
             AdamW on the operators, which at the paper's settings decays the inheritance itself away.
+        norm_statistics: Means and variances that a ResNet's BatchNorms start with: `measured` on calibration pairs,
+            where there are some, or `inherited` through the operators.
         seed: Of random initializers.
 
     Raises:
@@ -118,6 +120,7 @@ class ClipMapConfig:
     depth_per: Literal["tower", "kind"] = "tower"
     tie_ffn: bool = False
     decay_towards: Literal["initial", "zero"] = "initial"
+    norm_statistics: Literal["measured", "inherited"] = "measured"
     seed: int = 0
 
     def __post_init__(self):
@@ -127,6 +130,7 @@ class ClipMapConfig:
             ("depth", DEPTH_NAMES),
             ("depth_per", ("tower", "kind")),
             ("decay_towards", ("initial", "zero")),
+            ("norm_statistics", ("measured", "inherited")),
         ):
             if getattr(self, name) not in allowed:
                 names = [value for value in allowed if value is not None]

@@ -1,4 +1,4 @@
-"""From what a user asks for, a preset, a budget or a config, to a `ClipMapConfig` whose start is decided."""
+"""From what a user asks for, a preset, a budget or a config, to a `ClipMapConfig`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ __all__ = ["requested_config"]
 
 
 def requested_config(
-    student: str | Budget | Mapping[str, Any] | ClipMapConfig, initializer: str | None, has_data: bool | None
+    student: str | Budget | Mapping[str, Any] | ClipMapConfig, initializer: str | None
 ) -> ClipMapConfig:
     """
     Makes the config that a user asks for.
@@ -21,8 +21,6 @@ def requested_config(
     Args:
         student: A key of `PRESETS`, a budget or its values by name, or a config.
         initializer: How the operators start, if the config does not say it.
-        has_data: Whether there is calibration data: then `calibrated` is the default, else `diagonal`. With `None`,
-            the start stays open.
 
     Raises:
         ValueError: If `student` is none of these, or two initializers are named.
@@ -38,5 +36,4 @@ def requested_config(
         )
     if None not in (initializer, student.initializer) and initializer != student.initializer:
         raise ValueError(f"initializer={initializer!r}, but the student's config says {student.initializer!r}.")
-    default = None if has_data is None else "calibrated" if has_data else "diagonal"
-    return dataclasses.replace(student, initializer=initializer or student.initializer or default)
+    return dataclasses.replace(student, initializer=initializer or student.initializer)

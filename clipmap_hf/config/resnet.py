@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["ResNetTowerConfig"]
+__all__ = ["ResNetTowerConfig", "fitting_widths"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ResNetTowerConfig:
 
     Args:
         width: Channels behind the stem; those of RN50 are 64.
-        layers: Bottlenecks of each stage. They are the teacher's: fewer cannot be made yet.
+        layers: Bottlenecks of each of the four stages. The first of a stage always stays.
     """
 
     width: int | None = None
@@ -39,8 +39,7 @@ class ResNetTowerConfig:
             ValueError: If the tower cannot be cut from this teacher; the message says what can.
         """
         width = teacher.width if self.width is None else self.width
-        # Half of the width is that of the stem, and 32 times the width are heads.
-        fitting = [one for one in range(2, teacher.width + 1, 2) if one * 32 % teacher.head_width == 0]
+        fitting = fitting_widths(teacher)
         if type(width) is not int or width not in fitting:
             raise ValueError(
                 f"{name}.width={width!r} does not fit the teacher; it must be even, no larger than the teacher's "
@@ -48,9 +47,15 @@ class ResNetTowerConfig:
                 f"are so are {fitting}."
             )
         layers = teacher.layers if self.layers is None else list(self.layers)
-        if layers != teacher.layers:
+        fits = len(layers) == len(teacher.layers) and all(type(one) is int for one in layers)
+        if not fits or not all(1 <= one <= largest for one, largest in zip(layers, teacher.layers, strict=True)):
             raise ValueError(
-                f"{name}.layers={layers}, but a student of a ResNet has as many blocks as its teacher, "
-                f"{teacher.layers}: fewer cannot be made yet. Leave layers out."
+                f"{name}.layers={layers} does not fit the teacher; it must be a number of blocks for each of its "
+                f"{len(teacher.layers)} stages, from 1 to the teacher's {teacher.layers}."
             )
         return ResNetTowerConfig(width, layers)
+
+
+def fitting_widths(teacher: PretrainedConfig) -> list[int]:
+    """Lists the widths that a student of a ResNet may have: half of one is the stem's, and 32 times it are heads."""
+    return [width for width in range(2, teacher.width + 1, 2) if width * 32 % teacher.head_width == 0]

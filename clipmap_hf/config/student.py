@@ -7,13 +7,14 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from clipmap_hf.config.clipmap_config import ClipMapConfig, TowerConfig
+from clipmap_hf.config.presets import presets_of
 from clipmap_hf.config.resnet import ResNetTowerConfig
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["cut_towers", "embedding_width", "student_config"]
+__all__ = ["cut_towers", "embedding_width", "size_of_kind", "student_config", "tower_kind"]
 
 
 def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> PretrainedConfig:
@@ -41,7 +42,7 @@ def student_config(teacher: PretrainedConfig, config: ClipMapConfig) -> Pretrain
     has_projections = hasattr(teacher, "projection_dim")
     for name in ("vision", "text"):
         tower = getattr(student, f"{name}_config")
-        size = _of_kind(getattr(config, name), tower, name).resolve(tower, name, config.head_rule)
+        size = size_of_kind(getattr(config, name), tower, name).resolve(tower, name, config.head_rule)
         for attribute, value in dataclasses.asdict(size).items():
             setattr(tower, attribute, value)
         if has_projections:
@@ -70,26 +71,39 @@ def cut_towers(teacher: PretrainedConfig, student: PretrainedConfig) -> tuple[st
 
     def size(config: PretrainedConfig, name: str) -> list[Any]:
         tower = getattr(config, f"{name}_config")
-        return [embedding_width(config), *(getattr(tower, field.name) for field in dataclasses.fields(_kind(tower)))]
+        return [
+            embedding_width(config),
+            *(getattr(tower, field.name) for field in dataclasses.fields(tower_kind(tower))),
+        ]
 
     return tuple(tower for tower in ("vision", "text") if size(teacher, tower) != size(student, tower))
 
 
-def _kind(tower: PretrainedConfig) -> type[TowerConfig] | type[ResNetTowerConfig]:
-    """The class of what says how large such a tower is."""
+def tower_kind(tower: PretrainedConfig) -> type[TowerConfig] | type[ResNetTowerConfig]:
+    """Returns the class of what says how large such a tower is."""
     return TowerConfig if hasattr(tower, "intermediate_size") else ResNetTowerConfig
 
 
-def _of_kind(
+def size_of_kind(
     size: TowerConfig | ResNetTowerConfig, tower: PretrainedConfig, name: str
 ) -> TowerConfig | ResNetTowerConfig:
-    """The size, after a check that it says what such a tower has; one that says nothing is one of any kind."""
-    kind = _kind(tower)
+    """
+    Returns a size, after a check that it says what such a tower has; one that says nothing is one of any kind.
+
+    Args:
+        size: What was given.
+        tower: The config of the teacher's tower.
+        name: `vision` or `text`, for errors.
+
+    Raises:
+        ValueError: If the size is that of a tower of another kind.
+    """
+    kind = tower_kind(tower)
     given = [field for field, value in dataclasses.asdict(size).items() if value is not None]
     if not isinstance(size, kind) and given:
         allowed = [field.name for field in dataclasses.fields(kind)]
         raise ValueError(
             f"{name} is given by {given}, but the teacher's {name} tower is of another kind, whose size is given by "
-            f"{allowed} (a {kind.__name__})."
+            f"{allowed} (a {kind.__name__}). Its presets are {presets_of(kind)}."
         )
     return size if isinstance(size, kind) else kind()

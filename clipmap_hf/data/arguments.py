@@ -219,7 +219,7 @@ class DataArguments(ReadingArguments, _Sources):
 
 @dataclass
 class CalibrationArguments:
-    """The calibration pairs, which the starts `calibrated`, `importance`, `taylor` and `mope` need."""
+    """The calibration pairs, which the starts `calibrated`, `importance`, `taylor` and `mope` need, and BatchNorms."""
 
     calibration_data: str | None = field(
         default=None,

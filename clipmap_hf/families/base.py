@@ -6,7 +6,7 @@ A space is a set of channels that several tensors share, such as the channels of
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PretrainedConfig
@@ -24,13 +24,17 @@ class TensorRule:
         pattern: Regular expression that matches the whole state-dict name. Its group `layer` is the layer's number.
             Its group `tower` is `vision` or `text`.
         axes: The space of each axis; `None` for an axis that is not mapped. `x` stands for an axis that writes the
-            space `x` (the paper's F^out), and `x.in` for an axis that reads it (F^in). Names in braces, as in
-            `stream{stage}`, stand for groups of the pattern.
+            space `x` (the paper's F^out), and `x.in` for an axis that reads it (F^in).
         tower: The tower of the tensors, for a pattern without the group `tower`.
         lookup: Whether rows are looked up by token id, so that a batch needs only some of the rows.
         stacked: How many tensors with these axes are stacked along the first axis: 3 where query, key and value are
             stored as a single tensor.
         squared: Whether the tensors are variances, which go through the squares of an operator's entries.
+        statistic: Whether the tensors are what a BatchNorm has measured. Only a student's first statistics are mapped
+            from the teacher's; from then on, they are its own.
+        depth: Of tensors in layers, how many layers there are, as the name of an attribute of the tower's config; with
+            a number behind it where that is a list, as in `Family.spaces`.
+        first: The number of the first of these layers in names of tensors.
     """
 
     pattern: str
@@ -39,6 +43,9 @@ class TensorRule:
     lookup: bool = False
     stacked: int = 1
     squared: bool = False
+    statistic: bool = False
+    depth: str = "num_hidden_layers"
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Family:
         model_types: Every `config.model_type` that the table describes.
         rules: The lines of the table. Every tensor must match exactly one line.
         spaces: The size of each space that belongs to a tower, as the name of an attribute of the tower's config; with
-            a number behind it, `x.2`, where that is a list. A space `x.N`, with a number, is as large as `x`.
+            a number behind it, `x.2`, where that is a list.
         shared_spaces: The size of each space that both towers share, as the name of an attribute of the model's
             config. Dots in the name lead into the config of a tower.
         layer_spaces: Spaces of which every layer has its own. Of the other spaces, there is one per tower or, if they
@@ -99,7 +106,7 @@ class Family:
             those of `operator_ties`.
         layerwise: Whether `Tower` can run the family's models layer by layer. Calibrated starts, MoPE's errors and
             budgets chosen by activations need that.
-        transformers: Whether both towers are transformers, so that each has layers, heads and neurons. Selections,
+        transformers: Whether both towers are transformers, so that each has layers, heads and neurons. Masks,
             budgets, ternary weights and the hidden loss need that.
     """
 
@@ -114,6 +121,11 @@ class Family:
     ties: Mapping[str, str] = field(default_factory=dict)
     layerwise: bool = True
     transformers: bool = True
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether its models have BatchNorms."""
+        return any(rule.statistic for rule in self.rules)
 
     def match(self, name: str) -> TensorSpec:
         """
@@ -133,7 +145,6 @@ class Family:
             )
         rule, match = found[0]
         groups = match.groupdict()
-        rule = replace(rule, axes=tuple(space and space.format(**groups) for space in rule.axes))
         layer = groups.get("layer")
         kind = name if layer is None else name[: match.start("layer")] + "*" + name[match.end("layer") :]
         return TensorSpec(kind, rule.tower or groups.get("tower"), None if layer is None else int(layer), rule)
@@ -143,11 +154,11 @@ class Family:
         space = space.removesuffix(".in")
         if space in self.shared_spaces:
             return operator.attrgetter(self.shared_spaces[space])(config)
-        if space not in self.spaces:
-            space = space.rpartition(".")[0]
-        attribute, _, entry = self.spaces[space].partition(".")
-        size = getattr(getattr(config, f"{tower}_config"), attribute)
-        return size[int(entry)] if entry else size
+        return _entry(getattr(config, f"{tower}_config"), self.spaces[space])
+
+    def layers(self, spec: TensorSpec, config: PretrainedConfig) -> range:
+        """Returns the numbers of the layers that have a tensor of this kind, in a model of the given config."""
+        return range(spec.rule.first, _entry(getattr(config, f"{spec.tower}_config"), spec.rule.depth))
 
     def specs(self, tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) -> dict[str, TensorSpec]:
         """
@@ -177,3 +188,10 @@ class Family:
                     f"have the sizes {sizes} by the model's config."
                 )
         return specs
+
+
+def _entry(tower: PretrainedConfig, name: str) -> int:
+    """The value of an attribute; with a number behind the name, an entry of a list."""
+    attribute, _, entry = name.partition(".")
+    value = getattr(tower, attribute)
+    return value[int(entry)] if entry else value

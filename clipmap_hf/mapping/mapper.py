@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from clipmap_hf.families import TensorSpec
 from clipmap_hf.mapping.depth import one_hot_depth
 from clipmap_hf.mapping.operators import Operator, mix_depth, project_axes
 from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.mapping.statistics import Statistics
+from clipmap_hf.models.batch_norms import batch_norms, reestimate_batch_norms
 from clipmap_hf.models.finite import check_finite
 
 
@@ -30,12 +32,16 @@ class WeightMapper(nn.Module):
     If the plan folds, each student tensor, but for the token table, is the mapped tensor plus a correction, which is
     trained with the operators. A tower that is as large as the teacher's is copied as it is, and has no operators.
 
+    BatchNorms of a tower that is cut start with mapped statistics. These are then the student's own: a forward pass in
+    training changes them as in any other model, and operators do not.
+
     Args:
         plan: Which tensors and operators there are.
         tensors: The teacher's, as `plan.teacher_tensors` gives them; the mapper lies where they lie.
         operators: The initial width operators, of the names and shapes that `plan.operator_shapes` gives; others are
             ignored.
-        layers: The teacher's layers that each cut tower of the student starts from; depth matrices start one-hot.
+        layers: The teacher's layers that each stack of the student's (`plan.stacks`) starts from; depth matrices start
+            one-hot.
     """
 
     def __init__(
@@ -50,17 +56,21 @@ class WeightMapper(nn.Module):
         for name in plan.copied:
             self.register_parameter(name, nn.Parameter(tensors[name].clone(), requires_grad=False))
         for index, spec in enumerate(plan.kinds):
-            self.register_buffer(f"teacher_{index}", _stacked(tensors, spec, plan.teacher), persistent=False)
+            self.register_buffer(f"teacher_{index}", _stacked(tensors, spec, plan), persistent=False)
         # The skeleton lends its forward pass; its own weights are never read, so it stays out of the registry.
         skeleton = AutoModel.from_config(copy.deepcopy(plan.student), dtype=torch.float32)
         self.__dict__["skeleton"] = skeleton.requires_grad_(False)
         initial = {name: operators[name] for name in plan.operator_shapes()}
         for spec in plan.mapped_kinds:
             if spec.layer is not None:
-                initial[plan.depth_name(spec)] = one_hot_depth(list(layers[spec.tower]), plan.depths(spec.tower)[0])
+                stack = plan.stack(spec)
+                initial[plan.depth_name(spec)] = one_hot_depth(list(layers[stack]), plan.stacks()[stack][0])
         self.operators = nn.ModuleDict({name: self._operator(value) for name, value in initial.items()})
         self.corrections = nn.ModuleDict(self._zero_corrections() if plan.folds else {})
         self.to(self.logit_scale.device)  # operators start on the CPU, where a seed always means the same numbers
+        with torch.no_grad():
+            has_any = any(map(plan.is_statistic, plan.kinds))
+            self.statistics = Statistics(self._mapped(statistics=True) if has_any else {})
 
     @classmethod
     def from_state(
@@ -79,7 +89,7 @@ class WeightMapper(nn.Module):
                 them.
         """
         zeros = {name: torch.zeros(shape) for name, shape in plan.operator_shapes().items()}
-        mapper = cls(plan, tensors, zeros, {tower: range(plan.depths(tower)[1]) for tower in plan.cut})
+        mapper = cls(plan, tensors, zeros, {name: range(small) for name, (_, small) in plan.stacks().items()})
         expected = mapper.state_dict()
         wrong = sorted(
             name
@@ -124,10 +134,17 @@ class WeightMapper(nn.Module):
         Args:
             token_ids: If given, rows of the token table that are not among them stay zero (cheaper in training).
         """
+        weights = self._mapped(token_ids)
+        return {**weights, **self.statistics.tensors(), **{name: getattr(self, name) for name in self.plan.copied}}
+
+    def _mapped(self, token_ids: torch.Tensor | None = None, statistics: bool = False) -> dict[str, torch.Tensor]:
+        """The weights that are mapped, or the statistics."""
         with torch.autocast(self.logit_scale.device.type, enabled=False):
             operators = {name: operator() for name, operator in self.operators.items()}
             weights = {}
             for index, spec in enumerate(self.plan.kinds):
+                if self.plan.is_statistic(spec) != statistics:
+                    continue
                 mapped = self._map(getattr(self, f"teacher_{index}"), spec, operators, token_ids)
                 if (name := self.plan.correction_name(spec)) in self.corrections:
                     mapped = mapped + self.corrections[name]()
@@ -136,8 +153,9 @@ class WeightMapper(nn.Module):
                 if spec.layer is None:
                     weights[spec.kind] = _laid_out(mapped)
                 else:
-                    weights |= {spec.name(layer): tensor for layer, tensor in enumerate(mapped)}
-        return {**weights, **{name: getattr(self, name) for name in self.plan.copied}}
+                    layers = self.plan.family.layers(spec, self.plan.student)
+                    weights |= {spec.name(layer): _laid_out(one) for layer, one in zip(layers, mapped, strict=True)}
+        return weights
 
     @torch.no_grad()
     def export(self) -> PreTrainedModel:
@@ -155,6 +173,16 @@ class WeightMapper(nn.Module):
             if (name := self.plan.correction_name(spec)) in self.corrections:
                 change = self._student_tensor(weights, spec) - self._student_tensor(mapped, spec)
                 self.corrections[name].start(self.corrections[name]() + change)
+
+    def measure_statistics(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """
+        Measures the statistics of the student's BatchNorms on batches, as `reestimate_batch_norms` takes them. Without
+        BatchNorms in a tower that is cut, it does nothing.
+        """
+        if self.statistics.tensors():
+            student = self.export()
+            reestimate_batch_norms(student, batches)
+            self.statistics.load(student.state_dict())
 
     def _call(self, method: str, inputs: Mapping[str, torch.Tensor]):
         """Calls a method of the skeleton with the mapped weights in place of its own."""
@@ -185,7 +213,10 @@ class WeightMapper(nn.Module):
             mapped = project_axes(tensor[rows], along)
             return mapped.new_zeros(len(tensor), mapped.shape[1]).index_copy(0, rows, mapped)
         mapped = project_axes(tensor, along)
-        return mapped if spec.layer is None else mix_depth(mapped, operators[plan.depth_name(spec)])
+        if spec.layer is None:
+            return mapped
+        mixed = mix_depth(mapped.to(self.logit_scale.dtype), operators[plan.depth_name(spec)])
+        return mixed.to(tensor.dtype)  # of batches that were counted, an integer
 
     def _zero_corrections(self) -> dict[str, Operator]:
         weights = self.skeleton.state_dict()
@@ -202,8 +233,8 @@ class WeightMapper(nn.Module):
         """The student's tensor of a kind, stacked over layers."""
         if spec.layer is None:
             return weights[spec.kind]
-        layers = getattr(self.plan.student, f"{spec.tower}_config").num_hidden_layers
-        return torch.stack([weights[spec.name(layer)] for layer in range(layers)])
+        layers = self.plan.family.layers(spec, self.plan.student)
+        return torch.stack([weights[spec.name(layer)] for layer in layers])
 
     def _apply(self, fn: Callable, *args, **kwargs):
         self.skeleton._apply(fn, *args, **kwargs)
@@ -211,6 +242,9 @@ class WeightMapper(nn.Module):
 
     def train(self, mode: bool = True):
         self.skeleton.train(mode)
+        for tower in {"vision", "text"} - {*self.plan.cut}:  # it is kept, and so are its statistics
+            for norm in batch_norms(getattr(self.skeleton, f"{tower}_model")):
+                norm.eval()
         return super().train(mode)
 
 
@@ -230,13 +264,12 @@ def _laid_out(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous() if tensor.ndim < 4 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _stacked(tensors: Mapping[str, torch.Tensor], spec: TensorSpec, teacher: PretrainedConfig) -> torch.Tensor:
+def _stacked(tensors: Mapping[str, torch.Tensor], spec: TensorSpec, plan: MappingPlan) -> torch.Tensor:
     """A copy of the teacher's tensors of a kind, stacked over layers: `(layers, …)`, or `(…)` outside the layers."""
     if spec.layer is None:
         layers = [tensors[spec.kind]]
     else:
-        depth = getattr(teacher, f"{spec.tower}_config").num_hidden_layers
-        layers = [tensors[spec.name(layer)] for layer in range(depth)]
+        layers = [tensors[spec.name(layer)] for layer in plan.family.layers(spec, plan.teacher)]
     if spec.rule.stacked > 1:
         layers = [tensor.unflatten(0, (spec.rule.stacked, -1)) for tensor in layers]
     return layers[0].clone() if spec.layer is None else torch.stack(layers)

@@ -29,7 +29,8 @@ class MappingPlan:
         family: The teacher's table of axes.
         teacher: The teacher's config.
         student: The student's config.
-        kinds: The kinds of tensors, in the order of the teacher's state dict, but for what is copied.
+        kinds: The kinds of tensors that the student has, in the order of the teacher's state dict, but for what is
+            copied.
         copied: The names of the tensors that are copied: `logit_scale`, and SigLIP's bias.
         cut: The towers that are smaller in the student; the others are copied, and have no operators.
         folds: Whether the teacher's LayerNorms are folded first, and the student's weights may be corrected.
@@ -64,7 +65,8 @@ class MappingPlan:
         specs = family.specs(teacher.state_dict(), teacher.config)
         kinds = {}
         for spec in specs.values():
-            if spec.tower is not None:
+            has_none = spec.layer is not None and not family.layers(spec, student)  # in a stage of a single block
+            if spec.tower is not None and not has_none:
                 kinds.setdefault(spec.kind, spec)
         return cls(
             config=config,
@@ -82,6 +84,10 @@ class MappingPlan:
     def mapped_kinds(self) -> list[TensorSpec]:
         """The kinds of tensors of the towers that are cut."""
         return [spec for spec in self.kinds if spec.tower in self.cut]
+
+    def is_statistic(self, spec: TensorSpec) -> bool:
+        """Whether a kind is a BatchNorm's statistic that is mapped only once, and then the student's own."""
+        return spec.rule.statistic and spec.tower in self.cut
 
     def teacher_tensors(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
         """
@@ -110,7 +116,7 @@ class MappingPlan:
                 if space in family.shared_spaces and small == big:
                     continue
                 is_layered = space.removesuffix(".in") in family.layer_spaces
-                layers = (self.depths(spec.tower)[0],) if is_layered else ()
+                layers = (len(family.layers(spec, self.teacher)),) if is_layered else ()
                 shapes[self.operator_name(space, spec.tower)] = (*layers, small, big)
         return shapes
 
@@ -134,9 +140,19 @@ class MappingPlan:
     def depth_name(self, spec: TensorSpec) -> str:
         """The depth matrix that mixes the layers of a kind of tensors."""
         if self.config.depth_per == "tower":
-            return f"{spec.tower}_depth"
+            return f"{self.stack(spec)}_depth"
         module = spec.kind.split("*.")[1].rpartition(".")[0]  # weight and bias of a module share theirs
-        return f"{spec.tower}_depth_{module.split('.')[-1]}"
+        return f"{self.stack(spec)}_depth_{module.split('.')[-1]}"
+
+    def stack(self, spec: TensorSpec) -> str:
+        """Names the layers that a kind of tensors belongs to: those of a tower, or of a ResNet's stage."""
+        depth = spec.rule.depth
+        return spec.tower if depth == "num_hidden_layers" else f"{spec.tower}_{depth.replace('.', '_')}"
+
+    def stacks(self) -> dict[str, tuple[int, int]]:
+        """The layers of the teacher and of the student by `stack`, of the towers that are cut."""
+        configs, kinds = (self.teacher, self.student), [spec for spec in self.mapped_kinds if spec.layer is not None]
+        return {self.stack(spec): tuple(len(self.family.layers(spec, one)) for one in configs) for spec in kinds}
 
     def correction_name(self, spec: TensorSpec) -> str:
         """The correction of a kind of tensors; modules cannot have dots in their names."""
@@ -149,12 +165,14 @@ class MappingPlan:
 
     def layers_by_rule(self) -> dict[str, list[int]]:
         """
-        The teacher's layers that each cut tower of the student starts from, by the rule that `config.depth` names.
+        The teacher's layers that each stack of the student's starts from, counted from 0, by the rule that
+        `config.depth` names.
 
         Raises:
             KeyError: If it is no key of `DEPTH_RULES`, but the rule of a start.
         """
-        return {tower: DEPTH_RULES[self.config.depth](*self.depths(tower)) for tower in self.cut}
+        rule = DEPTH_RULES[self.config.depth]
+        return {name: rule(big, small) for name, (big, small) in self.stacks().items()}
 
 
 def operator_ties(config: ClipMapConfig, folds: bool = False) -> dict[str, str]:

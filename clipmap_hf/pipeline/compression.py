@@ -112,7 +112,7 @@ def compress(
     options = {"callbacks": callbacks, "transform": transform, "text_dataset": text_dataset, "labels": labels}
     context = RunContext.of(args, train_dataset, eval_dataset, **options)
     teachers = [taken.source for taken in context.given_teachers(teacher)]
-    config = requested_config(student, initializer, has_data=None)
+    config = requested_config(student, initializer)
     stages = {"masking": masking, "mapping": mapping}
     given = {name: stage.for_texts(context.data.paired) for name, stage in stages.items() if stage is not None}
     calibration = CalibrationArguments(calibration_data, calibration_pairs)

@@ -17,6 +17,7 @@ from clipmap_hf.data.arguments import CalibrationArguments
 from clipmap_hf.data.held_batches import HeldBatches
 from clipmap_hf.data.sources import described, source_files
 from clipmap_hf.distributed import calibration_device, join_processes
+from clipmap_hf.families import family_for
 from clipmap_hf.files.atomic import read_json, write_json
 from clipmap_hf.hub.map_folder import find_map
 from clipmap_hf.models.loading import load_model
@@ -24,7 +25,7 @@ from clipmap_hf.models.model_id import ModelId
 from clipmap_hf.models.teacher import Teacher
 from clipmap_hf.pipeline.context import RunContext
 from clipmap_hf.shapes import search_shape
-from clipmap_hf.starts import STARTS, start_of
+from clipmap_hf.starts import STARTS, default_start, start_of, uses_pairs
 
 
 __all__ = [
@@ -58,7 +59,7 @@ def choose_student(
     if student.budget is None:
         return student
     state, path = join_processes(), context.output_dir / _CHOICE
-    by_pairs = calibration is not None and _reads_pairs(student)
+    by_pairs = calibration is not None and _reads_pairs(source, student, context)
     origin = start_origin(source, student, context, calibration if by_pairs else None)
     found = read_json(path) if context.run.resume == "auto" and path.is_file() else {"origin": None}
     if found["origin"] != origin:
@@ -81,8 +82,8 @@ def start_compressor(
     """
     Starts to compress a teacher, from calibration data if `student` allows it. Without `student`, goes on with a map.
 
-    A start from data is kept in `start/` inside the output folder, with its map, and taken from there when the same
-    command runs again; `remove_start` ends that.
+    A start that reads pairs, be it only to measure BatchNorms, is kept in `start/` inside the output folder, with its
+    map, and taken from there when the same command runs again; `remove_start` ends that.
 
     Args:
         source: Hub id or folder of the teacher, or of a map to go on with.
@@ -93,8 +94,8 @@ def start_compressor(
     if student is None:
         return load_map(source, context)
     student = choose_student(source, student, context, calibration)
-    if not _reads_pairs(student):
-        return ClipMapCompressor.from_teacher(context.teacher(source), _with_initializer(student, "diagonal"))
+    if not _uses_pairs(source, student, context):
+        return ClipMapCompressor.from_teacher(context.teacher(source), _named(source, student, context))
     kept = _KeptStart(context, start_origin(source, student, context, calibration))
     if kept.is_there("map"):
         return load_map(ModelId(str(kept.folder)), context)
@@ -112,7 +113,7 @@ def start_student(
     """
     if student is not None:
         student = choose_student(source, student, context, calibration)
-        if _reads_pairs(student):
+        if _uses_pairs(source, student, context):
             kept = _KeptStart(context, start_origin(source, student, context, calibration))
             if kept.is_there("model.safetensors"):
                 return load_model(str(kept.folder))
@@ -161,10 +162,10 @@ def start_origin(
     if student is None:
         return origin
     origin["student"] = student.to_dict()
-    if calibration is not None and _reads_pairs(student):
+    if calibration is not None and _uses_pairs(source, student, context):
         data, given = context.data, calibration.calibration_data
-        source = given and described(given)
-        origin["calibration"] = json_values(dataclasses.replace(calibration, calibration_data=source))
+        named = dataclasses.replace(calibration, calibration_data=given and described(given))
+        origin["calibration"] = json_values(named)
         origin["data"] = source_files(data, given) | {
             "caption_column": data.caption_column,
             "keyword_column": data.keyword_column,
@@ -205,19 +206,30 @@ class _KeptStart:
             write_json(self.folder / _ORIGIN, self.origin)
 
 
-def _reads_pairs(student: ClipMapConfig) -> bool:
-    """Whether a student starts from pairs; it does if its config names no start."""
-    return start_of(_with_initializer(student, "calibrated")).reads_pairs
+def _named(source: ModelId, student: ClipMapConfig, context: RunContext) -> ClipMapConfig:
+    """The student with the start that a run, which has pairs, takes if it names none."""
+    if student.initializer:
+        return student
+    family = family_for(context.teacher(source).model.config)
+    return dataclasses.replace(student, initializer=default_start(family, has_pairs=True))
 
 
-def _with_initializer(student: ClipMapConfig, name: str) -> ClipMapConfig:
-    return student if student.initializer else dataclasses.replace(student, initializer=name)
+def _reads_pairs(source: ModelId, student: ClipMapConfig, context: RunContext) -> bool:
+    """Whether a student starts from pairs."""
+    return start_of(_named(source, student, context)).reads_pairs
+
+
+def _uses_pairs(source: ModelId, student: ClipMapConfig, context: RunContext) -> bool:
+    """Whether a student begins with pairs: those that start from them, and others with BatchNorms."""
+    if _reads_pairs(source, student, context):
+        return True
+    return uses_pairs(student, family_for(context.teacher(source).model.config))
 
 
 def _calibrated_compressor(
     source: ModelId, student: ClipMapConfig, context: RunContext, calibration: CalibrationArguments
 ) -> ClipMapCompressor:
-    student = _with_initializer(student, "calibrated")
+    student = _named(source, student, context)
     if start_of(student).matches and not context.data.paired:
         others = sorted(name for name, start in STARTS.items() if not start.matches)
         raise ValueError(
@@ -234,7 +246,7 @@ def _calibrated_compressor(
 def _calibration_batches(
     teacher: Teacher, student: ClipMapConfig, context: RunContext, calibration: CalibrationArguments
 ) -> HeldBatches:
-    compares_pairs = start_of(_with_initializer(student, "calibrated")).matches
+    compares_pairs = start_of(student).matches
     return context.calibration_batches(teacher, calibration, once=compares_pairs)
 
 

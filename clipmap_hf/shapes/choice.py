@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from clipmap_hf.config import Budget, ClipMapConfig, cut_towers, student_config
 from clipmap_hf.config.heads import head_width
 from clipmap_hf.files.tables import markdown_table, scaled_column
-from clipmap_hf.shapes.grid import Grid, Shape, Table, counted_costs, grid_of, with_shape
+from clipmap_hf.shapes.grid import Grid, Shape, Table, counted_costs, grid_of, with_kinds, with_shape
 from clipmap_hf.shapes.latency import latency_costs, measured_latency
 from clipmap_hf.shapes.rules import Rule, energy_rule, literature_rule
 
@@ -87,7 +87,8 @@ def choose_shape(
     shown: int = 5,
 ) -> Choice:
     """
-    Chooses the widths (multiples of the teacher's head width) and depths that `config` leaves open.
+    Chooses the widths (multiples of the teacher's head width; of a ResNet, even ones) and depths that `config` leaves
+    open.
 
     Only shapes are compared that fit the budget, and would not fit it if any width or depth were one step larger. With
     `kept`, the best shape keeps most of the teacher's energy (`energy_rule`). Otherwise, it is the shape that is
@@ -110,7 +111,7 @@ def choose_shape(
     """
     if (budget := config.budget) is None:
         raise ValueError("The config has no budget to choose a shape for; give budget=, such as {'params': '30M'}.")
-    grid = grid_of(teacher, config)
+    grid, config = grid_of(teacher, config), with_kinds(teacher, config)
     if budget.measure != "latency_ms":
         costs = counted_costs(teacher, config, grid, budget.measure)
         return _choose(teacher, config, grid, costs, kept, shown)

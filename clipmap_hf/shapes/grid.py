@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from clipmap_hf.config import ClipMapConfig, student_config
+from clipmap_hf.config import ClipMapConfig, ResNetTowerConfig, student_config
 from clipmap_hf.config.heads import head_width
+from clipmap_hf.config.resnet import fitting_widths
+from clipmap_hf.config.student import size_of_kind
 from clipmap_hf.costs.cost import model_cost, parameter_count
-from clipmap_hf.families import family_for
 
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "counted_costs",
     "extend_to_depths",
     "grid_of",
+    "with_kinds",
     "with_shape",
 ]
 
@@ -58,24 +60,24 @@ Table = dict[str, torch.Tensor]  # for `vision` and `text`, values `(widths, dep
 def grid_of(teacher: PretrainedConfig, config: ClipMapConfig) -> Grid:
     """
     Makes the grid of shapes to search: all multiples of the teacher's head width and all depths, up to the teacher's.
-    Sizes that `config` gives are kept; a number of heads that is given without a width is that of the teacher's width.
+    Of a ResNet, it has all widths that fit, and a single depth: the blocks that are given, or the teacher's. Sizes
+    that `config` gives are kept; a number of heads that is given without a width is that of the teacher's width.
 
     Args:
         teacher: The teacher's config.
         config: The config of the student.
 
     Raises:
-        ValueError: If a given size does not fit the teacher, or a tower is no transformer.
+        ValueError: If a given size does not fit the teacher.
     """
-    if not family_for(teacher).transformers:
-        raise ValueError(
-            "A search within a budget compares widths and depths of transformers, which is not written for models of "
-            f"type {teacher.model_type!r}. Give the student's sizes instead of a budget."
-        )
-    grid = {}
+    grid, config = {}, with_kinds(teacher, config)
     for name in ("vision", "text"):
         tower, given = getattr(teacher, f"{name}_config"), getattr(config, name)
         size, step = given.resolve(tower, name, config.head_rule), head_width(tower)
+        if isinstance(given, ResNetTowerConfig):
+            widths = fitting_widths(tower) if given.width is None else [size.width]
+            grid[name] = TowerGrid(tuple(widths), (sum(size.layers),))
+            continue
         grid[name] = TowerGrid(
             tuple(range(step, tower.hidden_size + 1, step))
             if given.hidden_size is given.num_attention_heads is None
@@ -87,11 +89,17 @@ def grid_of(teacher: PretrainedConfig, config: ClipMapConfig) -> Grid:
     return grid
 
 
+def with_kinds(teacher: PretrainedConfig, config: ClipMapConfig) -> ClipMapConfig:
+    """Returns a config whose vision tower is given in the words of the teacher's, a transformer or a ResNet."""
+    return dataclasses.replace(config, vision=size_of_kind(config.vision, teacher.vision_config, "vision"))
+
+
 def counted_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, measure: str) -> Table:
     """
     Computes the costs of each tower's shapes. The sum of both towers is exactly the cost of the model.
 
     Only models of one and two layers are built, on the meta device. Every further layer costs as much as the second.
+    A ResNet has all its blocks in both.
 
     Args:
         teacher: The teacher's config.
@@ -132,12 +140,16 @@ def extend_to_depths(one: Sequence[float], two: Sequence[float], depths: Sequenc
 
 
 def with_shape(config: ClipMapConfig, shape: Shape) -> ClipMapConfig:
-    """Returns a config with the widths and depths of a shape, and without a budget."""
+    """Returns a config with the widths and depths of a shape, and without a budget; the blocks of a ResNet stay."""
+    if isinstance(config.vision, ResNetTowerConfig):
+        vision = dataclasses.replace(config.vision, width=shape.vision_width)
+    else:
+        vision = dataclasses.replace(
+            config.vision, hidden_size=shape.vision_width, num_hidden_layers=shape.vision_depth
+        )
     return dataclasses.replace(
         config,
-        vision=dataclasses.replace(
-            config.vision, hidden_size=shape.vision_width, num_hidden_layers=shape.vision_depth
-        ),
+        vision=vision,
         text=dataclasses.replace(config.text, hidden_size=shape.text_width, num_hidden_layers=shape.text_depth),
         budget=None,
     )

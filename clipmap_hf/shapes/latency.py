@@ -38,6 +38,9 @@ def latency_costs(teacher: PretrainedConfig, config: ClipMapConfig, grid: Grid, 
             names = [name for name in widths if index < len(widths[name])]
             for name, time in measured_latency(small, budget, names).items():
                 measured[name, layers].append(time)
+    for name in grid:
+        if not hasattr(getattr(teacher, f"{name}_config"), "intermediate_size"):  # a ResNet, whose depth is no matter
+            measured[name, 2] = measured[name, 1]
     tables = {
         name: extend_to_depths(measured[name, 1], measured[name, 2], tower.depths).clamp(min=0)
         for name, tower in grid.items()

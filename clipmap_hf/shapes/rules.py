@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from clipmap_hf.config import ResNetTowerConfig
+from clipmap_hf.config.student import tower_kind
 from clipmap_hf.shapes.grid import Grid, Shape, Table
 
 
-__all__ = ["LITERATURE", "Rule", "energy_rule", "literature_rule"]
+__all__ = ["LITERATURE", "OF_RESNETS", "Rule", "energy_rule", "literature_rule"]
 
 # Width and depth of the vision tower, then of the text tower, as shares of the teacher's: CLIP-Map's students of
 # ViT-B/16 (`PRESETS`), the upper two of which are TinyCLIP's ViT-8M/16 and ViT-39M/16 too, and its ViT-61M/32.
@@ -20,6 +22,12 @@ LITERATURE = (
     (1 / 3, 5 / 6, 1 / 2, 1 / 4),
     (2 / 3, 1, 1, 1 / 2),
     (5 / 6, 1, 1, 3 / 4),
+    (1, 1, 1, 1),
+)
+# The same of RN50: TinyCLIP's RN-19M and RN-30M.
+OF_RESNETS = (
+    (11 / 16, 1, 1, 1 / 2),
+    (7 / 8, 1, 1, 3 / 4),
     (1, 1, 1, 1),
 )
 
@@ -46,7 +54,7 @@ class Rule:
 def literature_rule(teacher: PretrainedConfig, grid: Grid, costs: Table, limit: float) -> Rule:
     """
     Scores shapes without data: the score is the higher, the nearer a shape is to the shapes of the literature
-    (`LITERATURE`).
+    (`LITERATURE`, of ResNets `OF_RESNETS`).
 
     With `s` the four sizes (width and depth of both towers) and `t(budget)` the target, the score is
 
@@ -63,11 +71,13 @@ def literature_rule(teacher: PretrainedConfig, grid: Grid, costs: Table, limit: 
         limit: The most that both towers may cost together.
     """
     points = {}
-    for shares in ((0, 0, 0, 0), *LITERATURE):
+    is_resnet = tower_kind(teacher.vision_config) is ResNetTowerConfig
+    for shares in ((0, 0, 0, 0), *(OF_RESNETS if is_resnet else LITERATURE)):
         places, cost = [], 0.0
         for name, width_share, depth_share in (("vision", *shares[:2]), ("text", *shares[2:])):
             tower = getattr(teacher, f"{name}_config")
-            width = _find_nearest(grid[name].widths, width_share * tower.hidden_size)
+            largest = tower.width if is_resnet and name == "vision" else tower.hidden_size
+            width = _find_nearest(grid[name].widths, width_share * largest)
             depth = _find_nearest(grid[name].depths, depth_share * tower.num_hidden_layers)
             places += [grid[name].widths[width], grid[name].depths[depth]]
             cost += float(costs[name][width, depth])

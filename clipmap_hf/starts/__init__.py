@@ -1,6 +1,26 @@
 """How the operators of a mapping start: without data, calibrated on activations, or by a selection of the teacher."""
 
-from clipmap_hf.starts.registry import STARTS, Start, check_start, make_plan, start_mapper, start_of
+from clipmap_hf.starts.registry import (
+    STARTS,
+    Start,
+    check_start,
+    default_start,
+    make_plan,
+    named_start,
+    start_mapper,
+    start_of,
+    uses_pairs,
+)
 
 
-__all__ = ["STARTS", "Start", "check_start", "make_plan", "start_mapper", "start_of"]
+__all__ = [
+    "STARTS",
+    "Start",
+    "check_start",
+    "default_start",
+    "make_plan",
+    "named_start",
+    "start_mapper",
+    "start_of",
+    "uses_pairs",
+]

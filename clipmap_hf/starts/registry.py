@@ -1,5 +1,6 @@
 """Every way in which the operators of a mapping may start, in one table."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,18 @@ from clipmap_hf.starts.selection.mope import mope
 from clipmap_hf.starts.selection.start import select_by
 
 
-__all__ = ["STARTS", "Start", "check_heads", "check_start", "make_plan", "start_mapper", "start_of"]
+__all__ = [
+    "STARTS",
+    "Start",
+    "check_heads",
+    "check_start",
+    "default_start",
+    "make_plan",
+    "named_start",
+    "start_mapper",
+    "start_of",
+    "uses_pairs",
+]
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
 
@@ -39,7 +51,6 @@ class Start:
         depth_rule: The depth rule that it brings with it, beside those of `DEPTH_RULES`.
         folds: Whether the teacher is folded and the student's weights are corrected (`MappingPlan`).
         layerwise: Whether it goes through the teacher layer by layer, which a family must allow.
-        scores: Whether it scores heads, neurons and layers, which both towers must have.
         narrows: Whether it can make heads narrower.
         adds: Whether a layer may have more heads than one of the teacher's, if it stands for several.
     """
@@ -50,13 +61,12 @@ class Start:
     depth_rule: str | None = None
     folds: bool = False
     layerwise: bool = False
-    scores: bool = False
     narrows: bool = True
     adds: bool = False
 
     def fits(self, family: Family) -> bool:
         """Whether it is written for a family."""
-        return (family.layerwise or not self.layerwise) and (family.transformers or not self.scores)
+        return family.layerwise or not self.layerwise
 
 
 STARTS = {
@@ -70,22 +80,14 @@ STARTS = {
         adds=True,
     ),
     "diagonal": Start(start_by(diagonal)),
-    "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=True, scores=True),
+    "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=True),
     "kaiming": Start(start_by(kaiming)),
-    "magnitude": Start(select_by(magnitude), depth_rule="score", scores=True),
-    "manual": Start(select_by(manual), depth_rule="score", scores=True),
-    "mope": Start(
-        select_by(mope),
-        reads_pairs=True,
-        matches=True,
-        depth_rule="score",
-        layerwise=True,
-        scores=True,
-        narrows=False,
-    ),
+    "magnitude": Start(select_by(magnitude), depth_rule="score"),
+    "manual": Start(select_by(manual), depth_rule="score"),
+    "mope": Start(select_by(mope), reads_pairs=True, matches=True, depth_rule="score", layerwise=True, narrows=False),
     "random": Start(start_by(random)),
-    "random_selection": Start(select_by(random_selection), depth_rule="score", scores=True),
-    "taylor": Start(select_by(taylor), reads_pairs=True, matches=True, depth_rule="score", scores=True),
+    "random_selection": Start(select_by(random_selection), depth_rule="score"),
+    "taylor": Start(select_by(taylor), reads_pairs=True, matches=True, depth_rule="score"),
     "xavier": Start(start_by(xavier)),
 }
 
@@ -98,8 +100,8 @@ def start_mapper(teacher: PreTrainedModel, config: ClipMapConfig, batches: Batch
         teacher: The model to compress; what a start computes, it computes where the teacher lies.
         config: The student's size and how the operators start, `diagonal` by default.
         batches: Of `pixel_values`, `input_ids` and, for selections, `attention_mask` and `image_of_text` (see
-            `pair_batches`), for the starts that read pairs; gone through several times. Of several processes, each has
-            its own.
+            `pair_batches`), for the starts that read pairs, and to measure a ResNet's BatchNorms; gone through several
+            times. Of several processes, each has its own.
 
     Raises:
         TypeError: If `batches` is an iterator.
@@ -110,7 +112,10 @@ def start_mapper(teacher: PreTrainedModel, config: ClipMapConfig, batches: Batch
     check_start(config, family_for(teacher.config), has_pairs=batches is not None)
     plan = make_plan(teacher, config)
     check_heads(plan)
-    return start_of(config).make(teacher, plan, () if batches is None else batches)
+    mapper = start_of(config).make(teacher, plan, () if batches is None else batches)
+    if batches is not None and config.norm_statistics == "measured":
+        mapper.measure_statistics(batches)
+    return mapper
 
 
 def make_plan(teacher: PreTrainedModel, config: ClipMapConfig) -> MappingPlan:
@@ -121,6 +126,36 @@ def make_plan(teacher: PreTrainedModel, config: ClipMapConfig) -> MappingPlan:
 def start_of(config: ClipMapConfig) -> Start:
     """The start that a config names; `diagonal`, if it names none."""
     return STARTS[config.initializer or "diagonal"]
+
+
+def default_start(family: Family, has_pairs: bool) -> str:
+    """
+    Names the start of a student that names none: `calibrated` from pairs, `diagonal` without. Families with BatchNorms
+    start as `diagonal` in any case, since there pairs measure the norms.
+    """
+    return "calibrated" if has_pairs and not family.has_statistics else "diagonal"
+
+
+def named_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> ClipMapConfig:
+    """
+    Returns a config that names its start, after `check_start`.
+
+    Args:
+        config: The student's; `default_start` decides if it names none.
+        family: The teacher's.
+        has_pairs: Whether there is calibration data.
+
+    Raises:
+        ValueError: As in `check_start`.
+    """
+    named = dataclasses.replace(config, initializer=config.initializer or default_start(family, has_pairs))
+    check_start(named, family, has_pairs)
+    return named
+
+
+def uses_pairs(config: ClipMapConfig, family: Family) -> bool:
+    """Whether a student begins with pairs: its start reads them, or BatchNorms are measured on them."""
+    return start_of(config).reads_pairs or (family.has_statistics and config.norm_statistics == "measured")
 
 
 def check_heads(plan: MappingPlan) -> None:
@@ -162,20 +197,20 @@ def check_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> None:
         has_pairs: Whether there is calibration data.
 
     Raises:
-        ValueError: If the start needs pairs and there are none, or the reverse; if it is not written for the family;
+        ValueError: If the start needs pairs and there are none, or there are some and nothing reads them; if it is not
+            written for the family;
             if the depth rule is that of another start.
     """
     name, start = config.initializer or "diagonal", start_of(config)
     if not start.fits(family):
         allowed = sorted(name for name, other in STARTS.items() if other.fits(family))
         readers = [name for name in allowed if STARTS[name].reads_pairs]
-        what = "goes through the teacher's layers one by one" if start.layerwise else "scores heads and neurons"
         which = f"only {', '.join(map(repr, readers))} reads" if readers else "none reads"
         raise ValueError(
-            f"initializer={name!r} {what}, which is not written for the family {family.name!r}. Name one of "
-            f"{allowed}; of these, {which} calibration data."
+            f"initializer={name!r} goes through the teacher's layers one by one, which is not written for the family "
+            f"{family.name!r}. Name one of {allowed}; of these, {which} calibration data."
         )
-    if start.reads_pairs != has_pairs:
+    if start.reads_pairs > has_pairs or has_pairs > uses_pairs(config, family):
         verb = "does not start from data; leave calibration_data out" if has_pairs else "needs calibration_data"
         readers = sorted(name for name, other in STARTS.items() if other.reads_pairs)
         raise ValueError(f"initializer={name!r} {verb}. Those that need it are {readers}.")

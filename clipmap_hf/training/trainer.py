@@ -20,7 +20,7 @@ from clipmap_hf.training.best import BestState
 from clipmap_hf.training.callbacks import callback_arguments, callback_handler
 from clipmap_hf.training.checkpoints import Checkpoints, Progress
 from clipmap_hf.training.events import Events
-from clipmap_hf.training.faults import check_student, check_trained, count_skipped, usable_chunks
+from clipmap_hf.training.faults import check_student, check_trained, count_skipped, put_back, usable_chunks
 from clipmap_hf.training.identity import run_identity, what_may_change
 from clipmap_hf.training.optimization import learning_rate_at, step_count, warn_of_warmup
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
@@ -242,6 +242,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = group.get("fixed_rate", rate)
         values = {"loss": math.nan, "grad_norm": math.nan, "learning_rate": rate}
+        statistics = [(tensor, tensor.clone()) for tensor in self.trained.statistics()]
         if chunks:
             output = stage(chunks)
             accelerator.backward(output["loss"])
@@ -251,6 +252,8 @@ class Trainer:
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         if finite or (chunks and accelerator.scaler is not None):  # which skips by itself, and learns from it
             optimizer.step()
+        if not finite:
+            put_back(statistics)
         self.events.call("on_optimizer_step")
         optimizer.zero_grad()
         self.trained.after_step()

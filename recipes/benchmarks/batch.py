@@ -28,7 +28,7 @@ import torch
 from mapping_step import random_chunks, take_step
 from transformers import CLIPConfig, CLIPModel
 
-from clipmap_hf.config import PRESETS, student_config
+from clipmap_hf.config import PRESETS, TowerConfig, presets_of, student_config
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.optimization import adamw
@@ -44,7 +44,7 @@ STAGES = ("contrastive", "mapping", "distillation")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=["contrastive", "mapping"], help="what to train")
-    parser.add_argument("--student", choices=sorted(PRESETS), default="tiny", help="preset of the student")
+    parser.add_argument("--student", choices=presets_of(TowerConfig), default="tiny", help="preset of the student")
     parser.add_argument("--batch_size", type=int, default=4096, help="pairs per step of the large batch")
     parser.add_argument("--micro_batch_size", type=int, default=256, help="pairs per chunk, and per plain batch")
     parser.add_argument("--plain_steps", type=int, default=4, help="timed steps of plain batches, in each round")

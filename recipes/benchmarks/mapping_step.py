@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from clipmap_hf.config import PRESETS
+from clipmap_hf.config import PRESETS, TowerConfig, presets_of
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.optimization import adamw
@@ -25,7 +25,7 @@ from clipmap_hf.training.stages.mapping import MappingStage
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", choices=sorted(PRESETS), default="small", help="preset of the student")
+    parser.add_argument("--student", choices=presets_of(TowerConfig), default="small", help="preset of the student")
     parser.add_argument("--batch_size", type=int, default=256, help="pairs per step")
     parser.add_argument("--micro_batch_size", type=int, default=64, help="pairs per chunk")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each stage, after a step that is not")

@@ -27,7 +27,7 @@ from accelerate.utils import send_to_device
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from clipmap_hf.config import PRESETS, student_config
+from clipmap_hf.config import PRESETS, TowerConfig, presets_of, student_config
 from clipmap_hf.costs.cost import model_cost
 from clipmap_hf.data.augment import Augmentation
 from clipmap_hf.data.collate import PairCollator
@@ -49,7 +49,7 @@ WORDS = ("red", "blue", "old", "small", "dog", "cat", "house", "tree", "car", "s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", choices=sorted(PRESETS), default="small", help="preset of the student")
+    parser.add_argument("--student", choices=presets_of(TowerConfig), default="small", help="preset of the student")
     parser.add_argument("--batch_size", type=int, default=32, help="pairs per step")
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each kind, after a step that is not")
     parser.add_argument("--views", type=int, default=1, help="views of each image in the cache")

@@ -12,6 +12,7 @@ from clipmap_hf.distributed import sum_over_processes
 from clipmap_hf.families import family_for
 from clipmap_hf.losses import contrastive_loss
 from clipmap_hf.models.features import ClipFeatures
+from clipmap_hf.starts.selection.channels import channel_scores, channel_scores_like
 from clipmap_hf.starts.selection.pairs import first_texts, pair_batches
 from clipmap_hf.starts.selection.scores import Scores, TowerScores
 
@@ -100,21 +101,20 @@ def part_sums(teacher: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> S
         teacher: The model.
         values: Of its tensors, by their names and of their shapes.
 
-    Raises:
-        ValueError: If a tower is no transformer, so that it has no heads and neurons.
     """
     sums = defaultdict(float)
     family = family_for(teacher.config)
-    if not family.transformers:
-        raise ValueError(f"Models of type {teacher.config.model_type!r} have no scores of heads and neurons.")
     for name, spec in family.specs(teacher.state_dict(), teacher.config).items():
+        if spec.rule.statistic:  # no weight
+            continue
         value = values[name].unflatten(0, (spec.rule.stacked, -1)).sum(dim=0) if spec.tower else None
         for axis, space in enumerate(spec.rule.axes):
             if space is not None:
                 others = [other for other in range(len(spec.rule.axes)) if other != axis]
                 sums[spec.tower, spec.layer, space] += value.sum(dim=others) if others else value
     embed = sum(total.abs() for (_, _, space), total in sums.items() if space in ("embed", "embed.in"))
-    return Scores(*(_tower_sums(teacher, name, sums) for name in ("vision", "text")), embed=embed)
+    vision = _tower_sums(teacher, "vision", sums) if family.transformers else channel_scores(teacher, sums)
+    return Scores(vision, _tower_sums(teacher, "text", sums), embed=embed)
 
 
 def _tower_sums(teacher: PreTrainedModel, tower: str, sums: Mapping[tuple, torch.Tensor]) -> TowerScores:
@@ -148,8 +148,8 @@ def _tower_sums(teacher: PreTrainedModel, tower: str, sums: Mapping[tuple, torch
 
 
 def _scores_like(teacher: PreTrainedModel, scores_of: Callable[[int], torch.Tensor]) -> Scores:
-    towers = []
-    for name in ("vision", "text"):
+    towers, has_transformers = [], family_for(teacher.config).transformers
+    for name in ("vision", "text") if has_transformers else ("text",):
         config = getattr(teacher.config, f"{name}_config")
         layers = range(config.num_hidden_layers)
         heads, neurons = (
@@ -161,7 +161,8 @@ def _scores_like(teacher: PreTrainedModel, scores_of: Callable[[int], torch.Tens
             scores.pool_heads = scores_of(config.num_attention_heads)
             scores.pool_neurons = scores_of(config.intermediate_size)
         towers.append(scores)
-    found = Scores(*towers, embed=scores_of(embedding_width(teacher.config)))
+    vision = [] if has_transformers else [channel_scores_like(teacher, scores_of)]
+    found = Scores(*vision, *towers, embed=scores_of(embedding_width(teacher.config)))
     for scores in towers:
         scores.inner = torch.stack([scores_of(len(scores.channels)) for _ in scores.layers])
         scores.pool_inner = scores_of(len(scores.channels))

@@ -1,6 +1,7 @@
 """How much each part of a teacher counts, and the operators that keep what counts most."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -47,19 +48,20 @@ class Scores:
     Scores of both towers' parts.
 
     Args:
-        vision: Of the vision tower, if that is cut.
+        vision: Of the vision tower, if that is cut; of a ResNet, `ChannelScores`.
         text: Of the text tower, if that is cut.
         embed: Of the joint embedding's dimensions, `(projection_dim,)`.
     """
 
-    vision: TowerScores | None
+    vision: Any
     text: TowerScores | None
     embed: torch.Tensor
 
 
 def keep(scores: Scores, teacher: PretrainedConfig, student: PretrainedConfig) -> dict[str, torch.Tensor]:
     """
-    One-hot width operators of the highest scores, as many in each layer as the student has, of towers that are cut.
+    One-hot width operators of the highest scores, as many in each layer as the student has, of transformers that are
+    cut.
 
     Args:
         scores: Of the teacher's parts.
@@ -71,6 +73,8 @@ def keep(scores: Scores, teacher: PretrainedConfig, student: PretrainedConfig) -
     """
     operators = {}
     for name in cut_towers(teacher, student):
+        if not isinstance(getattr(scores, name), TowerScores):  # of a ResNet, see `keep_channels`
+            continue
         found, (big, small) = getattr(scores, name), (getattr(model, f"{name}_config") for model in (teacher, student))
         operators[f"{name}_residual"] = selection(strongest(found.channels, small.hidden_size), big.hidden_size)
         heads = selection(_kept_channels(found.heads, found.inner, big, small), big.hidden_size)

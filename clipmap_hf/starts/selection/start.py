@@ -10,6 +10,7 @@ from clipmap_hf.distributed import broadcast
 from clipmap_hf.mapping.depth import DEPTH_RULES
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.plan import MappingPlan
+from clipmap_hf.starts.selection.channels import ChannelScores, keep_channels
 from clipmap_hf.starts.selection.scores import Scores, keep, strongest
 
 
@@ -45,5 +46,24 @@ def mapper_from_scores(plan: MappingPlan, tensors: Mapping[str, torch.Tensor], s
     if plan.config.depth in DEPTH_RULES:
         layers = plan.layers_by_rule()
     else:
-        layers = {name: strongest(getattr(scores, name).layers, plan.depths(name)[1]).tolist() for name in plan.cut}
-    return WeightMapper(plan, tensors, keep(scores, plan.teacher, plan.student), layers)
+        of_stacks = _layer_scores(plan, scores)
+        layers = {name: strongest(of_stacks[name], small).tolist() for name, (_, small) in plan.stacks().items()}
+    operators = keep(scores, plan.teacher, plan.student)
+    if "vision" in plan.cut and isinstance(scores.vision, ChannelScores):
+        operators |= keep_channels(scores.vision, plan.family, plan.teacher, plan.student)
+    return WeightMapper(plan, tensors, operators, layers)
+
+
+def _layer_scores(plan: MappingPlan, scores: Scores) -> dict[str, torch.Tensor]:
+    """The scores of layers `(layers,)` by their stack."""
+    spaces = {}
+    for spec in plan.mapped_kinds:
+        if spec.layer is not None:
+            spaces.setdefault((plan.stack(spec), spec.tower), set()).update(
+                plan.family.layer_spaces & {*spec.rule.axes}
+            )
+    found = {}
+    for (stack, tower), own in spaces.items():
+        parts = getattr(scores, tower)
+        found[stack] = parts.of_layers(sorted(own)) if isinstance(parts, ChannelScores) else parts.layers
+    return found

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmap_hf.data.collate import normalized_pixels
 from clipmap_hf.distributed import gather, process_count
-from clipmap_hf.models.batch_norms import has_batch_norms
+from clipmap_hf.models.batch_norms import batch_norms
 from clipmap_hf.models.features import ClipFeatures
 from clipmap_hf.training.stages.logits import clamp_scale, logit_parameters, set_scale
 
@@ -66,7 +66,6 @@ class Stage(nn.Module):
         if learn_logit_scale:
             self._set_scale(learn=True)
         self._encode = self.encoder
-        self._has_batch_norms = has_batch_norms(trained)
 
     def forward(self, chunks: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """Returns `{"loss": …}` over the chunks of all processes, and the scalars to log."""
@@ -79,6 +78,10 @@ class Stage(nn.Module):
     def export(self) -> nn.Module:
         """Returns the model as it stands, to write."""
         return self.student()
+
+    def statistics(self) -> list[torch.Tensor]:
+        """Returns what a forward pass in training changes by itself: the statistics of BatchNorms."""
+        return [buffer for norm in batch_norms(self.trained) for buffer in norm.buffers()]
 
     def after_step(self) -> None:
         """Keeps a learned logit scale within CLIP's bound; called after every optimizer step."""
@@ -93,7 +96,7 @@ class Stage(nn.Module):
         return self.trained, {}
 
     def _student_features(self, chunks: Sequence[Batch]) -> ClipFeatures:
-        if self._has_batch_norms and self.training and (len(chunks) > 1 or process_count() > 1):
+        if self.training and (len(chunks) > 1 or process_count() > 1) and self.statistics():
             raise ValueError(
                 "A model with BatchNorms is trained on whole batches in one process: chunks, or processes, would each "
                 "have statistics of their own, and the gradient would not be the batch's. Leave micro_batch_size out, "

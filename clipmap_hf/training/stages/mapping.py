@@ -7,7 +7,6 @@ from torch import nn
 
 from clipmap_hf.distributed import average_gradients, gather
 from clipmap_hf.mapping.mapper import WeightMapper
-from clipmap_hf.models.batch_norms import has_batch_norms
 from clipmap_hf.training.stages.base import CONTRASTIVE, Batch
 from clipmap_hf.training.stages.distillation import DistillationStage
 
@@ -19,7 +18,7 @@ class MappingStage(DistillationStage):
     """
     Trains the operators of a `WeightMapper`, the teacher frozen, on the contrastive loss (paper A.3, Eq. 12) or, as in
     Fig. 4, on others too. The weights are mapped once for all chunks of a step, and what processes exchange are
-    gradients of the student's size.
+    gradients of the student's size. BatchNorms keep statistics of the mapped network (`WeightMapper.statistics`).
 
     Args:
         trained: The mapper.
@@ -30,8 +29,8 @@ class MappingStage(DistillationStage):
         teacher_dims: As in `DistillationStage`.
 
     Raises:
-        ValueError: If the student is as large as its teacher, so that nothing is mapped, if it has BatchNorms, for the
-            hidden loss, whose projections are trained with a student, or as in `DistillationStage`.
+        ValueError: If the student is as large as its teacher, so that nothing is mapped, for the hidden loss, whose
+            projections are trained with a student, or as in `DistillationStage`.
     """
 
     trained: WeightMapper
@@ -52,12 +51,6 @@ class MappingStage(DistillationStage):
                 "The student is as large as its teacher, so there is nothing to map. Say what is to be smaller: a "
                 "preset, or sizes such as vision_hidden_size."
             )
-        if has_batch_norms(trained.skeleton):
-            raise ValueError(
-                "The mapping stage is not written for models with BatchNorms, such as those of type "
-                f"{trained.config.model_type!r}: their statistics would have to be those of the mapped network. "
-                "Distill the student as it starts."
-            )
         if "hidden" in losses:
             raise ValueError("The mapping stage knows no hidden loss; leave it out, or use it in distillation.")
         super().__init__(
@@ -71,6 +64,9 @@ class MappingStage(DistillationStage):
 
     def student(self) -> nn.Module:
         return self.trained.export()
+
+    def statistics(self) -> list[torch.Tensor]:
+        return list(self.trained.statistics.buffers())
 
     def _student_model(self, chunks: Sequence[Batch]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         # Those of all processes: the gradient that comes back is the mean of theirs, for the rows that any looks up.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from clipmap_hf.config import PRESETS, student_config
+from clipmap_hf.config import PRESETS, TowerConfig, presets_of, student_config
 from clipmap_hf.costs.latency import milliseconds_by_turns, random_inputs, speedups, spread
 from clipmap_hf.models.features import Towers
 from clipmap_hf.ternary.config import PARTS, TernaryConfig
@@ -22,7 +22,7 @@ from clipmap_hf.ternary.quantizers import ternarized
 
 
 TEACHER = "ViT-B/16"
-SHAPES = (TEACHER, *PRESETS)
+SHAPES = (TEACHER, *presets_of(TowerConfig))
 BITS = 1.58  # of a trit, ideally: what the paper counts with
 LAYERS, DEFAULT, ALL = ["layers"], ["layers", "token_embedding"], list(PARTS)
 FILES = {
