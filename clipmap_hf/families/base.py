@@ -107,7 +107,7 @@ class Family:
         layerwise: Whether `Tower` can run the family's models layer by layer. Calibrated starts, MoPE's errors and
             budgets chosen by activations need that.
         transformers: Whether both towers are transformers, so that each has layers, heads and neurons. Masks,
-            budgets, ternary weights and the hidden loss need that.
+            ternary weights and the hidden loss need that.
     """
 
     name: str

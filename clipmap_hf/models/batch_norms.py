@@ -1,6 +1,6 @@
 """BatchNorms, which see a whole batch and change in training without a gradient; how to measure their statistics."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from clipmap_hf.distributed import sum_over_processes
 
 
-__all__ = ["batch_norms", "has_batch_norms", "reestimate_batch_norms"]
+__all__ = ["batch_norms", "has_batch_norms", "put_back", "reestimate_batch_norms", "statistics_of"]
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -21,6 +21,24 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 def has_batch_norms(model: nn.Module) -> bool:
     """Tells whether a model has a BatchNorm."""
     return bool(batch_norms(model))
+
+
+def statistics_of(norms: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """Returns what some BatchNorms have measured."""
+    return [buffer for norm in norms for buffer in norm.buffers()]
+
+
+@torch.no_grad()
+def put_back(statistics: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """
+    Undoes a change of statistics.
+
+    Args:
+        statistics: Changed in place.
+        values: What they were.
+    """
+    for statistic, value in zip(statistics, values, strict=True):
+        statistic.copy_(value)
 
 
 @torch.no_grad()
@@ -49,7 +67,7 @@ def reestimate_batch_norms(model: PreTrainedModel, batches: Iterable[Mapping[str
         )
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    before = [buffer.clone() for norm in norms for buffer in norm.buffers()]
+    before = [statistic.clone() for statistic in statistics_of(norms)]
     images = torch.zeros((), device=model.device)
     model.eval()
     try:
@@ -73,11 +91,10 @@ def reestimate_batch_norms(model: PreTrainedModel, batches: Iterable[Mapping[str
 
 def _join_processes(norms: list[nn.Module], images: torch.Tensor, before: list[torch.Tensor]) -> None:
     """Averages the statistics of all processes by their images; without any, puts back what was before."""
-    own, buffers = images.clone(), [buffer for norm in norms for buffer in norm.buffers()]
+    own, buffers = images.clone(), statistics_of(norms)
     sum_over_processes([images])
     if not images:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        put_back(buffers, before)
         raise ValueError("BatchNorms are measured on batches of at least two images, and there are none.")
     measured = [buffer for buffer in buffers if buffer.is_floating_point()]
     for buffer in measured:

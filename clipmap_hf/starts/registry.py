@@ -198,8 +198,7 @@ def check_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> None:
 
     Raises:
         ValueError: If the start needs pairs and there are none, or there are some and nothing reads them; if it is not
-            written for the family;
-            if the depth rule is that of another start.
+            written for the family; if the depth rule is that of another start.
     """
     name, start = config.initializer or "diagonal", start_of(config)
     if not start.fits(family):

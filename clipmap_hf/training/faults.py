@@ -2,7 +2,6 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from clipmap_hf.training.checkpoints import Progress
 from clipmap_hf.training.sharding import can_step
 
 
-__all__ = ["check_student", "check_trained", "count_skipped", "put_back", "usable_chunks"]
+__all__ = ["check_student", "check_trained", "count_skipped", "usable_chunks"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +84,6 @@ def count_skipped(
             f"or no usable rows ({progress.bad_rows}): more than max_skipped={allowed}. The last checkpoint is "
             "from before. Start anew in another output_dir with a lower learning rate, in fp32, or other data."
         )
-
-
-@torch.no_grad()
-def put_back(kept: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """
-    Undoes what a step that is skipped did to the statistics of BatchNorms, which may hold NaN for good otherwise.
-
-    Args:
-        kept: Each tensor, and its value before the step.
-    """
-    for tensor, value in kept:
-        tensor.copy_(value)
 
 
 def check_trained(progress: Progress) -> None:

@@ -15,12 +15,13 @@ from transformers.trainer_callback import CallbackHandler
 from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.loader import BatchPlan, PairDataset, PairStream
 from clipmap_hf.distributed import gather, join_processes
+from clipmap_hf.models.batch_norms import put_back
 from clipmap_hf.training.arguments import StageArguments
 from clipmap_hf.training.best import BestState
 from clipmap_hf.training.callbacks import callback_arguments, callback_handler
 from clipmap_hf.training.checkpoints import Checkpoints, Progress
 from clipmap_hf.training.events import Events
-from clipmap_hf.training.faults import check_student, check_trained, count_skipped, put_back, usable_chunks
+from clipmap_hf.training.faults import check_student, check_trained, count_skipped, usable_chunks
 from clipmap_hf.training.identity import run_identity, what_may_change
 from clipmap_hf.training.optimization import learning_rate_at, step_count, warn_of_warmup
 from clipmap_hf.training.preemption import Preempted, watch_sigterm
@@ -242,7 +243,8 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = group.get("fixed_rate", rate)
         values = {"loss": math.nan, "grad_norm": math.nan, "learning_rate": rate}
-        statistics = [(tensor, tensor.clone()) for tensor in self.trained.statistics()]
+        statistics = self.trained.statistics()
+        before = [statistic.clone() for statistic in statistics]
         if chunks:
             output = stage(chunks)
             accelerator.backward(output["loss"])
@@ -253,7 +255,7 @@ class Trainer:
         if finite or (chunks and accelerator.scaler is not None):  # which skips by itself, and learns from it
             optimizer.step()
         if not finite:
-            put_back(statistics)
+            put_back(statistics, before)  # they may hold NaN for good otherwise
         self.events.call("on_optimizer_step")
         optimizer.zero_grad()
         self.trained.after_step()

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmap_hf.data.collate import normalized_pixels
 from clipmap_hf.distributed import gather, process_count
-from clipmap_hf.models.batch_norms import batch_norms
+from clipmap_hf.models.batch_norms import batch_norms, statistics_of
 from clipmap_hf.models.features import ClipFeatures
 from clipmap_hf.training.stages.logits import clamp_scale, logit_parameters, set_scale
 
@@ -60,6 +60,7 @@ class Stage(nn.Module):
     def __init__(self, trained: nn.Module, *, logit_scale: float = 50.0, learn_logit_scale: bool = False):
         super().__init__()
         self.trained = trained
+        self._norms = batch_norms(trained)
         self.initial_logit_scale = math.log(logit_scale)
         self._uses_own_scale = False
         trained.logit_scale.requires_grad_(False)
@@ -81,7 +82,7 @@ class Stage(nn.Module):
 
     def statistics(self) -> list[torch.Tensor]:
         """Returns what a forward pass in training changes by itself: the statistics of BatchNorms."""
-        return [buffer for norm in batch_norms(self.trained) for buffer in norm.buffers()]
+        return statistics_of(self._norms)
 
     def after_step(self) -> None:
         """Keeps a learned logit scale within CLIP's bound; called after every optimizer step."""
