@@ -6,7 +6,7 @@ import torch
 __all__ = ["residual_axes", "stream_moment"]
 
 _FINAL_WEIGHT = 4.0  # of the final LayerNorm among all: what it loses, no later layer makes good
-_FLOOR = 1e-13  # of the largest variance: below it, there is rounding only, or fewer tokens than axes
+_EXPONENT = 0.25  # of the mean of a LayerNorm's variances
 
 
 def residual_axes(read: torch.Tensor, size: int) -> torch.Tensor:
@@ -34,17 +34,16 @@ def residual_axes(read: torch.Tensor, size: int) -> torch.Tensor:
 def stream_moment(read: torch.Tensor) -> torch.Tensor:
     """
     The second moment `(width, width)` of a tower's stream within the vectors of mean zero: the mean over its
-    LayerNorms, the final LayerNorm weighing more. Each is divided by the geometric mean of its variances along its own
-    axes. By their sum, a few channels with huge activations, as large models have, would leave hardly any weight to
-    the others, and the axes would be those of the layers without such channels.
+    LayerNorms, the final LayerNorm weighing more. Each is divided by a mean of its variances along its own axes, the
+    fourth power of the mean of their fourth roots. By their sum, a few channels with huge activations, as large models
+    have, would leave hardly any weight to the others, and the axes would be those of the layers without such channels.
 
     Args:
         read: As in `residual_axes`.
     """
     centered = _centering(read) @ read @ _centering(read)
-    variances = torch.linalg.eigvalsh(centered)
-    varies = variances > _FLOOR * variances[:, -1:]
-    size = (variances.where(varies, 1).log().sum(dim=1) / varies.sum(dim=1)).exp()
+    variances = torch.linalg.eigvalsh(centered).clamp(min=0)
+    size = (variances**_EXPONENT).mean(dim=1) ** (1 / _EXPONENT)
     share = centered / size[:, None, None]
     return share[:-1].sum(dim=0) + _FINAL_WEIGHT * share[-1]
 
