@@ -67,7 +67,7 @@ def new_architecture(shape: ArchitectureArguments, pairs, caption_columns: list[
     """A `CLIPConfig` of the given shape, and a processor whose tokenizer is learned from the captions."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor
 
-    from clipmap_hf.data.collate import caption_text, filled_texts
+    from clipmap_hf.data.captions import caption_text, filled_texts
     from clipmap_hf.data.tokenizer import train_clip_tokenizer
 
     texts = (caption_text(row) for column in caption_columns for row in pairs[column] if filled_texts(row))

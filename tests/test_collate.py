@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import PairCollator, caption_text, filled_texts, normalized_pixels
+from clipmap_hf.data.captions import caption_text, filled_texts
+from clipmap_hf.data.collate import PairCollator, normalized_pixels
 from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.images import BadRowError, decode_image
 from clipmap_hf.data.keys import content_key

@@ -18,7 +18,8 @@ from PIL import Image
 import clipmap_hf.data.folders
 from clipmap_hf import ClipMapCompressor
 from clipmap_hf.data.calibration_pairs import CalibrationPairs, calibration_rows, sampled_pairs
-from clipmap_hf.data.collate import PairCollator, filled_texts
+from clipmap_hf.data.captions import filled_texts
+from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.files.hub_ids import check_hub_id

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import IterableDataset
 
-from clipmap_hf.data.collate import filled_texts
+from clipmap_hf.data.captions import filled_texts
 from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.data.tar_shards import member_key, shard_rows

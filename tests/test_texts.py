@@ -12,7 +12,8 @@ from datasets import Dataset
 from clipmap_hf import ClipMapConfig, DistillationArguments, DistillationTrainer, TowerConfig, compress
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.augment import Augmentation
-from clipmap_hf.data.collate import PairCollator, caption_text
+from clipmap_hf.data.captions import caption_text
+from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.pairs import load_pairs
 from clipmap_hf.data.texts import Texts, load_texts
 from clipmap_hf.data.words import word_texts

@@ -13,6 +13,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 __all__ = ["Augmentation", "SeededTransform", "random_resized_crop"]
 
+_LEAST_CROP = 1.5  # times the size that it is resized to: a scaled JPEG may not make it smaller
+
 
 def random_resized_crop(
     image: Image.Image,
@@ -60,6 +62,8 @@ class Augmentation:
         rotation: Largest angle of a random rotation, in degrees. Corners are filled with white.
         color_jitter: Largest relative change of brightness, contrast and saturation.
         grayscale: Probability of turning an image gray.
+        scaled: Whether large JPEGs may be decoded at a half, a quarter or an eighth of their size, which takes a
+            fraction of the time. Any crop still has 1.5 times the height and width that it is resized to.
     """
 
     scale: tuple[float, float] = (0.9, 1.0)
@@ -68,6 +72,23 @@ class Augmentation:
     rotation: float = 0.0
     color_jitter: float = 0.0
     grayscale: float = 0.0
+    scaled: bool = True
+
+    def reduction(self, image_size: tuple[int, int], size: tuple[int, int]) -> int:
+        """
+        Returns how many times smaller an image may be decoded: 1, 2, 4 or 8.
+
+        Args:
+            image_size: Width and height of the image.
+            size: Height and width that crops are resized to.
+        """
+        if not self.scaled:
+            return 1
+        area = self.scale[0] * math.prod(image_size)
+        squares = (area * self.ratio[0], area / self.ratio[1])  # of the least width and height of a crop
+        least = [min(side, math.sqrt(square)) for side, square in zip(image_size, squares, strict=True)]
+        factor = min(crop / (_LEAST_CROP * side) for crop, side in zip(least, size[::-1], strict=True))
+        return next((scale for scale in (8, 4, 2) if factor >= scale), 1)
 
     def __call__(
         self,

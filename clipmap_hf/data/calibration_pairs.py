@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _BATCH_SIZE = 64
 _VIEWS = 8  # of an image, its first without augmentation
 
-CROPS = Augmentation(scale=(0.7, 1.0))
+CROPS = Augmentation(scale=(0.7, 1.0), scaled=False)
 MORE_TEXTS = 3  # for each pair, texts that belong to none, where there are so many
 
 

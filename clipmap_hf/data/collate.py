@@ -1,10 +1,9 @@
 """Turns undecoded pairs into a batch for the model: decodes and preprocesses images, draws and tokenizes captions."""
 
-import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from clipmap_hf.data.augment import Augmentation, SeededTransform
+from clipmap_hf.data.captions import caption_text, draw_text, filled_texts
 from clipmap_hf.data.columns import ERROR_COLUMN
 from clipmap_hf.data.images import BadRowError, decode_image, image_bytes
 from clipmap_hf.data.keys import content_key
@@ -25,9 +25,7 @@ from clipmap_hf.data.training_pixels import USUAL_DIVISOR, TrainingPixels, train
 __all__ = [
     "NORMALIZATION",
     "PairCollator",
-    "caption_text",
     "decoded",
-    "filled_texts",
     "normalized_pixels",
     "tokenized",
 ]
@@ -35,54 +33,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 NORMALIZATION = ("image_mean", "image_std", "image_divisor")  # entries of training batches, for `normalized_pixels`
-
-
-def filled_texts(caption: Any) -> list[str]:
-    """
-    Returns the texts of a caption: a string, a list of strings, or such a list as JSON in a string (the captions of
-    Flickr30k lie on the Hub so). Blank texts are left out.
-    """
-    texts = _listed(caption)
-    return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]
-
-
-def _listed(caption: Any) -> Any:
-    """The list that a string holds as JSON, if it holds one of strings; else the caption as it is."""
-    if not isinstance(caption, str) or not caption.lstrip().startswith("["):
-        return caption
-    try:
-        found = json.loads(caption)
-    except (ValueError, RecursionError):  # no JSON, or of numbers or depths that Python does not read
-        return caption
-    return found if all(isinstance(text, str) for text in found) else caption
-
-
-def caption_text(caption: str | list[str] | None, rng: random.Random | None = None) -> str:
-    """
-    Returns a caption as a single string.
-
-    Args:
-        caption: A string, or a list of strings (keywords), which are joined by commas.
-        rng: If it is given, a random number of the keywords is joined, in random order. By default, all are joined.
-
-    Raises:
-        BadRowError: If all texts are blank.
-    """
-    words = filled_texts(caption)
-    if not words:
-        raise BadRowError(_without_text(caption), repr(caption))
-    if isinstance(_listed(caption), str):
-        return caption
-    if rng is not None:
-        words = rng.sample(words, k=rng.randint(1, len(words)))
-    return ", ".join(words)
-
-
-def _without_text(caption: Any) -> str:
-    """Says why a caption has no text: it is missing or blank, or it is of another type."""
-    values = caption if isinstance(caption, list) else [caption]
-    kinds = {type(value).__name__ for value in values if value is not None and not isinstance(value, str)}
-    return f"caption of type {' and '.join(sorted(kinds))}" if kinds else "no caption"
 
 
 def tokenized(tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -114,9 +64,15 @@ def normalized_pixels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return pixels.float().div_(batch.get("image_divisor", USUAL_DIVISOR)).sub_(mean).div_(std)
 
 
-def decoded(row: Mapping[str, Any]) -> tuple[bytes, Image.Image]:
+def decoded(
+    row: Mapping[str, Any], reduction: Callable[[tuple[int, int]], int] | None = None
+) -> tuple[bytes, Image.Image]:
     """
     Returns the content of a row's image file, and the decoded image.
+
+    Args:
+        row: A row with an undecoded image.
+        reduction: As in `decode_image`.
 
     Raises:
         BadRowError: If there is no image, if it cannot be decoded, or if the reader could not read the row.
@@ -124,7 +80,7 @@ def decoded(row: Mapping[str, Any]) -> tuple[bytes, Image.Image]:
     if row.get(ERROR_COLUMN) is not None:
         raise BadRowError(row[ERROR_COLUMN])
     content = image_bytes(row["image"])
-    return content, decode_image(content)
+    return content, decode_image(content, reduction)
 
 
 class _Example(NamedTuple):
@@ -218,21 +174,27 @@ class PairCollator:
             batch["teacher_embeds"] = self.teacher_cache.lookup(keys, views, [content_key(text) for text in texts])
         return batch
 
+    def decoded(self, row: Mapping[str, Any]) -> tuple[bytes, Image.Image]:
+        """Decodes a row's image as `decoded` does; for an `Augmentation`, no larger than its crops need it."""
+        if not isinstance(self.augmentation, Augmentation):  # a caller's transform may count pixels
+            return decoded(row)
+        return decoded(row, partial(self.augmentation.reduction, size=self.pixels.size))
+
     def view(self, row: Mapping[str, Any], content: bytes, image: Image.Image, view: int) -> _Example:
-        """Makes a training example of a row, whose image file `content` was decoded to `image`."""
+        """Makes a training example of a row, of whose image file, `content`, `decoded` has made `image`."""
         key = content_key(content)
         rng = random.Random(f"{self.seed}-{key}-{view}")
         # Before the caption is drawn: equal images get equal crops.
         augment = partial(self.augmentation, size=self.pixels.size, rng=rng, resample=self.pixels.resample)
         image = augment(image)
         if self.mixing is not None:
-            image = self.mixing.image(image, augment, rng)
+            image = self.mixing.image(image, lambda other: augment(self.decoded(other)[1]), rng)
         if not self.caption_columns and self.texts is None:
             return _Example(image, [], key, view)
         return _Example(image, [self.text(row, rng)], key, view)
 
     def _example(self, row: Mapping[str, Any]) -> _Example:
-        content, image = decoded(row)
+        content, image = self.decoded(row)
         if self.augmentation is not None:
             return self.view(row, content, image, row["epoch"] % self.views if self.views else row["epoch"])
         if self.texts is not None:  # to calibrate: one text, as in training
@@ -253,12 +215,12 @@ class PairCollator:
     def _caption(self, row: Mapping[str, Any], rng: random.Random) -> str:
         first = row[self.caption_columns[0]]
         if self.caption_sampling == "first":
-            return caption_text(_draw_text(first, rng))
+            return caption_text(draw_text(first, rng))
         columns = self._columns
         filled = [column for column in columns if filled_texts(row[column])]  # some rows have no keywords
         column = rng.choice(filled) if filled else columns[0]
         is_keywords = column in self.keyword_columns
-        return caption_text(row[column] if is_keywords else _draw_text(row[column], rng), rng)
+        return caption_text(row[column] if is_keywords else draw_text(row[column], rng), rng)
 
     def _drawn(self, row: Mapping[str, Any], rng: random.Random) -> str | None:
         """A text that is drawn; `None` for the row's own caption, in whose place a row without one draws another."""
@@ -290,9 +252,3 @@ class PairCollator:
 def _signed(keys: Sequence[int]) -> torch.Tensor:
     """Keys of 64 bits as torch holds them."""
     return torch.tensor([key - 2**63 for key in keys])
-
-
-def _draw_text(caption: Any, rng: random.Random) -> Any:
-    """One of the texts of a caption; a caption without any as it is, so that `caption_text` says what it is."""
-    texts = filled_texts(caption)
-    return rng.choice(texts) if texts else caption

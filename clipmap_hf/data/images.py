@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from PIL import ExifTags, Image
 
 
 __all__ = ["BadRowError", "decode_image", "image_bytes"]
+
+_SCALED = ("JPEG", "MPO")  # formats of which Pillow can decode smaller images; cameras write MPO too
 
 # What turns an image of each EXIF orientation upright.
 _UPRIGHT = {
@@ -69,7 +72,7 @@ def _file_content(path: str) -> bytes:
         raise BadRowError("unreadable image", error) from error
 
 
-def decode_image(content: bytes) -> Image.Image:
+def decode_image(content: bytes, reduction: Callable[[tuple[int, int]], int] | None = None) -> Image.Image:
     """
     Decodes an image file to RGB. The image is turned upright as its EXIF data says, and transparent pixels are laid on
     white. Of an animation, the first frame is taken. Values of more than 8 bits are scaled to 8 bits. Of EXIF data,
@@ -77,6 +80,8 @@ def decode_image(content: bytes) -> Image.Image:
 
     Args:
         content: Content of the file.
+        reduction: From width and height to how many times smaller, 1, 2, 4 or 8, a JPEG is decoded. Other formats are
+            always decoded in full, and so is a JPEG by default.
 
     Raises:
         BadRowError: If the file is truncated, is no image, or has so many pixels that it may be a decompression bomb.
@@ -84,15 +89,19 @@ def decode_image(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # millions of files would trigger all warnings that Pillow has
-            return _rgb(content)
+            return _rgb(content, reduction)
     except Image.DecompressionBombError as error:
         raise BadRowError("decompression bomb", error) from error
     except Exception as error:  # Pillow documents three kinds; decoders raise more, even a MemoryError
         raise BadRowError("undecodable image", error) from error
 
 
-def _rgb(content: bytes) -> Image.Image:
+def _rgb(content: bytes, reduction: Callable[[tuple[int, int]], int] | None) -> Image.Image:
     with Image.open(io.BytesIO(content)) as image:
+        if reduction is not None and image.format in _SCALED:
+            # Either way round: whether the image lies on its side is known later.
+            factor = min(reduction(size) for size in (image.size, image.size[::-1]))
+            image.draft(None, (image.width // factor, image.height // factor))
         image.load()  # before its EXIF data is read: some formats have that at the end
         image = _turned_upright(image)
         if image.mode.startswith("I;16"):  # Pillow would clip values to 255, which turns nearly all pixels white

@@ -11,7 +11,6 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from clipmap_hf.data.collate import decoded
 from clipmap_hf.data.images import BadRowError, image_bytes
 from clipmap_hf.data.keys import content_key
 
@@ -81,23 +80,23 @@ class Mixing:
     partners: Dataset
 
     def image(
-        self, image: Image.Image, augment: Callable[[Image.Image], Image.Image], rng: random.Random
+        self, image: Image.Image, image_of: Callable[[Mapping[str, Any]], Image.Image], rng: random.Random
     ) -> Image.Image:
         """
         Mixes an image, or returns it as it is.
 
         Args:
             image: An augmented image.
-            augment: Augments the partner.
+            image_of: Decodes and augments the image of a row.
             rng: Random generator of all draws.
         """
         if rng.random() >= self.probability:
             return image
         try:
-            _, other = decoded(self._partner(rng))
+            other = image_of(self._partner(rng))
         except BadRowError:  # which is counted when the row's own turn comes
             return image
-        other, share = augment(other), rng.random()
+        share = rng.random()
         return mixup(image, other, share) if rng.random() < 0.5 else cutmix(image, other, share, rng)
 
     def text(self, caption: str, caption_of: Callable[[Mapping[str, Any]], str], rng: random.Random) -> str:

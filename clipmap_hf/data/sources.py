@@ -13,7 +13,8 @@ from transformers import ProcessorMixin
 
 from clipmap_hf.data.arguments import DataArguments
 from clipmap_hf.data.augment import Augmentation, SeededTransform
-from clipmap_hf.data.collate import PairCollator, filled_texts
+from clipmap_hf.data.captions import filled_texts
+from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.columns import MissingColumnError
 from clipmap_hf.data.evaluation_pairs import evaluation_pairs
 from clipmap_hf.data.keys import content_key

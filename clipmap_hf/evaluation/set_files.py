@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 
-from clipmap_hf.data.collate import filled_texts
+from clipmap_hf.data.captions import filled_texts
 from clipmap_hf.data.images import BadRowError
 from clipmap_hf.data.tar_shards import StrictHeader, member_key
 from clipmap_hf.evaluation.sets import EvalSet

@@ -11,7 +11,7 @@ import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clipmap_hf.data.collate import PairCollator, decoded
+from clipmap_hf.data.collate import PairCollator
 from clipmap_hf.data.images import BadRowError
 from clipmap_hf.data.keys import content_key
 from clipmap_hf.data.loader import start_worker
@@ -97,7 +97,7 @@ class ViewCollator:
         examples, bad = [], Counter()
         for row in rows:
             try:
-                content, image = decoded(row)
+                content, image = self.collator.decoded(row)
                 examples += [self.collator.view(row, content, image, view) for view in range(self.views)]
             except BadRowError as error:
                 bad[error.reason] += 1

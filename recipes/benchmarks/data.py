@@ -203,18 +203,21 @@ def write_shards(folder: Path, images: int, shards: int = 4) -> tuple[list[str],
     return captions, size / images
 
 
-def photo_like(rng: np.random.Generator) -> bytes:
-    """Draws a JPEG of 500 × 375: smooth colors, ellipses, and grain that makes the file as large as a photo's."""
+def photo_like(rng: np.random.Generator, size: tuple[int, int] = (500, 375)) -> bytes:
+    """Draws a JPEG of a width and height: smooth colors, ellipses, and grain that makes it as large as a photo's."""
+    larger = size[0] / 500
+    grain = tuple(round(0.6 * side) for side in size[::-1])
     coarse, fine = (
-        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
-        for shape in ((12, 16), (225, 300))
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        for shape in ((12, 16), grain)
     )
     image = Image.blend(coarse, fine, 0.15)
     draw = ImageDraw.Draw(image)
     for left, top, width, height, *color in rng.integers(
         (0, 0, 20, 20, 0, 0, 0), (400, 300, 150, 100, 256, 256, 256), (6, 7)
     ):
-        draw.ellipse((left, top, left + width, top + height), fill=tuple(int(value) for value in color))
+        box = [larger * side for side in (left, top, left + width, top + height)]
+        draw.ellipse(box, fill=tuple(int(value) for value in color))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=90)
     return content.getvalue()
