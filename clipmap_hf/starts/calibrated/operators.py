@@ -1,6 +1,6 @@
 """Width operators of the calibrated start: principal axes, the strongest heads and neurons, lifts for the others."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +14,7 @@ from clipmap_hf.starts.calibrated.statistics import TowerStatistics
 from clipmap_hf.starts.selection.scores import selection, strongest
 
 
-__all__ = ["calibrated_operators"]
+__all__ = ["calibrated_operators", "embedding_axes"]
 
 _RIDGE = 1e-3
 
@@ -57,9 +57,19 @@ def calibrated_operators(
         alone = found.activated[0].diagonal
         operators[f"{name}_ffn_in"] = operators[f"{name}_ffn"] if alone else _lifts(found.activated, neurons)
     if student.projection_dim < teacher.config.projection_dim:
-        moment = sum(found.embeds for found in statistics.values())
-        operators["embed"] = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : student.projection_dim].T.float()
+        operators["embed"] = embedding_axes([found.embeds for found in statistics.values()], student.projection_dim)
     return operators
+
+
+def embedding_axes(moments: Iterable[torch.Tensor], size: int) -> torch.Tensor:
+    """
+    The operator of a smaller joint embedding, onto its principal axes, `(size, projection_dim)`.
+
+    Args:
+        moments: Second moments of the normalized embeddings, of each tower.
+        size: Of the student's.
+    """
+    return torch.linalg.eigh(sum(moments)).eigenvectors.flip(1)[:, :size].T.float()
 
 
 def _heads(
