@@ -14,7 +14,7 @@ from clipmap_hf.starts.calibrated.statistics import TowerStatistics
 from clipmap_hf.starts.selection.scores import selection, strongest
 
 
-__all__ = ["calibrated_operators", "embedding_axes"]
+__all__ = ["calibrated_operators", "embedding_axes", "lift"]
 
 _RIDGE = 1e-3
 
@@ -100,16 +100,23 @@ def _head_lifts(moments: list[Moments], operators: torch.Tensor) -> torch.Tensor
     lifts = []
     for inputs, operator in zip(moments, operators.double(), strict=True):
         rows = operator @ inputs.covariance  # (small, big)
-        lifts.append(_lift(rows, rows @ operator.T))
+        lifts.append(lift(rows, rows @ operator.T))
     return torch.stack(lifts)
 
 
 def _lifts(moments: list[Moments], kept: torch.Tensor) -> torch.Tensor:
     """For each layer the transposed least-squares map from the kept entries to all, `(layers, small, big)`."""
     rows = [inputs.covariance[indices] for inputs, indices in zip(moments, kept, strict=True)]
-    return torch.stack([_lift(one, one[:, indices]) for one, indices in zip(rows, kept, strict=True)])
+    return torch.stack([lift(one, one[:, indices]) for one, indices in zip(rows, kept, strict=True)])
 
 
-def _lift(rows: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+def lift(rows: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """
+    The transposed least-squares map from what is kept to all, `(small, big)`.
+
+    Args:
+        rows: Covariance of what is kept with all, `(small, big)`.
+        among: Covariance of what is kept, `(small, small)`.
+    """
     damping = _RIDGE * among.diagonal().mean() * torch.eye(len(among), dtype=among.dtype, device=among.device)
     return torch.linalg.solve(among + damping, rows).float()

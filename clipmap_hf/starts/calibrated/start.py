@@ -15,6 +15,7 @@ from clipmap_hf.starts.calibrated.norms import set_gains_and_shifts, set_pre_lay
 from clipmap_hf.starts.calibrated.operators import calibrated_operators, embedding_axes
 from clipmap_hf.starts.calibrated.refit import refit
 from clipmap_hf.starts.calibrated.resnet.channels import calibrate_channels
+from clipmap_hf.starts.calibrated.resnet.lifts import lift_channels
 from clipmap_hf.starts.calibrated.resnet.refit import refit_resnet
 from clipmap_hf.starts.calibrated.statistics import calibrate
 from clipmap_hf.starts.calibrated.streams import segments
@@ -75,6 +76,8 @@ def calibrated(
             refit_resnet(student, model, operators, layers, pairs, config.refit_steps)
     else:
         set_gains_and_shifts(student, model, statistics, operators, layers)
+        if has_resnet:
+            lift_channels(student, model, channels, operators, layers)
     mapper.correct(student.state_dict())
     broadcast(mapper.state_dict().values(), model.device)  # machines of different kinds may not agree to the last bit
     return mapper

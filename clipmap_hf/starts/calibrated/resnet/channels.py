@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from clipmap_hf.distributed import sum_over_processes
-from clipmap_hf.families import family_for
+from clipmap_hf.families import Family, family_for
 from clipmap_hf.starts.calibrated.choice import most_needed
 from clipmap_hf.starts.calibrated.moments import Moments
 from clipmap_hf.starts.calibrated.resnet.convolutions import PlaceDraw, folded, units
 from clipmap_hf.starts.selection.channels import ChannelScores, keep_channels
 
 
-__all__ = ["ChannelStatistics", "calibrate_channels", "count_images"]
+__all__ = ["ChannelStatistics", "Place", "calibrate_channels", "count_images", "place_of"]
 
 Place = tuple[str, int | None]  # a space and, if every layer has its own, the layer
 
@@ -107,6 +107,22 @@ def count_images(batches: Iterable[Mapping[str, torch.Tensor]], device: torch.de
     return int(count)
 
 
+def place_of(family: Family, name: str, axis: int) -> Place | None:
+    """
+    What a convolution writes or reads; `None` for the image.
+
+    Args:
+        family: The table.
+        name: Of the convolution, within the tower.
+        axis: 0 for what it writes, 1 for what it reads.
+    """
+    spec = family.match(f"vision_model.{name}.weight")
+    if (space := spec.rule.axes[axis]) is None:
+        return None
+    space = space.removesuffix(".in")
+    return space, spec.layer if space in family.layer_spaces else None
+
+
 class _ChannelSums:
     """The running sums of a tower."""
 
@@ -115,7 +131,7 @@ class _ChannelSums:
         self.modules: list[tuple[nn.Module, Place]] = []
         self.readers: dict[Place, torch.Tensor] = {}
         for name, (conv, norm) in units(self.tower).items():
-            if place := self._place(name):
+            if place := place_of(self.family, name, axis=1):
                 weight = folded(conv, norm)[0].unflatten(1, (conv.in_channels, -1))
                 self._add_reader(conv, place, weight.movedim(1, 2).flatten(0, 1))
         pool = self.tower.attnpool
@@ -148,15 +164,6 @@ class _ChannelSums:
             )
         changed = {name: 1 - turned[1:] / self.embeds.weight for name, turned in self.turned.items()}
         return ChannelStatistics(self.read, self.readers, changed, self.embeds.second_moment)
-
-    def _place(self, name: str) -> Place | None:
-        """What a convolution reads, unless it is the image."""
-        spec = self.family.match(f"vision_model.{name}.weight")
-        space = spec.rule.axes[1]
-        if space is None:
-            return None
-        space = space.removesuffix(".in")
-        return space, spec.layer if space in self.family.layer_spaces else None
 
     def _add_reader(self, module: nn.Module, place: Place, weight: torch.Tensor) -> None:
         self.modules.append((module, place))

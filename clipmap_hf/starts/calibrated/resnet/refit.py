@@ -12,6 +12,7 @@ from clipmap_hf.files.tensor_store import TensorStore
 from clipmap_hf.models.clip_resnet.config import CLIPResNetVisionConfig
 from clipmap_hf.models.clip_resnet.tower import Bottleneck
 from clipmap_hf.starts.calibrated.progress import layer_progress
+from clipmap_hf.starts.calibrated.resnet.blocks import block_segments, block_sources
 from clipmap_hf.starts.calibrated.resnet.channels import count_images
 from clipmap_hf.starts.calibrated.resnet.convolutions import (
     Example,
@@ -21,12 +22,12 @@ from clipmap_hf.starts.calibrated.resnet.convolutions import (
     solve_from,
     solve_units,
 )
+from clipmap_hf.starts.calibrated.resnet.descent import descend_resnet
 from clipmap_hf.starts.calibrated.resnet.norms import take_statistics
 from clipmap_hf.starts.calibrated.statistics import POOLED_WEIGHT
-from clipmap_hf.starts.calibrated.streams import segments
 
 
-__all__ = ["block_segments", "refit_resnet"]
+__all__ = ["refit_resnet"]
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -88,6 +89,10 @@ def refit_resnet(
             for line in tower.refit_stage(stage, layers.get(f"vision_layers_{stage}", ())):
                 block_is_done(line)
         tower.refit_pool(operators.get("embed"))
+    if steps:
+        descend_resnet(
+            student.vision_model, teacher.vision_model, tower.kept, operators.get("embed"), batches, steps
+        )
     take_statistics(student, batches)
 
 
@@ -122,8 +127,8 @@ class _ResNetRefit:
     def refit_stage(self, stage: int, begins: Sequence[int]) -> Iterable[str]:
         """Solves the blocks of a stage, and goes on behind them; yields a line about each."""
         sources, blocks = self.teacher.stages[stage], self.student.stages[stage]
-        for index, (block, segment) in enumerate(zip(blocks, block_segments(begins, len(sources)), strict=True)):
-            source = begins[index - 1] + 1 if index else 0
+        parts = zip(blocks, block_sources(begins), block_segments(begins, len(sources)), strict=True)
+        for index, (block, source, segment) in enumerate(parts):
             for before in sources[segment.start : source]:
                 self._go_on(None, before)
             for place, letter in zip("12", "ab", strict=True):
@@ -195,20 +200,6 @@ class _ResNetRefit:
         """The streams of the student and of the teacher."""
         for streams in self.streams:
             yield streams.student.to(self.device), streams.teacher.to(self.device)
-
-
-def block_segments(begins: Sequence[int], blocks: int) -> list[range]:
-    """
-    The teacher's blocks that each block of a student's stage stands for.
-
-    Args:
-        begins: Those that its blocks behind the first start from, counted without the first of the stage. The second
-            block stands for the first of them in any case; without any, the first block stands for all.
-        blocks: How many the teacher's stage has.
-    """
-    if not begins:
-        return [range(blocks)]
-    return [range(1), *(range(part.start + 1, part.stop + 1) for part in segments(begins, blocks - 1))]
 
 
 def _set_linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
