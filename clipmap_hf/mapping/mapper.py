@@ -30,7 +30,8 @@ class WeightMapper(nn.Module):
     buffers that no state dict holds. `clipmap_hf.starts.start_mapper` makes mappers.
 
     If the plan folds, each student tensor, but for the token table and statistics, is the mapped tensor plus a
-    correction, which is trained with the operators. A tower that is as large as the teacher's is copied as it is, and has no operators.
+    correction, which is trained with the operators. A tower that is as large as the teacher's is copied as it is, and
+    has no operators.
 
     BatchNorms of a tower that is cut start with mapped statistics. These are then the student's own: a forward pass in
     training changes them as in any other model, and operators do not.

@@ -51,7 +51,7 @@ class Start:
         depth_rule: The depth rule that it brings with it, beside those of `DEPTH_RULES`.
         folds: Whether the teacher is folded and the student's weights are corrected (`MappingPlan`).
         layerwise: The towers that it goes through layer by layer, which a family must allow.
-        solves: Whether a refit solves the student, BatchNorms and all, so that there is nothing left to measure.
+        solves: Whether its refit sets the statistics of BatchNorms, so that they are not to be measured.
         narrows: Whether it can make heads narrower.
         adds: Whether a layer may have more heads than one of the teacher's, if it stands for several.
     """
@@ -211,16 +211,21 @@ def check_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> None:
 
     Raises:
         ValueError: If the start needs pairs and there are none, or there are some and nothing reads them; if it is not
-            written for the family; if the depth rule is that of another start.
+            written for the family; if it solves BatchNorms that are to be inherited; if the depth rule is that of
+            another start.
     """
     name, start = config.initializer or "diagonal", start_of(config)
     if not start.fits(family):
         allowed = sorted(name for name, other in STARTS.items() if other.fits(family))
         readers = [name for name in allowed if STARTS[name].reads_pairs]
-        which = f"only {', '.join(map(repr, readers))} reads" if readers else "none reads"
         raise ValueError(
             f"initializer={name!r} goes through the teacher's layers one by one, which is not written for the family "
-            f"{family.name!r}. Name one of {allowed}; of these, {which} calibration data."
+            f"{family.name!r}. Name one of {allowed}; those of them that read calibration data are {readers}."
+        )
+    if family.has_statistics and config.norm_statistics == "inherited" and start.solves and config.refit:
+        raise ValueError(
+            f"norm_statistics='inherited' does not fit the refit of initializer={name!r}, which gives the BatchNorms "
+            "the statistics of what it has solved. Leave norm_statistics out, or give refit=False."
         )
     if start.reads_pairs > has_pairs or has_pairs > uses_pairs(config, family):
         verb = "does not start from data; leave calibration_data out" if has_pairs else "needs calibration_data"

@@ -1,6 +1,6 @@
 """Gradient descent on all of a ResNet, for the teacher's embeddings and for what its stages write."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch

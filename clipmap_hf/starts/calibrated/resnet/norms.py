@@ -45,4 +45,6 @@ def take_statistics(model: PreTrainedModel, batches: Iterable[Mapping[str, torch
 
 def _add(total: torch.Tensor, norm: nn.Module, inputs: tuple[torch.Tensor]) -> None:
     channels = inputs[0].movedim(1, 0).flatten(1)
-    total += torch.stack([torch.full_like(channels[:, 0], channels.shape[1]), channels.sum(1), channels.square().sum(1)])
+    total += torch.stack(
+        [torch.full_like(channels[:, 0], channels.shape[1]), channels.sum(1), channels.square().sum(1)]
+    )

@@ -72,8 +72,9 @@ def refit_resnet(
        what they are projected by, for the teacher's embeddings.
 
     The ridge pulls to the teacher's own weights. Kept are the streams of the current block, in memory or in temporary
-    files; of large images, some places are drawn to solve by. At last, the BatchNorms get the statistics of what they
-    read.
+    files; of large images, some places are drawn to solve by. Gradient descent on the whole tower then repairs what
+    solving layers one by one cannot (`descend_resnet`). At last, the BatchNorms get the statistics of what they read
+    (`take_statistics`).
 
     Args:
         student: Changed in place; mapped by `operators`.
@@ -81,6 +82,7 @@ def refit_resnet(
         operators: One-hot, as `ChannelStatistics.operators` gives them.
         layers: The teacher's blocks, without the first, that those of each stage start from, by stack.
         batches: As `calibration_batch` gives them, at least one in each process.
+        steps: Steps of gradient descent.
     """
     tower = _ResNetRefit(student.vision_model, teacher.vision_model, operators, batches)
     with layer_progress(student.config.vision_config.num_hidden_layers) as block_is_done:
@@ -90,9 +92,7 @@ def refit_resnet(
                 block_is_done(line)
         tower.refit_pool(operators.get("embed"))
     if steps:
-        descend_resnet(
-            student.vision_model, teacher.vision_model, tower.kept, operators.get("embed"), batches, steps
-        )
+        descend_resnet(student.vision_model, teacher.vision_model, tower.kept, operators.get("embed"), batches, steps)
     take_statistics(student, batches)
 
 
