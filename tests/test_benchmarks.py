@@ -55,6 +55,7 @@ RUNS = {
                 f"| 1/2 | diagonal | {stage} |"
                 for stage in ("inherited", "measured", "mapped", "distilled", "mapped, distilled")
             ),
+            *(f"| 1/2 | calibrated | {stage} |" for stage in ("measured", "mapped", "distilled", "mapped, distilled")),
         ],
     ),
     "runtimes.py": (

@@ -1,4 +1,4 @@
-"""The calibrated start: statistics, operators, a mapped student, and its layers refitted."""
+"""The calibrated start: statistics, operators, a mapped student, and its layers refitted; of a ResNet, too."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -55,13 +55,12 @@ def calibrated(
     statistics = calibrate(model, pairs, transformers, neuron_covariance=not config.refit)
     operators = calibrated_operators(statistics, model, plan.student)
     changed = {name: found.changed for name, found in statistics.items()}
-    has_resnet = "vision" in plan.cut and "vision" not in transformers
-    if has_resnet:
-        channels = calibrate_channels(model, pairs)
+    channels = calibrate_channels(model, pairs) if len(transformers) < len(plan.cut) else None
+    if channels is not None:
         operators |= channels.operators(model.config, plan.student)
         changed |= channels.changed
         if "embed" in operators:
-            moments = [channels.embeds, statistics["text"].embeds]
+            moments = [channels.embeds, statistics["text"].embeds]  # both towers are cut where it is smaller
             operators["embed"] = embedding_axes(moments, plan.student.projection_dim)
     if layers is None:
         layers = {name: most_changing(changed[name], small) for name, (_, small) in plan.stacks().items()}
@@ -72,11 +71,11 @@ def calibrated(
         set_pre_layrnorm(student, model, statistics["vision"], operators)
     if config.refit:
         refit(student, model, statistics, operators, layers, pairs, config.refit_steps, classic=classic)
-        if has_resnet:
+        if channels is not None:
             refit_resnet(student, model, operators, layers, pairs, config.refit_steps)
     else:
         set_gains_and_shifts(student, model, statistics, operators, layers)
-        if has_resnet:
+        if channels is not None:
             lift_channels(student, model, channels, operators, layers)
     mapper.correct(student.state_dict())
     broadcast(mapper.state_dict().values(), model.device)  # machines of different kinds may not agree to the last bit
