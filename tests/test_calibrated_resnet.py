@@ -9,9 +9,11 @@ from calibrated_starts import random_pairs, split
 from torch import nn
 from torch.nn import functional as F
 
+from clipmap_hf import DistillationArguments, compress
 from clipmap_hf.compressor import ClipMapCompressor
 from clipmap_hf.config import ClipMapConfig, ResNetTowerConfig, TowerConfig
 from clipmap_hf.models.batch_norms import batch_norms
+from clipmap_hf.models.loading import load_model
 from clipmap_hf.starts import start_mapper
 from clipmap_hf.starts.calibrated.resnet import convolutions
 from clipmap_hf.starts.calibrated.resnet.blocks import block_segments, block_sources
@@ -178,6 +180,13 @@ def test_a_compressor_starts_saves_and_goes_on(clip_resnet_folder, pairs_parquet
     torch.testing.assert_close(
         dict(again.export().state_dict()), dict(compressor.export().state_dict()), atol=0, rtol=0
     )
+
+
+def test_a_recipe_starts_from_it(clip_resnet_folder, pairs_parquet, tmp_path, fresh_accelerator):
+    given = (str(clip_resnet_folder), dataclasses.replace(CALIBRATED, refit_steps=1))
+    arguments = DistillationArguments(str(tmp_path / "out"), max_steps=1, batch_size=8)
+    compress(*given, arguments, str(pairs_parquet), calibration_pairs=16)
+    assert load_model(str(tmp_path / "out")).config.vision_config.width == 2
 
 
 def test_a_vision_tower_that_is_kept_stays_the_teachers(clip_resnet, batches):

@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128, help="pairs per step of a stage")
     parser.add_argument("--pairs", type=int, default=2048, help="calibration pairs that BatchNorms are measured on")
     parser.add_argument("--sizes", nargs="+", default=["1/2", "1/4"], help="shares of the teacher's parameters")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=["diagonal", "calibrated"], help="of the operators")
+    parser.add_argument(
+        "--starts", nargs="+", choices=STARTS, default=["diagonal", "calibrated"], help="of the operators"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
