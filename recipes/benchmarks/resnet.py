@@ -7,8 +7,8 @@ and a quarter of its parameters, tested on a style that no model was trained on.
 
 Prints recall in percent, image to text / text to image, of each student: untrained, with the BatchNorms' statistics
 inherited or measured; after mapping alone, as in the paper's Table 1; after distillation of the measured start; and
-after both stages. The start `calibrated` sets the statistics itself, and has nothing to inherit. After an interruption,
-the same command goes on.
+after both stages. The start `calibrated` sets the statistics itself, so it has no row of inherited ones. After an
+interruption, the same command goes on.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--teacher_steps", type=int, default=2600, help="of 256 pairs, of the teacher")
     parser.add_argument("--steps", type=int, default=250, help="of each stage of a student")
     parser.add_argument("--batch_size", type=int, default=128, help="pairs per step of a stage")
-    parser.add_argument("--pairs", type=int, default=2048, help="calibration pairs that BatchNorms are measured on")
+    parser.add_argument("--pairs", type=int, default=2048, help="calibration pairs of starts and BatchNorms")
     parser.add_argument("--sizes", nargs="+", default=["1/2", "1/4"], help="shares of the teacher's parameters")
     parser.add_argument(
         "--starts", nargs="+", choices=STARTS, default=["diagonal", "calibrated"], help="of the operators"

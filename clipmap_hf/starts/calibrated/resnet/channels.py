@@ -18,9 +18,9 @@ from clipmap_hf.starts.calibrated.resnet.convolutions import PlaceDraw, folded, 
 from clipmap_hf.starts.selection.channels import ChannelScores, keep_channels
 
 
-__all__ = ["ChannelStatistics", "Place", "calibrate_channels", "count_images", "place_of"]
+__all__ = ["ChannelStatistics", "LayerSpace", "calibrate_channels", "count_images", "layer_space"]
 
-Place = tuple[str, int | None]  # a space and, if every layer has its own, the layer
+LayerSpace = tuple[str, int | None]  # a space and, if every layer has its own, the layer
 
 
 @dataclass
@@ -30,14 +30,14 @@ class ChannelStatistics:
 
     Args:
         read: Moments of the channels of each space, where layers read them.
-        readers: What these layers compute of the channels of a place, `(outputs, channels)`.
+        readers: What these layers compute of these channels, `(outputs, channels)`.
         changed: How far each block but a stage's first turns the stream, by stack: 1 minus the mean cosine of its
             input and output, `(blocks - 1,)`.
         embeds: Second moment of the normalized embeddings, `(projection_dim, projection_dim)`.
     """
 
-    read: Mapping[Place, Moments]
-    readers: Mapping[Place, torch.Tensor]
+    read: Mapping[LayerSpace, Moments]
+    readers: Mapping[LayerSpace, torch.Tensor]
     changed: Mapping[str, torch.Tensor]
     embeds: torch.Tensor
 
@@ -107,7 +107,7 @@ def count_images(batches: Iterable[Mapping[str, torch.Tensor]], device: torch.de
     return int(count)
 
 
-def place_of(family: Family, name: str, axis: int) -> Place | None:
+def layer_space(family: Family, name: str, axis: int) -> LayerSpace | None:
     """
     What a convolution writes or reads; `None` for the image.
 
@@ -128,18 +128,18 @@ class _ChannelSums:
 
     def __init__(self, model: PreTrainedModel, images: int):
         self.tower, self.family, device = model.vision_model, family_for(model.config), model.device
-        self.modules: list[tuple[nn.Module, Place]] = []
-        self.readers: dict[Place, torch.Tensor] = {}
+        self.modules: list[tuple[nn.Module, LayerSpace]] = []
+        self.readers: dict[LayerSpace, torch.Tensor] = {}
         for name, (conv, norm) in units(self.tower).items():
-            if place := place_of(self.family, name, axis=1):
+            if where := layer_space(self.family, name, axis=1):
                 weight = folded(conv, norm)[0].unflatten(1, (conv.in_channels, -1))
-                self._add_reader(conv, place, weight.movedim(1, 2).flatten(0, 1))
+                self._add_reader(conv, where, weight.movedim(1, 2).flatten(0, 1))
         pool = self.tower.attnpool
         projections = (pool.q_proj, pool.k_proj, pool.v_proj)
         self._add_reader(pool.k_proj, ("stream4", None), torch.cat([one.weight for one in projections]))
         self._add_reader(pool.c_proj, ("pool_value", None), pool.c_proj.weight)
-        self.read = {place: Moments(weight.shape[1], device=device) for place, weight in self.readers.items()}
-        self.draws = {place: PlaceDraw(images, weight.shape[1]) for place, weight in self.readers.items()}
+        self.read = {where: Moments(weight.shape[1], device=device) for where, weight in self.readers.items()}
+        self.draws = {where: PlaceDraw(images, weight.shape[1]) for where, weight in self.readers.items()}
         self.turned = {
             f"vision_layers_{index}": torch.zeros(len(stage), dtype=torch.float64, device=device)
             for index, stage in enumerate(self.tower.stages)
@@ -147,8 +147,8 @@ class _ChannelSums:
         self.embeds = Moments(pool.c_proj.out_features, device=device)
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        for module, place in self.modules:
-            yield module.register_forward_pre_hook(partial(self._add_read, place))
+        for module, where in self.modules:
+            yield module.register_forward_pre_hook(partial(self._add_read, where))
         for turned, stage in zip(self.turned.values(), self.tower.stages, strict=True):
             for index in range(1, len(stage)):
                 yield stage[index].register_forward_hook(partial(self._add_turn, turned[index]))
@@ -165,15 +165,15 @@ class _ChannelSums:
         changed = {name: 1 - turned[1:] / self.embeds.weight for name, turned in self.turned.items()}
         return ChannelStatistics(self.read, self.readers, changed, self.embeds.second_moment)
 
-    def _add_reader(self, module: nn.Module, place: Place, weight: torch.Tensor) -> None:
-        self.modules.append((module, place))
-        self.readers[place] = torch.cat([self.readers[place], weight]) if place in self.readers else weight
+    def _add_reader(self, module: nn.Module, where: LayerSpace, weight: torch.Tensor) -> None:
+        self.modules.append((module, where))
+        self.readers[where] = torch.cat([self.readers[where], weight]) if where in self.readers else weight
 
-    def _add_read(self, place: Place, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+    def _add_read(self, where: LayerSpace, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         (stream,) = inputs
         if isinstance(module, nn.Conv2d):
-            stream = stream[:, :, *self.draws[place](stream)].movedim(1, -1)
-        self.read[place].add(stream.flatten(0, -2))
+            stream = stream[:, :, *self.draws[where](stream)].movedim(1, -1)
+        self.read[where].add(stream.flatten(0, -2))
 
     def _add_turn(
         self, turned: torch.Tensor, module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from clipmap_hf.starts.calibrated.moments import Moments
 
 
-__all__ = ["Example", "PlaceDraw", "Unit", "folded", "given_by", "read_by", "solve_from", "solve_units", "units"]
+__all__ = ["Example", "PlaceDraw", "Unit", "folded", "output_of", "input_of", "solve_from", "solve_units", "units"]
 
 _RIDGE = 1e-3
 _PLACES = 16  # per input are enough to solve a layer
@@ -55,7 +55,7 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.T
     return conv.weight.flatten(1) * scale[:, None], norm.bias - norm.running_mean * scale
 
 
-def read_by(module: nn.Module, run: Run, stream: torch.Tensor) -> torch.Tensor:
+def input_of(module: nn.Module, run: Run, stream: torch.Tensor) -> torch.Tensor:
     """What a module reads in a run that it is part of."""
     found = []
     with module.register_forward_pre_hook(lambda _, inputs: found.extend(inputs)):
@@ -63,7 +63,7 @@ def read_by(module: nn.Module, run: Run, stream: torch.Tensor) -> torch.Tensor:
     return found[0]
 
 
-def given_by(module: nn.Module, run: Run, stream: torch.Tensor) -> torch.Tensor:
+def output_of(module: nn.Module, run: Run, stream: torch.Tensor) -> torch.Tensor:
     """What a module gives in a run that it is part of."""
     found = []
     with module.register_forward_hook(lambda _, inputs, output: found.append(output)):

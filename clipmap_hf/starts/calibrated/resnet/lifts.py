@@ -9,7 +9,7 @@ from clipmap_hf.families import family_for
 from clipmap_hf.mapping.operators import project
 from clipmap_hf.starts.calibrated.operators import lift
 from clipmap_hf.starts.calibrated.resnet.blocks import block_sources
-from clipmap_hf.starts.calibrated.resnet.channels import ChannelStatistics, Place, place_of
+from clipmap_hf.starts.calibrated.resnet.channels import ChannelStatistics, LayerSpace, layer_space
 from clipmap_hf.starts.calibrated.resnet.convolutions import units
 
 
@@ -37,28 +37,28 @@ def lift_channels(
     """
     family, sources = family_for(teacher.config), units(teacher.vision_model)
     lifts = {}
-    for place, moments in statistics.read.items():
-        kept = _kept(operators, place)
+    for where, moments in statistics.read.items():
+        kept = _kept(operators, where)
         rows = moments.covariance[kept]
-        lifts[place] = lift(rows, rows[:, kept])
+        lifts[where] = lift(rows, rows[:, kept])
     for name, (conv, _) in units(student.vision_model).items():
         source = _source(name, layers)
-        if place := place_of(family, source, 1):
-            written = _kept(operators, place_of(family, source, 0))
-            conv.weight.copy_(project(sources[source][0].weight[written], lifts[place], -3))
+        if where := layer_space(family, source, 1):
+            written = _kept(operators, layer_space(family, source, 0))
+            conv.weight.copy_(project(sources[source][0].weight[written], lifts[where], -3))
     pool, big = student.vision_model.attnpool, teacher.vision_model.attnpool
     heads, embed = _kept(operators, ("pool_value", None)), operators.get("embed")
     for name in ("q_proj", "k_proj", "v_proj", "c_proj"):
         own, linear = getattr(pool, name), getattr(big, name)
-        place = ("pool_value" if name == "c_proj" else "stream4", None)
-        mean, kept = statistics.read[place].mean.float(), _kept(operators, place)
-        weight, lost = linear.weight, mean - lifts[place].T @ mean[kept]
+        where = ("pool_value" if name == "c_proj" else "stream4", None)
+        mean, kept = statistics.read[where].mean.float(), _kept(operators, where)
+        weight, lost = linear.weight, mean - lifts[where].T @ mean[kept]
         bias = linear.bias + weight @ lost
         if name != "c_proj":
             weight, bias = weight[heads], bias[heads]
         elif embed is not None:
             weight, bias = embed @ weight, embed @ bias
-        own.weight.copy_(weight @ lifts[place].T)
+        own.weight.copy_(weight @ lifts[where].T)
         own.bias.copy_(bias)
 
 
@@ -72,8 +72,8 @@ def _source(name: str, layers: Mapping[str, Sequence[int]]) -> str:
     return f"{stage}.{block_sources(begins)[int(block)]}.{conv}"
 
 
-def _kept(operators: Mapping[str, torch.Tensor], place: Place) -> torch.Tensor:
-    """The channels of a place that are kept."""
-    space, layer = place
+def _kept(operators: Mapping[str, torch.Tensor], where: LayerSpace) -> torch.Tensor:
+    """The channels of a space that are kept."""
+    space, layer = where
     kept = operators[f"vision_{space}"].argmax(dim=-1)
     return kept if layer is None else kept[layer - 1]

@@ -17,8 +17,8 @@ from clipmap_hf.starts.calibrated.resnet.channels import count_images
 from clipmap_hf.starts.calibrated.resnet.convolutions import (
     Example,
     Run,
-    given_by,
-    read_by,
+    input_of,
+    output_of,
     solve_from,
     solve_units,
 )
@@ -170,7 +170,7 @@ class _ResNetRefit:
         conv, norm = (getattr(part.owner, f"{name}{place}") for name in ("conv", "bn"))
         target = getattr(source.owner, f"bn{place}")
         examples = (
-            ([read_by(conv, part.run, student)], given_by(target, source.run, teacher)[:, kept])
+            ([input_of(conv, part.run, student)], output_of(target, source.run, teacher)[:, kept])
             for student, teacher in self._loaded()
         )
         solve_units([(conv, norm)], examples, self.images)
@@ -185,7 +185,7 @@ class _ResNetRefit:
             for student, teacher in self._loaded():
                 target = (source.added(teacher) + source.skipped(teacher))[:, kept]
                 target = target - student if block.downsample is None else target
-                yield [read_by(conv, block, student) for conv, _ in solved], target
+                yield [input_of(conv, block, student) for conv, _ in solved], target
 
         solve_units(solved, examples(), self.images)
 
