@@ -118,7 +118,7 @@ class Moments:
         variance = covariance.diagonal().mean()
         if not variance > 0:
             raise ValueError(
-                "The inputs of a layer are the same for all tokens; calibrate with more pairs, of different images and texts."
+                "The inputs of a layer are the same for all tokens; calibrate with more pairs, of different texts."
             )
         damped = covariance + ridge * variance * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
         weight = torch.linalg.solve(damped, self.cross_covariance).T

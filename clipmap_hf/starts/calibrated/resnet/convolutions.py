@@ -9,7 +9,18 @@ from torch.nn import functional as F
 from clipmap_hf.starts.calibrated.moments import Moments
 
 
-__all__ = ["Example", "PlaceDraw", "Unit", "folded", "output_of", "input_of", "solve_from", "solve_units", "units"]
+__all__ = [
+    "Example",
+    "PlaceDraw",
+    "Run",
+    "Unit",
+    "folded",
+    "input_of",
+    "output_of",
+    "solve_from",
+    "solve_units",
+    "units",
+]
 
 _RIDGE = 1e-3
 _PLACES = 16  # per input are enough to solve a layer
