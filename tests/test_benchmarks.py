@@ -49,13 +49,14 @@ RUNS = {
     "mope.py": ("--pairs 8 --rounds 1", ["| with reuse |", "| the whole model |", "whole / reuse: median "]),
     "packaged_sets.py": ("--output_dir {folder}", ["| digits | teacher |", "| icons  | teacher |"]),
     "resnet.py": (
-        "--output_dir {folder} --sizes 1/2 --seeds 0 --teacher_steps 1 --steps 1 --batch_size 8 --pairs 64",
+        "--output_dir {folder} --sizes 1/2 --seeds 0 --teacher_steps 1 --steps 1 --batch_size 8 --pairs 16",
         [
             "| 1 | teacher | – |",
             *(
                 f"| 1/2 | diagonal | {stage} |"
                 for stage in ("inherited", "measured", "mapped", "distilled", "mapped, distilled")
             ),
+            *(f"| 1/2 | calibrated | {stage} |" for stage in ("measured", "mapped", "distilled", "mapped, distilled")),
         ],
     ),
     "runtimes.py": (

@@ -100,7 +100,7 @@ class ClipMapConfig:
         decay_towards: What weight decay pulls an operator to. `initial` keeps the inheritance; `zero` is the literal
             AdamW on the operators, which at the paper's settings decays the inheritance itself away.
         norm_statistics: Means and variances that a ResNet's BatchNorms start with: `measured` on calibration pairs,
-            where there are some, or `inherited` through the operators.
+            where there are some, or `inherited` through the operators. The refit of `calibrated` sets them itself.
         seed: Of random initializers.
 
     Raises:

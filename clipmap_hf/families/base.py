@@ -104,8 +104,8 @@ class Family:
         norms: The LayerNorms that can be folded into the layers that read them.
         ties: Spaces that are mapped by the operator of another space, as `{space: other space}`. They are added to
             those of `operator_ties`.
-        layerwise: Whether `Tower` can run the family's models layer by layer. Calibrated starts, MoPE's errors and
-            budgets chosen by activations need that.
+        layerwise: The towers that `Tower` can run layer by layer. Calibrated starts need that of the text tower; the
+            start `importance`, MoPE's errors, masks and budgets chosen by activations need it of both.
         transformers: Whether both towers are transformers, so that each has layers, heads and neurons. Masks,
             ternary weights and the hidden loss need that.
     """
@@ -119,7 +119,7 @@ class Family:
     head_spaces: frozenset[str] = frozenset({"query", "key", "value", "pool"})
     norms: tuple[NormRule, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
-    layerwise: bool = True
+    layerwise: frozenset[str] = frozenset({"vision", "text"})
     transformers: bool = True
 
     @property

@@ -34,5 +34,6 @@ CHINESE_CLIP = Family(
         TensorRule(r"(?P<tower>text)_model\.embeddings\.(position|token_type)_embeddings\.weight", (None, "residual")),
         TensorRule(r"(?P<tower>text)_model\.embeddings\.LayerNorm\.(weight|bias)", ("residual",)),
     ),
-    layerwise=False,  # a BERT normalizes after each residual addition, and its attention looks in both directions
+    # A BERT normalizes after each residual addition, and its attention looks in both directions.
+    layerwise=frozenset(),
 )

@@ -94,8 +94,9 @@ CLIP_RESNET = Family(
         TensorRule(_TOWER + r"attnpool\.c_proj\.weight", ("embed", "pool_value.in")),
         TensorRule(_TOWER + r"attnpool\.c_proj\.bias", ("embed",)),
     ),
+    norms=tuple(rule for rule in CLIP.norms if rule.norm.startswith("text_model.")),
     # A channel is read through the operator that writes it: ReLU and BatchNorm stand between, and know no other basis.
     ties={f"{space}.in": space for space in _SPACES},
-    layerwise=False,
+    layerwise=frozenset({"text"}),
     transformers=False,
 )

@@ -41,5 +41,6 @@ SIGLIP = Family(
         TensorRule(r"logit_(scale|bias)", (None,)),
     ),
     ties={"embed.in": "embed", "pool.in": "pool", "pool_ffn.in": "pool_ffn"},
-    layerwise=False,  # text attention looks in both directions, texts end in padding, and the head pools many tokens
+    # Text attention looks in both directions, texts end in padding, and the head pools many tokens.
+    layerwise=frozenset(),
 )

@@ -29,8 +29,9 @@ class WeightMapper(nn.Module):
     depth by a mixing matrix (CLIP-Map Eq. 2–4, A.3). Only the operators are parameters; the teacher's tensors are
     buffers that no state dict holds. `clipmap_hf.starts.start_mapper` makes mappers.
 
-    If the plan folds, each student tensor, but for the token table, is the mapped tensor plus a correction, which is
-    trained with the operators. A tower that is as large as the teacher's is copied as it is, and has no operators.
+    If the plan folds, each student tensor, but for the token table and statistics, is the mapped tensor plus a
+    correction, which is trained with the operators. A tower that is as large as the teacher's is copied as it is, and
+    has no operators.
 
     BatchNorms of a tower that is cut start with mapped statistics. These are then the student's own: a forward pass in
     training changes them as in any other model, and operators do not.
@@ -167,12 +168,16 @@ class WeightMapper(nn.Module):
 
     @torch.no_grad()
     def correct(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Sets the corrections so that the student has these weights (a state dict); its token table stays mapped."""
+        """
+        Sets the corrections and the statistics so that the student has these weights (a state dict); its token table
+        stays mapped.
+        """
         mapped = self.materialize()
         for spec in self.plan.kinds:
             if (name := self.plan.correction_name(spec)) in self.corrections:
                 change = self._student_tensor(weights, spec) - self._student_tensor(mapped, spec)
                 self.corrections[name].start(self.corrections[name]() + change)
+        self.statistics.load(weights)
 
     def measure_statistics(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """
@@ -223,7 +228,7 @@ class WeightMapper(nn.Module):
         return {
             self.plan.correction_name(spec): self._operator(torch.zeros_like(self._student_tensor(weights, spec)))
             for spec in self.plan.mapped_kinds
-            if not spec.rule.lookup
+            if not spec.rule.lookup and not spec.rule.statistic
         }
 
     def _operator(self, initial: torch.Tensor) -> Operator:

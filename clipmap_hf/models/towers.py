@@ -26,10 +26,10 @@ class Tower:
     """
 
     def __init__(self, model: PreTrainedModel, name: str):
-        if not family_for(model.config).layerwise:
-            able = sorted(name for name, family in FAMILIES.items() if family.layerwise)
+        if name not in family_for(model.config).layerwise:
+            able = sorted(model_type for model_type, family in FAMILIES.items() if name in family.layerwise)
             raise ValueError(
-                f"Models of type {model.config.model_type!r} cannot be gone through layer by layer; those of type "
+                f"The {name} tower of a {model.config.model_type!r} cannot be gone through layer by layer; those of "
                 f"{able} can."
             )
         self.config = getattr(model.config, f"{name}_config")

@@ -50,7 +50,8 @@ class Start:
         matches: Whether it needs texts there that belong to their images.
         depth_rule: The depth rule that it brings with it, beside those of `DEPTH_RULES`.
         folds: Whether the teacher is folded and the student's weights are corrected (`MappingPlan`).
-        layerwise: Whether it goes through the teacher layer by layer, which a family must allow.
+        layerwise: The towers that it goes through layer by layer, which a family must allow.
+        solves: Whether its refit sets the statistics of BatchNorms, so that they are not to be measured.
         narrows: Whether it can make heads narrower.
         adds: Whether a layer may have more heads than one of the teacher's, if it stands for several.
     """
@@ -60,31 +61,42 @@ class Start:
     matches: bool = False
     depth_rule: str | None = None
     folds: bool = False
-    layerwise: bool = False
+    layerwise: frozenset[str] = frozenset()
+    solves: bool = False
     narrows: bool = True
     adds: bool = False
 
     def fits(self, family: Family) -> bool:
         """Whether it is written for a family."""
-        return family.layerwise or not self.layerwise
+        return self.layerwise <= family.layerwise
 
+
+_BOTH = frozenset({"vision", "text"})
 
 STARTS = {
-    "calibrated": Start(calibrated, reads_pairs=True, depth_rule="similarity", folds=True, layerwise=True, adds=True),
+    "calibrated": Start(
+        calibrated,
+        reads_pairs=True,
+        depth_rule="similarity",
+        folds=True,
+        layerwise=frozenset({"text"}),  # a vision tower may be a ResNet
+        solves=True,
+        adds=True,
+    ),
     "calibrated_whole": Start(
         partial(calibrated, classic=True),
         reads_pairs=True,
         depth_rule="similarity",
         folds=True,
-        layerwise=True,
+        layerwise=_BOTH,
         adds=True,
     ),
     "diagonal": Start(start_by(diagonal)),
-    "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=True),
+    "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=_BOTH),
     "kaiming": Start(start_by(kaiming)),
     "magnitude": Start(select_by(magnitude), depth_rule="score"),
     "manual": Start(select_by(manual), depth_rule="score"),
-    "mope": Start(select_by(mope), reads_pairs=True, matches=True, depth_rule="score", layerwise=True, narrows=False),
+    "mope": Start(select_by(mope), reads_pairs=True, matches=True, depth_rule="score", layerwise=_BOTH, narrows=False),
     "random": Start(start_by(random)),
     "random_selection": Start(select_by(random_selection), depth_rule="score"),
     "taylor": Start(select_by(taylor), reads_pairs=True, matches=True, depth_rule="score"),
@@ -113,7 +125,8 @@ def start_mapper(teacher: PreTrainedModel, config: ClipMapConfig, batches: Batch
     plan = make_plan(teacher, config)
     check_heads(plan)
     mapper = start_of(config).make(teacher, plan, () if batches is None else batches)
-    if batches is not None and config.norm_statistics == "measured":
+    is_solved = start_of(config).solves and config.refit
+    if batches is not None and config.norm_statistics == "measured" and not is_solved:
         mapper.measure_statistics(batches)
     return mapper
 
@@ -198,16 +211,21 @@ def check_start(config: ClipMapConfig, family: Family, has_pairs: bool) -> None:
 
     Raises:
         ValueError: If the start needs pairs and there are none, or there are some and nothing reads them; if it is not
-            written for the family; if the depth rule is that of another start.
+            written for the family; if it solves BatchNorms that are to be inherited; if the depth rule is that of
+            another start.
     """
     name, start = config.initializer or "diagonal", start_of(config)
     if not start.fits(family):
         allowed = sorted(name for name, other in STARTS.items() if other.fits(family))
         readers = [name for name in allowed if STARTS[name].reads_pairs]
-        which = f"only {', '.join(map(repr, readers))} reads" if readers else "none reads"
         raise ValueError(
             f"initializer={name!r} goes through the teacher's layers one by one, which is not written for the family "
-            f"{family.name!r}. Name one of {allowed}; of these, {which} calibration data."
+            f"{family.name!r}. Name one of {allowed}; those of them that read calibration data are {readers}."
+        )
+    if family.has_statistics and config.norm_statistics == "inherited" and start.solves and config.refit:
+        raise ValueError(
+            f"norm_statistics='inherited' does not fit the refit of initializer={name!r}, which gives the BatchNorms "
+            "the statistics of what it has solved. Leave norm_statistics out, or give refit=False."
         )
     if start.reads_pairs > has_pairs or has_pairs > uses_pairs(config, family):
         verb = "does not start from data; leave calibration_data out" if has_pairs else "needs calibration_data"

@@ -42,10 +42,17 @@ class Bottleneck(nn.Module):
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """Computes `(images, written, height / stride, width / stride)` from `(images, read, height, width)`."""
+        return F.relu(self.added(stream) + self.skipped(stream))
+
+    def added(self, stream: torch.Tensor) -> torch.Tensor:
+        """Computes what the convolutions add, in the shape of what is written."""
         inner = F.relu(self.bn1(self.conv1(stream)))
         inner = F.relu(self.bn2(self.conv2(inner)))
-        added = self.bn3(self.conv3(self.avgpool(inner)))
-        return F.relu(added + (stream if self.downsample is None else self.downsample(stream)))
+        return self.bn3(self.conv3(self.avgpool(inner)))
+
+    def skipped(self, stream: torch.Tensor) -> torch.Tensor:
+        """Computes what goes past the convolutions, in the shape of what is written."""
+        return stream if self.downsample is None else self.downsample(stream)
 
 
 class AttentionPool(nn.Module):
@@ -66,12 +73,19 @@ class AttentionPool(nn.Module):
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """Computes `(images, projection_dim)` from `(images, channels, grid, grid)`."""
-        places = stream.flatten(2).transpose(1, 2)  # (images, places, channels)
-        places = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1) + self.positional_embedding
+        return self.c_proj(self.attended(self.places(stream)))
+
+    def places(self, stream: torch.Tensor) -> torch.Tensor:
+        """Lines up the mean of all places and the places, with their positions: `(images, 1 + places, channels)`."""
+        places = stream.flatten(2).transpose(1, 2)
+        return torch.cat([places.mean(dim=1, keepdim=True), places], dim=1) + self.positional_embedding
+
+    def attended(self, places: torch.Tensor) -> torch.Tensor:
+        """Computes what `c_proj` reads, the heads' outputs side by side, `(images, channels)`."""
         projected = (self.q_proj(places[:, :1]), self.k_proj(places), self.v_proj(places))
         query, key, value = (one.unflatten(2, (self.heads, -1)).transpose(1, 2) for one in projected)
         pooled = F.scaled_dot_product_attention(query, key, value)  # (images, heads, 1, channels of a head)
-        return self.c_proj(pooled.flatten(1))
+        return pooled.flatten(1)
 
 
 class ModifiedResNet(nn.Module):
@@ -107,6 +121,12 @@ class ModifiedResNet(nn.Module):
         """The four stages of bottlenecks."""
         return [self.layer1, self.layer2, self.layer3, self.layer4]
 
+    def stem(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Computes what the first stage reads, `(images, width, image_size / 4, image_size / 4)`."""
+        stream = F.relu(self.bn1(self.conv1(pixel_values)))
+        stream = F.relu(self.bn2(self.conv2(stream)))
+        return self.avgpool(F.relu(self.bn3(self.conv3(stream))))
+
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> BaseModelOutputWithPooling:
         """
         Embeds images.
@@ -128,9 +148,7 @@ class ModifiedResNet(nn.Module):
                 f"Images of {pixel_values.shape[-2]} × {pixel_values.shape[-1]} pixels do not fit this model, whose "
                 f"attention pool has positions for {size} × {size}."
             )
-        stream = F.relu(self.bn1(self.conv1(pixel_values)))
-        stream = F.relu(self.bn2(self.conv2(stream)))
-        streams = [self.avgpool(F.relu(self.bn3(self.conv3(stream))))]
+        streams = [self.stem(pixel_values)]
         for stage in self.stages:
             streams.append(stage(streams[-1]))
         return BaseModelOutputWithPooling(

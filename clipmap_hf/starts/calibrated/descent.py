@@ -1,26 +1,35 @@
 """Gradient descent on parts of a student, over batches of streams; it never makes their error larger."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from clipmap_hf.distributed import process_count, sum_over_processes
-from clipmap_hf.starts.calibrated.streams import Streams
 
 
-__all__ = ["descend", "share_lost", "watched_layers"]
+__all__ = ["Items", "descend", "share_lost", "watched_layers"]
 
 _LEARNING_RATE = 1e-3
 _FULL_RATE_STEPS = 50  # fewer have a lower rate: Adam's first step is as long as the rate, however near the goal
 _STEP_TOKENS = 2048  # about as many are in a step
 _WATCHED = 4  # layers at most, for a stream of each is kept
 
-Error = Callable[[Streams, torch.Tensor], torch.Tensor]
+
+class Items(Protocol):
+    """A batch of items, each of so many tokens."""
+
+    tokens: int
+
+    def __len__(self) -> int: ...
+
+
+Error = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 @torch.enable_grad()
-def descend(module: nn.Module, batches: Sequence[Streams], steps: int, error: Error) -> None:
+def descend(module: nn.Module, batches: Sequence[Items], steps: int, error: Error) -> None:
     """
     Trains a module by Adam, at a rate that falls linearly. Each step is on some items of a batch, drawn by a seed. If
     the error over all batches is not smaller afterwards, the module gets the weights back that it had.
@@ -38,8 +47,8 @@ def descend(module: nn.Module, batches: Sequence[Streams], steps: int, error: Er
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         streams = batches[int(torch.randint(len(batches), (), generator=generator))]
-        count = _STEP_TOKENS // streams.weights.shape[1] + 1
-        items = torch.randperm(len(streams.weights), generator=generator)[:count]
+        count = _STEP_TOKENS // streams.tokens + 1
+        items = torch.randperm(len(streams), generator=generator)[:count]
         gradients = torch.autograd.grad(error(streams, items), parameters)
         sum_over_processes(gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -73,8 +82,8 @@ def share_lost(stream: torch.Tensor, target: torch.Tensor, weights: torch.Tensor
 
 
 @torch.no_grad()
-def _whole_error(batches: Sequence[Streams], error: Error) -> float:
+def _whole_error(batches: Sequence[Items], error: Error) -> float:
     """The sum of the errors of all batches, of all processes."""
-    total = sum(error(streams, torch.arange(len(streams.weights))).double() for streams in batches).reshape(1)
+    total = sum(error(streams, torch.arange(len(streams))).double() for streams in batches).reshape(1)
     sum_over_processes([total])
     return float(total)

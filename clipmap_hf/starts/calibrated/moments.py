@@ -1,5 +1,7 @@
 """Sums over tokens, from which linear layers are solved; their size does not depend on the number of tokens."""
 
+from __future__ import annotations
+
 import torch
 
 from clipmap_hf.distributed import sum_over_processes
@@ -46,6 +48,20 @@ class Moments:
         self.target += weights @ targets
         self.input_input += (weighted * inputs).sum(dim=0) if self.diagonal else weighted.T @ inputs
         self.input_target += weighted.T @ targets
+
+    def read_by(self, weight: torch.Tensor) -> Moments:
+        """
+        The moments of the same inputs, with what a linear layer computes of them as targets, turned so that there are
+        no more targets than inputs.
+
+        Args:
+            weight: `(outputs, inputs)`.
+        """
+        weight = torch.linalg.qr(weight.double(), mode="r").R
+        found = Moments(len(self.input), len(weight), device=weight.device)
+        found.weight, found.input, found.input_input = self.weight, self.input, self.input_input
+        found.target, found.input_target = weight @ self.input, self.input_input @ weight.T
+        return found
 
     def sum_over_processes(self) -> None:
         """Adds the sums of all processes."""

@@ -1,6 +1,6 @@
 """Width operators of the calibrated start: principal axes, the strongest heads and neurons, lifts for the others."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +14,7 @@ from clipmap_hf.starts.calibrated.statistics import TowerStatistics
 from clipmap_hf.starts.selection.scores import selection, strongest
 
 
-__all__ = ["calibrated_operators"]
+__all__ = ["calibrated_operators", "embedding_axes", "lift"]
 
 _RIDGE = 1e-3
 
@@ -57,9 +57,19 @@ def calibrated_operators(
         alone = found.activated[0].diagonal
         operators[f"{name}_ffn_in"] = operators[f"{name}_ffn"] if alone else _lifts(found.activated, neurons)
     if student.projection_dim < teacher.config.projection_dim:
-        moment = sum(found.embeds for found in statistics.values())
-        operators["embed"] = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : student.projection_dim].T.float()
+        operators["embed"] = embedding_axes([found.embeds for found in statistics.values()], student.projection_dim)
     return operators
+
+
+def embedding_axes(moments: Iterable[torch.Tensor], size: int) -> torch.Tensor:
+    """
+    The operator of a smaller joint embedding, onto its principal axes, `(size, projection_dim)`.
+
+    Args:
+        moments: Second moments of the normalized embeddings, of each tower.
+        size: Of the student's.
+    """
+    return torch.linalg.eigh(sum(moments)).eigenvectors.flip(1)[:, :size].T.float()
 
 
 def _heads(
@@ -90,16 +100,23 @@ def _head_lifts(moments: list[Moments], operators: torch.Tensor) -> torch.Tensor
     lifts = []
     for inputs, operator in zip(moments, operators.double(), strict=True):
         rows = operator @ inputs.covariance  # (small, big)
-        lifts.append(_lift(rows, rows @ operator.T))
+        lifts.append(lift(rows, rows @ operator.T))
     return torch.stack(lifts)
 
 
 def _lifts(moments: list[Moments], kept: torch.Tensor) -> torch.Tensor:
     """For each layer the transposed least-squares map from the kept entries to all, `(layers, small, big)`."""
     rows = [inputs.covariance[indices] for inputs, indices in zip(moments, kept, strict=True)]
-    return torch.stack([_lift(one, one[:, indices]) for one, indices in zip(rows, kept, strict=True)])
+    return torch.stack([lift(one, one[:, indices]) for one, indices in zip(rows, kept, strict=True)])
 
 
-def _lift(rows: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+def lift(rows: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """
+    The transposed least-squares map from what is kept to all, `(small, big)`.
+
+    Args:
+        rows: Covariance of what is kept with all, `(small, big)`.
+        among: Covariance of what is kept, `(small, small)`.
+    """
     damping = _RIDGE * among.diagonal().mean() * torch.eye(len(among), dtype=among.dtype, device=among.device)
     return torch.linalg.solve(among + damping, rows).float()

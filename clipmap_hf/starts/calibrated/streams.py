@@ -27,6 +27,14 @@ class Streams:
     embeds: torch.Tensor | None = None  # what the student is to embed it as, normalized
     watched: dict[int, torch.Tensor] = field(default_factory=dict)  # mapped, behind some layers of the student
 
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of each item, padding among them."""
+        return self.weights.shape[1]
+
     def add_to(self, moments: Moments, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Adds inputs and targets `(items, tokens, width)` to moments, but for tokens that are padding."""
         counted = self.weights > 0

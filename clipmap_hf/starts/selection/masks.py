@@ -67,7 +67,7 @@ class Masks(nn.Module):
 
     def __init__(self, config: PretrainedConfig, family: Family, towers: Sequence[str] = ("vision", "text")):
         super().__init__()
-        if not family.layerwise:
+        if not family.layerwise >= {"vision", "text"}:
             raise ValueError(
                 f"Models of type {config.model_type!r} cannot be masked; start by an initializer instead, such as "
                 "'diagonal'."

@@ -1,0 +1,1 @@
+"""The calibrated start of a ResNet: channels that are chosen, and convolutions that are solved for them."""
