@@ -197,10 +197,8 @@ def test_what_is_kept_is_the_formula(tiny_teacher, tiny_batch):
     axes = residual_axes(statistics.read, heads * 16).double()
     centering = torch.eye(width, dtype=torch.float64) - 1 / width
     read = centering @ statistics.read @ centering
-    variances = [
-        values[values > 1e-13 * values.max()] for values in torch.linalg.svdvals(read)
-    ]  # few tokens, few axes
-    share = torch.stack([one / own.log().mean().exp() for one, own in zip(read, variances, strict=True)])
+    sizes = [torch.linalg.svdvals(one).sqrt().sqrt().mean() ** 4 for one in read]
+    share = torch.stack([one / size for one, size in zip(read, sizes, strict=True)])
     total = share[:-1].sum(0) + 4 * share[-1]
     lost = -torch.log((axes @ total @ axes.T).trace() / total.trace())
     dropped = statistics.changed.argmin()
