@@ -27,7 +27,7 @@ RUNS = {
         [f"| 500k | {name} |" for name in ("keeps most", "nearest to the literature", "a quarter down", "half down")],
     ),
     "data.py": ("--images 16 --rounds 1 --batch_size 8 --shuffle_buffer 8", ["| clipmap_hf |", "| webdataset |"]),
-    "decoding.py": ("--images 1 --rounds 2", ["| 500 × 375     |", "| 4000 × 3000   |"]),
+    "decoding.py": ("--images 1 --rounds 2", ["| 500 × 375      |", "| 4000 × 3000    |"]),
     "full_size.py": ("--batch_size 2 --steps 1", ["batch 2: step 1 ", "peak memory "]),
     "heads.py": ("--batch_size 1 --rounds 1", ["| vision |     6 |", "| text   |    16 |"]),
     "initializers.py": (
