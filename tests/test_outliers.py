@@ -58,4 +58,4 @@ def test_a_trained_teacher_with_huge_channels_keeps_nearly_as_much(tmp_path, beh
         ).export()
         kept, whole = (evaluate_retrieval(one, test)["text_to_image_recall@5"] for one in (student, model))
         shares[size] = kept / whole
-    assert shares[1000] > 0.87 * shares[0], shares
+    assert shares[1000] > 0.83 * shares[0], shares
