@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from clipmap_hf.families.base import Family, TensorRule, TensorSpec
+from clipmap_hf.families.base import BOTH_TOWERS, Family, TensorRule, TensorSpec
 from clipmap_hf.families.chinese_clip import CHINESE_CLIP
 from clipmap_hf.families.clip import CLIP
 from clipmap_hf.families.clip_resnet import CLIP_RESNET
@@ -10,6 +10,7 @@ from clipmap_hf.families.siglip import SIGLIP
 
 
 __all__ = [
+    "BOTH_TOWERS",
     "CHINESE_CLIP",
     "CLIP",
     "CLIP_RESNET",

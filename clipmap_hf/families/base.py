@@ -12,7 +12,9 @@ import torch
 from transformers import PretrainedConfig
 
 
-__all__ = ["Family", "NormRule", "TensorRule", "TensorSpec"]
+__all__ = ["BOTH_TOWERS", "Family", "NormRule", "TensorRule", "TensorSpec"]
+
+BOTH_TOWERS = frozenset({"vision", "text"})
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Family:
     head_spaces: frozenset[str] = frozenset({"query", "key", "value", "pool"})
     norms: tuple[NormRule, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
-    layerwise: frozenset[str] = frozenset({"vision", "text"})
+    layerwise: frozenset[str] = BOTH_TOWERS
     transformers: bool = True
 
     @property

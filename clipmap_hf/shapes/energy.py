@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from clipmap_hf.distributed import broadcast
-from clipmap_hf.families import family_for
+from clipmap_hf.families import BOTH_TOWERS, family_for
 from clipmap_hf.models.towers import Tower
 from clipmap_hf.starts.calibrated.axes import stream_moment
 from clipmap_hf.starts.calibrated.batches import CalibrationBatches
@@ -48,7 +48,7 @@ def kept_energy(teacher: PreTrainedModel, batches: Iterable[Mapping[str, torch.T
         TypeError: If `batches` is an iterator.
         ValueError: If there are no pairs, or no images; if the teacher's layers cannot be run one by one.
     """
-    if not family_for(teacher.config).layerwise >= {"vision", "text"}:
+    if not family_for(teacher.config).layerwise >= BOTH_TOWERS:
         raise ValueError(
             "What a student keeps is measured layer by layer, which is not written for models of type "
             f"{teacher.config.model_type!r}. Give the student's widths and depths instead of a budget. Or choose the "

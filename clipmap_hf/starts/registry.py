@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from clipmap_hf.config import ClipMapConfig
 from clipmap_hf.config.heads import head_width
-from clipmap_hf.families import Family, family_for
+from clipmap_hf.families import BOTH_TOWERS, Family, family_for
 from clipmap_hf.mapping.depth import DEPTH_RULES
 from clipmap_hf.mapping.mapper import WeightMapper
 from clipmap_hf.mapping.plan import MappingPlan
@@ -71,8 +71,6 @@ class Start:
         return self.layerwise <= family.layerwise
 
 
-_BOTH = frozenset({"vision", "text"})
-
 STARTS = {
     "calibrated": Start(
         calibrated,
@@ -88,15 +86,17 @@ STARTS = {
         reads_pairs=True,
         depth_rule="similarity",
         folds=True,
-        layerwise=_BOTH,
+        layerwise=BOTH_TOWERS,
         adds=True,
     ),
     "diagonal": Start(start_by(diagonal)),
-    "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=_BOTH),
+    "importance": Start(select_by(importance), reads_pairs=True, depth_rule="similarity", layerwise=BOTH_TOWERS),
     "kaiming": Start(start_by(kaiming)),
     "magnitude": Start(select_by(magnitude), depth_rule="score"),
     "manual": Start(select_by(manual), depth_rule="score"),
-    "mope": Start(select_by(mope), reads_pairs=True, matches=True, depth_rule="score", layerwise=_BOTH, narrows=False),
+    "mope": Start(
+        select_by(mope), reads_pairs=True, matches=True, depth_rule="score", layerwise=BOTH_TOWERS, narrows=False
+    ),
     "random": Start(start_by(random)),
     "random_selection": Start(select_by(random_selection), depth_rule="score"),
     "taylor": Start(select_by(taylor), reads_pairs=True, matches=True, depth_rule="score"),

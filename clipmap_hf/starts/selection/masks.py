@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from clipmap_hf.families import Family
+from clipmap_hf.families import BOTH_TOWERS, Family
 from clipmap_hf.starts.selection.scores import Scores, TowerScores
 
 
@@ -67,7 +67,7 @@ class Masks(nn.Module):
 
     def __init__(self, config: PretrainedConfig, family: Family, towers: Sequence[str] = ("vision", "text")):
         super().__init__()
-        if not family.layerwise >= {"vision", "text"}:
+        if not family.layerwise >= BOTH_TOWERS:
             raise ValueError(
                 f"Models of type {config.model_type!r} cannot be masked; start by an initializer instead, such as "
                 "'diagonal'."
